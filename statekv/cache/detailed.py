@@ -1,0 +1,127 @@
+"""The append-only cache that answers are decoded against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from statekv.cache.geometry import Geometry
+
+_FIRST_CAPACITY = 256  # tokens
+
+
+class DetailedCache(Cache):
+    """Keys and values of every token, written in place into buffers that double when full.
+
+    A cache per layer of shape [2, streams, kv_heads, capacity, head_dim]. Copied bytes over n tokens are O(n); after
+    `reserve` nothing is copied at all.
+
+    Args:
+        geometry: sizes of the model's keys.
+        recall: which keys an answer sees: all, recent or sink_recent.
+        window: tokens that `recent` recalls, and `sink_recent` too, its sinks included.
+        sinks: tokens from the start of the stream for `sink_recent`.
+    """
+
+    def __init__(self, geometry: Geometry, recall: str = "all", window: int = 0, sinks: int = 0) -> None:
+        super().__init__(layers=[])
+        self.geometry = geometry
+        self.recall = recall
+        self.window = window
+        self.sinks = sinks if recall == "sink_recent" else 0
+        self.lengths = [0] * geometry.layers
+        self.buffers = [self._allocate(layer, 0) for layer in range(geometry.layers)]
+        self.grown = 0  # how many times a buffer was copied into a larger one
+        self._answering_from: int | None = None
+
+    def __len__(self) -> int:
+        return self.geometry.layers
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.lengths[-1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without another allocation."""
+        return self.buffers[-1].shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, so that no later append copies anything."""
+        for layer in range(self.geometry.layers):
+            self._grow(layer, tokens)
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
+        """Write keys and values [streams, kv_heads, T, head_dim] behind those of the layer."""
+        start = self.lengths[layer]
+        stop = start + key.shape[-2]
+        if stop > self.buffers[layer].shape[-2]:
+            self._grow(layer, max(stop, 2 * self.buffers[layer].shape[-2], _FIRST_CAPACITY))
+        self.buffers[layer][0, :, :, start:stop] = key
+        self.buffers[layer][1, :, :, start:stop] = value
+        self.lengths[layer] = stop
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by transformers' attention layers: append, and hand out what this pass may see."""
+        self.append(key_states, value_states, layer_idx)
+        stop = self.lengths[layer_idx]
+        held = self.buffers[layer_idx]
+        start = self._first_recalled()
+        if start <= self.sinks:
+            seen = held[..., :stop, :]
+        elif self.sinks:
+            seen = torch.cat([held[..., : self.sinks, :], held[..., start:stop, :]], dim=-2)
+        else:
+            seen = held[..., start:stop, :]
+        return seen[0], seen[1]
+
+    def begin_answer(self) -> None:
+        """From here on everything appended belongs to a question: the recall window stops moving."""
+        self._answering_from = self.length
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first `max_length` tokens; nothing is copied."""
+        self.lengths = [min(length, max_length) for length in self.lengths]
+        self._answering_from = None
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[streams, kv_heads, length, head_dim], a view."""
+        return self.buffers[layer][0, :, :, : self.lengths[layer]]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """[streams, kv_heads, length, head_dim], a view."""
+        return self.buffers[layer][1, :, :, : self.lengths[layer]]
+
+    def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
+        return self.lengths[layer_idx]
+
+    def _first_recalled(self) -> int:
+        """First of the newest tokens that an answer sees; 0 where it sees all of them."""
+        if self.recall == "all" or self._answering_from is None:
+            return 0
+        return max(0, self._answering_from - (self.window - self.sinks))
+
+    def _grow(self, layer: int, tokens: int) -> None:
+        old = self.buffers[layer]
+        if tokens <= old.shape[-2]:
+            return
+        new = self._allocate(layer, tokens)
+        if self.lengths[layer]:
+            new[..., : self.lengths[layer], :] = old[..., : self.lengths[layer], :]
+            self.grown += 1
+        self.buffers[layer] = new
+
+    def _allocate(self, layer: int, tokens: int) -> torch.Tensor:
+        g = self.geometry
+        shape = (2, g.streams, g.kv_heads, tokens, g.head_dim)
+        return torch.empty(shape, dtype=g.dtype, device=g.devices[layer])

@@ -1,0 +1,124 @@
+"""Everything that one stream remembers, and how to go back to a mark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from statekv.cache.carried import CarriedCache
+from statekv.cache.carry import carry_rule
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.geometry import Geometry
+from statekv.config import Config
+from statekv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a segment lies in the detailed cache, and when it was: `pts_seconds` is None for text alone."""
+
+    kind: str
+    start: int
+    length: int
+    pts_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a stream that `StreamState.crop_to` can return to."""
+
+    tokens: int
+    position: int
+    carried: int
+    spans: int
+
+
+@dataclass
+class StreamState:
+    """Both memories of one stream, and where it stands.
+
+    Attributes:
+        geometry: sizes of the model's keys.
+        config: dials and budget.
+        horizon: positions that RoPE is scaled for.
+        frames_expected: frames of the whole video where that is known; some families size pictures by it.
+        position: next RoPE position; at least the number of tokens for one-axis RoPE.
+        frames: pictures that have entered.
+        origin_seconds: time of the first frame; prompts count from there.
+        spans: one for each segment, in order.
+    """
+
+    geometry: Geometry
+    config: Config
+    horizon: int
+    frames_expected: int | None = None
+    position: int = 0
+    frames: int = 0
+    origin_seconds: float | None = None
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.detailed = DetailedCache(self.geometry, c.recall, window=c.budget, sinks=c.sinks)
+        self._carried: CarriedCache | None = None
+
+    @property
+    def carried(self) -> CarriedCache | DetailedCache:
+        """What a step sees; with carry="all" that is the detailed cache itself."""
+        if self.config.carry == "all":
+            return self.detailed
+        if self._carried is None:
+            self._carried = self._make_carried(prefix=0)
+        return self._carried
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the detailed cache."""
+        return self.detailed.length
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes allocated by each memory; the carried cache costs nothing where it is the detailed one."""
+        return {
+            "carried": self._carried.nbytes if self._carried is not None else 0,
+            "detailed": self.detailed.nbytes,
+        }
+
+    def expect_prefix(self, tokens: int) -> None:
+        """Say how long the prompt's prefix is before it enters, so that it can be pinned.
+
+        Raises:
+            ConfigError: the pinned prefix alone fills the budget.
+        """
+        if not self.config.pin_prefix:
+            return
+        if tokens >= self.config.budget and self.config.carry != "all":
+            raise ConfigError(
+                f"budget is {self.config.budget}, but the pinned prefix alone takes {tokens} tokens",
+                f"raise budget above {tokens} or leave the prefix unpinned",
+            )
+        self._carried = self._make_carried(tokens)
+
+    def note(self, kind: str, length: int, pts_seconds: float | None) -> None:
+        """Record that `length` tokens of a segment have just entered."""
+        self.spans.append(Span(kind, self.tokens - length, length, pts_seconds))
+
+    def mark(self) -> Mark:
+        """Remember this moment; O(1)."""
+        return Mark(self.tokens, self.position, self.carried.length, len(self.spans))
+
+    def crop_to(self, mark: Mark) -> None:
+        """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
+        self.carried.crop(mark.carried)
+        self.detailed.crop(mark.tokens)
+        self.position = mark.position
+        del self.spans[mark.spans :]
+
+    def free(self) -> None:
+        """Give both memories back; the stream is empty and of no further use."""
+        self._carried = None
+        self.detailed = DetailedCache(self.geometry)
+
+    def _make_carried(self, prefix: int) -> CarriedCache:
+        c = self.config
+        rule = carry_rule(c.carry, sinks=c.sinks, seed=c.seed, pinned=prefix)
+        return CarriedCache(self.geometry, c.budget, rule, self.detailed)

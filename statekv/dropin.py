@@ -1,0 +1,111 @@
+"""`statekv.generate`: what `model.generate` does, prefilled step by step through the two caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from statekv.config import Config
+from statekv.decoding import Sampling
+from statekv.errors import ConfigError, ModelError
+from statekv.models.attention import hooked
+from statekv.models.loading import wrap_model
+from statekv.stepper import Stepper
+
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "mm_token_type_ids",
+)
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def generate(
+    model: Any,
+    *,
+    method: str | None = None,
+    generation_config: GenerationConfig | None = None,
+    return_dict_in_generate: bool = False,
+    output_logits: bool = False,
+    **inputs_and_settings: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Answer one conversation about videos and images, as `model.generate(**inputs)` would.
+
+    Every picture enters as a step of its own: a frame (InternVL), a temporal patch (Qwen3-VL) or an image. The model
+    is left as it was found, also after an exception. With an unlimited budget the result is the stock model's.
+
+    Args:
+        model: a transformers model of a supported family.
+        method: one of statekv.config.METHODS; None is StateKV.
+        generation_config: None: the model's own.
+        return_dict_in_generate, output_logits: as for `model.generate`.
+        inputs_and_settings: the processor's outputs; fields of `Config` such as budget; and of transformers'
+            generation parameters max_new_tokens, eos_token_id, do_sample, temperature, top_k, top_p and
+            repetition_penalty.
+
+    Returns:
+        [1, prompt + new] token ids; with return_dict_in_generate an object with `sequences` and `logits`.
+
+    Raises:
+        ConfigError: an unknown argument, or a value outside its range.
+        ModelError: an unsupported model, more than one conversation, or inputs of another processor.
+    """
+    inputs = {name: inputs_and_settings.pop(name) for name in _INPUTS if name in inputs_and_settings}
+    generation = generation_config or model.generation_config
+    chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
+    chosen["do_sample"] = bool(chosen["do_sample"])
+    end = inputs_and_settings.pop("eos_token_id", None)
+    limit = inputs_and_settings.pop("max_new_tokens", None) or generation.max_new_tokens
+    config = Config.of(method, max_new_tokens=limit, **inputs_and_settings)
+    prompt, inputs = _one_conversation(inputs)
+    adapter = wrap_model(model)
+    ends = adapter.end_tokens if end is None else frozenset([end] if isinstance(end, int) else end)
+    sampling = Sampling(config.max_new_tokens, ends, **chosen)
+    tokens, logits = _run(Stepper(adapter), config, inputs, sampling)
+    sequences = torch.cat([prompt, torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)], dim=1)
+    if not return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, logits=tuple(logits) if output_logits else None)
+
+
+def _run(
+    stepper: Stepper, config: Config, inputs: dict[str, Any], sampling: Sampling
+) -> tuple[list[int], list[torch.Tensor]]:
+    length = inputs["input_ids"].shape[1]
+    # Stock scales dynamic-NTK RoPE by the longest position so far; here by the longest there will be.
+    horizon = max(length + sampling.max_new_tokens, stepper.model.trained_length)
+    state = stepper.open(config, horizon)
+    state.detailed.reserve(length + sampling.max_new_tokens)
+    with torch.inference_mode(), hooked(stepper.model.model):
+        for segment in stepper.model.segments(inputs):
+            if segment.kind == "question":
+                if not segment.length:
+                    raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
+                answered = list(stepper.answer(state, segment, sampling))
+            else:
+                stepper.prefill(state, segment)
+    return [token for token, _ in answered], [logits for _, logits in answered]
+
+
+def _one_conversation(inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The prompt as given, and the inputs without the padding in front of it."""
+    prompt = inputs.get("input_ids")
+    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2:
+        raise ConfigError("input_ids [1, T] are missing", "pass the processor's outputs: generate(model, **inputs)")
+    if prompt.shape[0] != 1:
+        raise ModelError(f"the inputs hold {prompt.shape[0]} conversations", "call generate once for each")
+    mask = inputs.pop("attention_mask", None)
+    inputs.pop("mm_token_type_ids", None)
+    if mask is None or bool(mask.all()):
+        return prompt, inputs
+    pad = int((mask[0] == 0).sum())
+    if bool(mask[0, :pad].any()):
+        raise ModelError("the attention mask hides tokens inside the prompt", "pad on the left only")
+    return prompt, {**inputs, "input_ids": prompt[:, pad:]}

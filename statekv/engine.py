@@ -1,0 +1,130 @@
+"""The front door: load a model once, open any number of streams on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from statekv.config import Config
+from statekv.models.attention import NAME, hooked
+from statekv.models.base import VideoModel
+from statekv.models.loading import load_model
+from statekv.session import Session
+from statekv.stepper import Stepper
+from statekv.video.frame import Frame
+from statekv.video.reader import count_frames, probe, read_frames
+
+# Positions beyond the video that a horizon chosen for a file leaves to questions, besides the longest answer.
+_QUESTION_ROOM = 512
+
+
+class Engine:
+    """A loaded model that opens sessions.
+
+    Args:
+        model: the checkpoint's adapter, its texts included. Its attention belongs to the engine until `close`.
+        config: settings of sessions that do not say otherwise.
+    """
+
+    def __init__(self, model: VideoModel, config: Config) -> None:
+        self.model = model
+        self.config = config
+        self.stepper = Stepper(model)
+        self._hook = hooked(model.model)
+        self._hook.__enter__()
+
+    def open(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        method: str | None = None,
+        stream: int | None = None,
+        **settings: Any,
+    ) -> Session:
+        """Open a stream.
+
+        Args:
+            source: path or URL of a video; None for a stream whose frames are pushed.
+            method: one of statekv.config.METHODS; None: the engine's dials.
+            stream: which of the file's video streams, from 0; None: the one FFmpeg thinks best.
+            settings: fields of `Config` that differ from the engine's.
+
+        Raises:
+            ConfigError: an unknown method or setting, or a value outside its range.
+            VideoError: the source cannot be opened.
+        """
+        config = self.config.with_(method, **settings)
+        if source is None:
+            return Session(self.stepper, self.stepper.open(config))
+        info = probe(source, stream)
+        frames = _count(source, config, stream)
+        horizon = self._horizon(config, frames, info.height, info.width)
+        return Session(self.stepper, self.stepper.open(config, horizon, frames), _read(source, config, stream))
+
+    def close(self) -> None:
+        """Hand the model's attention back to transformers."""
+        if self.model.text_config._attn_implementation == NAME:
+            self._hook.__exit__(None, None, None)
+
+    def _horizon(self, config: Config, frames: int | None, height: int, width: int) -> int:
+        """Positions that a file of so many frames needs; never less than the model was trained for."""
+        if frames is None:
+            return self.model.trained_length
+        prompt = self.model.prompts[config.layout]
+        span = self.model.span(frames, height, width, prompt.layout)
+        needed = span + _QUESTION_ROOM + config.max_new_tokens
+        # Only dynamic NTK scales to any length; other models are told the truth about what they were trained for.
+        return max(needed, self.model.trained_length) if self.model.rope.kind == "dynamic" else self.model.trained_length
+
+
+def load(
+    model: str = "demo",
+    method: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Engine:
+    """Load a checkpoint.
+
+    Args:
+        model: a hub id, a folder in the Hugging Face layout, or "demo".
+        method: one of statekv.config.METHODS; None is StateKV.
+        dtype: "auto": the checkpoint's own on CUDA, float32 on a CPU.
+        device: "auto": CUDA where there is one, else the CPU.
+        device_map: passed on to transformers.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+        settings: fields of `Config`.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value outside its range.
+        ModelError: a checkpoint that is not found, not supported or does not load.
+    """
+    config = Config.of(method, **settings)
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return Engine(loaded, config)
+
+
+def _count(source: str | os.PathLike[str], config: Config, stream: int | None) -> int | None:
+    # Counting reads the file once without decoding it; a URL would be fetched twice.
+    if urlsplit(str(source)).netloc:
+        return None
+    return count_frames(source, config.fps, config.max_frames, stream)
+
+
+def _read(source: str | os.PathLike[str], config: Config, stream: int | None) -> Iterator[Frame]:
+    return read_frames(source, config.fps, config.max_frames, stream, ahead=config.prefetch)

@@ -1,0 +1,41 @@
+"""The one exception family that users see: what is wrong, with which value, and the way out."""
+
+from __future__ import annotations
+
+
+class StateKVError(Exception):
+    """Anything a user can mend.
+
+    Args:
+        message: the value and the rule it breaks, in one line.
+        hint: the way out, in one line; printed after the message.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(StateKVError):
+    """A setting outside its range, or two settings that contradict each other."""
+
+
+class VideoError(StateKVError):
+    """A source that cannot be opened or holds no usable video."""
+
+
+class ModelError(StateKVError):
+    """A checkpoint that cannot be loaded, or inputs that do not belong to it."""
+
+
+class HorizonError(StateKVError):
+    """The stream would pass the positions that the rotary frequencies were scaled for."""
+
+
+class MemoryLimitError(StateKVError):
+    """The device ran out of memory."""
+
+
+class VideoWarning(UserWarning):
+    """Something about the video that the user should know, but that does not stop the work."""

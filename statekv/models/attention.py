@@ -1,0 +1,83 @@
+"""The one hook into transformers: an attention function that sees both caches' keys and returns key scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from statekv.cache.carried import CarriedCache
+from statekv.errors import ModelError
+from statekv.ops import attention_with_key_scores
+from statekv.ops.plain import attention
+
+NAME = "statekv"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run through the language model, as its attention layers need to know it.
+
+    Attributes:
+        evicting: the cache to shrink after each layer; None where nothing is evicted.
+        scored: whether the eviction needs key scores.
+        kernel: implementation of attention with key scores.
+    """
+
+    evicting: CarriedCache | None
+    scored: bool
+    kernel: str
+
+
+def attention_hook(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    statekv_pass: Pass | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend, and let the carried cache shrink at once, so that a layer's scores die with it.
+
+    Args:
+        module: transformers' attention layer; only its `layer_idx` is read.
+        query: [streams, heads, T, head_dim].
+        key, value: [streams, kv_heads, K, head_dim], carried and own, rotated.
+        attention_mask: always None; the mask is prefix-causal and made here.
+        statekv_pass: handed through the language model's keyword arguments.
+
+    Returns:
+        [streams, T, heads, head_dim], and None for the attention weights.
+    """
+    if statekv_pass is None:
+        # Without a mask of ours, a padded batch would be attended to as if the padding were text.
+        raise ModelError(
+            "this model's attention belongs to statekv and was called from outside",
+            "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back",
+        )
+    scores = None
+    if statekv_pass.scored:
+        mixed, scores = attention_with_key_scores(query, key, value, scale=scaling, impl=statekv_pass.kernel)
+    else:
+        mixed = attention(query, key, value, scale=scaling)
+    if statekv_pass.evicting is not None:
+        statekv_pass.evicting.evict(int(module.layer_idx), scores)  # type: ignore[arg-type]
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def hooked(model: PreTrainedModel) -> Iterator[None]:
+    """Route the language model's attention through the hook; afterwards everything is as it was found."""
+    before = model.config.get_text_config()._attn_implementation
+    AttentionInterface.register(NAME, attention_hook)
+    model.set_attn_implementation({"text_config": NAME})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})

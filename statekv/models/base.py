@@ -1,0 +1,201 @@
+"""What the engine needs from a model family: frames and questions turned into segments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from statekv.cache.geometry import Geometry
+from statekv.cache.stream import StreamState
+from statekv.errors import ModelError
+from statekv.models.prompt import Layout, Prompt, VisionTokens
+from statekv.models.rope_scope import RopeScope
+from statekv.video.frame import Frame
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece that enters the language model at once.
+
+    Attributes:
+        kind: prefix, step, question or token.
+        ids: [streams, T] int64.
+        embeds: [streams, T, hidden]; vision features stand where the placeholders are.
+        positions: [streams, T], or [3, streams, T] for multi-axis RoPE.
+        next_position: where the following segment goes on.
+        frames: pictures inside.
+        pts_seconds: time of the first picture.
+        extras: further keyword arguments of the language model.
+    """
+
+    kind: str
+    ids: torch.Tensor
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    next_position: int
+    frames: int = 0
+    pts_seconds: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A checkpoint's own way of writing: needed to feed frames and questions, not for ready-made inputs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    video_json: Mapping[str, Any]
+
+
+class VideoModel(ABC):
+    """One checkpoint of a family, seen as a maker of segments. It keeps nothing of any stream.
+
+    Args:
+        model: the transformers model, untouched.
+        texts: tokenizer, chat template and video processor JSON; None where inputs come from a processor.
+
+    Raises:
+        ModelError: the checkpoint uses something that is not supported.
+    """
+
+    frames_per_step: ClassVar[int] = 1
+
+    def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
+        self.model: Any = model
+        self.text_config: Any = model.config.get_text_config()
+        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ModelError(f"the checkpoint has {', '.join(sorted(kinds))} layers", "only full attention is supported")
+        self.rope = RopeScope(self.language_model.rotary_emb, self.text_config)
+        self.texts = texts
+        self.prompts: dict[str, Prompt] = {}
+        if texts is not None:
+            self._read(texts)
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.texts is not None
+        return self.texts.tokenizer
+
+    @property
+    def trained_length(self) -> int:
+        """Positions that the checkpoint was trained for."""
+        return self.rope.trained_length
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, as the checkpoint's generation settings say."""
+        generation = getattr(self.model, "generation_config", None)
+        for found in (getattr(generation, "eos_token_id", None), self.text_config.eos_token_id):
+            if found is not None:
+                return frozenset([found] if isinstance(found, int) else found)
+        return frozenset()
+
+    def geometry(self) -> Geometry:
+        """Sizes of the keys, and where each layer's keys live."""
+        c = self.text_config
+        projections = [layer.self_attn.k_proj.weight for layer in self.language_model.layers]
+        return Geometry(
+            kv_heads=c.num_key_value_heads,
+            head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+            dtype=projections[0].dtype,
+            devices=tuple(weight.device for weight in projections),
+        )
+
+    @abstractmethod
+    def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+        """The strings that mark vision in this family's text."""
+
+    @abstractmethod
+    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
+        """Take over what the checkpoint's video processor does to pixels."""
+
+    @abstractmethod
+    def enter(self, frames: Sequence[Frame], state: StreamState) -> list[Segment]:
+        """Segments of one step; the first step of a stream brings the prompt's prefix along.
+
+        Args:
+            frames: 1 … frames_per_step pictures; fewer than that are filled up as the stock processor does.
+            state: the stream that they enter; it is not changed.
+        """
+
+    @abstractmethod
+    def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
+        """Positions that a prompt with this many frames takes at most, without the question."""
+
+    @abstractmethod
+    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+        """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece."""
+
+    def question(self, text: str, state: StreamState) -> Segment:
+        """The question and the answer's header, at the stream's next position.
+
+        Raises:
+            ConfigError: an empty question, or one that holds the model's vision tokens.
+        """
+        return self.text("question", self.prompts[state.config.layout].tail_ids(text), state.position)
+
+    def token(self, token: torch.Tensor, state: StreamState) -> Segment:
+        """One generated token [streams] at the stream's next position."""
+        ids = token.view(-1, 1)
+        return Segment("token", ids, self.embed(ids), self.text_positions(state.position, 1), state.position + 1)
+
+    def text(self, kind: str, ids: Sequence[int] | torch.Tensor, position: int) -> Segment:
+        """A segment without pictures."""
+        row = torch.as_tensor(ids, device=self.model.device).view(1, -1)
+        length = row.shape[1]
+        return Segment(kind, row, self.embed(row), self.text_positions(position, length), position + length)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[streams, T] → [streams, T, hidden]."""
+        embedded: torch.Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+    def text_positions(self, start: int, length: int) -> torch.Tensor:
+        """[1, length]; families with multi-axis RoPE return [3, 1, length]."""
+        return torch.arange(start, start + length, device=self.model.device).unsqueeze(0)
+
+    def _read(self, texts: Texts) -> None:
+        self.read_recipe(texts.video_json)
+        tokens = self.vision_tokens(texts.tokenizer)
+        for layout in get_args(Layout):
+            self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
+
+
+def fill_placeholders(embeds: torch.Tensor, spots: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Put vision features [n, hidden] where `spots` [streams, T] is True.
+
+    Raises:
+        ModelError: their numbers differ.
+    """
+    if int(spots.sum()) != features.shape[0]:
+        raise ModelError(
+            f"{int(spots.sum())} placeholders for {features.shape[0]} vision features",
+            "use the processor of the same checkpoint",
+        )
+    return embeds.masked_scatter(spots.unsqueeze(-1), features.to(embeds))
+
+
+def runs(ids: torch.Tensor, tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, token) of each unbroken run of one of `tokens` in ids [T]."""
+    found = [(i, token) for i, token in enumerate(ids.tolist()) if token in tokens]
+    start = 0
+    for k, (i, token) in enumerate(found):
+        ends = k + 1 == len(found) or found[k + 1] != (i + 1, token)
+        if ends:
+            yield found[start][0], i + 1, token
+            start = k + 1

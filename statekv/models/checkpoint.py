@@ -1,0 +1,57 @@
+"""Text files of a checkpoint, on the hub or in a folder, read as the stock classes search for them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from statekv.errors import ModelError
+
+
+def read_processor_config(name_or_path: str, **hub_kwargs: Any) -> dict[str, Any]:
+    """The video processor's JSON of a checkpoint, searched for in the order of the stock classes.
+
+    Args:
+        name_or_path: a hub id or a folder.
+        hub_kwargs: as for `transformers.utils.cached_file` (revision, token, cache_dir, local_files_only …).
+
+    Raises:
+        ModelError: no such checkpoint, or none of the three files.
+    """
+    nested = read_checkpoint_json(name_or_path, "processor_config.json", **hub_kwargs) or {}
+    if "video_processor" in nested:
+        return dict(nested["video_processor"])
+    for filename in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        found = read_checkpoint_json(name_or_path, filename, **hub_kwargs)
+        if found is not None:
+            return found
+    names = "processor_config.json, video_preprocessor_config.json or preprocessor_config.json"
+    hint = "check the name; a checkpoint in the Hugging Face layout is needed, often named …-hf"
+    raise ModelError(f"no {names} in {name_or_path}", hint)
+
+
+def read_checkpoint_json(name_or_path: str, filename: str, **hub_kwargs: Any) -> dict[str, Any] | None:
+    """One JSON object of a checkpoint, or None where the checkpoint has no such file."""
+    text = read_checkpoint_file(name_or_path, filename, **hub_kwargs)
+    if text is None:
+        return None
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        rule = f"{filename} of {name_or_path} is no JSON object: {error}"
+        raise ModelError(rule, "download it again") from error
+
+
+def read_checkpoint_file(name_or_path: str, filename: str, **hub_kwargs: Any) -> str | None:
+    """One text file of a checkpoint, or None where the checkpoint has no such file."""
+    try:
+        path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    except OSError as error:
+        rule = f"cannot read {name_or_path}: {str(error).splitlines()[0]}"
+        raise ModelError(rule, "check the name, the folder or the network") from error
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()

@@ -1,0 +1,213 @@
+"""The text around the frames, as token ids: exactly what the stock processor makes of the same conversation.
+
+The stock processor renders the chat template, replaces the video placeholder by the text of all steps and
+tokenises the whole. Here the pieces are tokenised one by one. That is exact because every step ends in a
+special token, which no other token can cross; only the seam between the head and the first step needs care.
+
+Layouts: `hf` is the stock processor's. `release` is that of StateKV's public code: the frames first, without
+any chat prefix, then the chat template with the question alone. The public code has no Qwen; for Qwen3-VL the
+same order is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from statekv.errors import ConfigError, ModelError
+from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json
+
+Layout = Literal["hf", "release"]
+
+# Stands for the question where only the text before the video is wanted.
+_ANY_QUESTION = "?"
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """The strings that mark vision in a family's text.
+
+    `placeholder` is what the stock processor replaces by the steps; `pad` is repeated once per vision token,
+    between `start` and `end`; `reserved` may not occur in a question.
+    """
+
+    start: str
+    end: str
+    pad: str
+    placeholder: str
+    reserved: tuple[str, ...]
+
+
+def internvl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """InternVL names its tokens in the tokenizer's JSON, and stock takes them from there.
+
+    Raises:
+        ModelError: the tokenizer does not name them.
+    """
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    found = [getattr(tokenizer, name, None) for name in names]
+    missing = [name for name, token in zip(names, found, strict=True) if token is None]
+    if missing:
+        rule = f"the tokenizer does not define {', '.join(missing)}"
+        raise ModelError(rule, "use the checkpoint that was converted for transformers, named …-hf")
+    start, end, pad, placeholder = (str(token) for token in found)
+    return VisionTokens(start, end, pad, placeholder, reserved=(start, end, pad, placeholder))
+
+
+def qwen3_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """Qwen3-VL's tokens: as the tokenizer names them, or the usual ones, as in the stock processor.
+
+    Stock replaces only the pad token. The start and end that the chat template writes around it stay, so the
+    prompt holds a `<|vision_start|>` before the first timestamp and a `<|vision_end|>` after the last step,
+    besides each step's own.
+    """
+    start = str(getattr(tokenizer, "vision_start_token", "<|vision_start|>"))
+    end = str(getattr(tokenizer, "vision_end_token", "<|vision_end|>"))
+    pad = str(getattr(tokenizer, "video_token", "<|video_pad|>"))
+    image = str(getattr(tokenizer, "image_token", "<|image_pad|>"))
+    return VisionTokens(start, end, pad, placeholder=pad, reserved=(start, end, pad, image))
+
+
+def internvl_step(index: int, num_tokens: int, tokens: VisionTokens, layout: Layout) -> str:
+    """The text of one InternVL frame: `index` counts frames from 0, `num_tokens` vision tokens per frame."""
+    vision = tokens.start + tokens.pad * num_tokens + tokens.end
+    if layout == "release":
+        return f"{vision}\n"
+    newline = "\n" if index else ""
+    return f"{newline}Frame{index + 1}: {vision}"
+
+
+def qwen3_vl_step(first_seconds: float, last_seconds: float, num_tokens: int, tokens: VisionTokens) -> str:
+    """The text of one Qwen3-VL temporal patch: the mean of its first and last frame's times, and its tokens.
+
+    A patch that was filled by repeating its only frame has that frame's time.
+    """
+    seconds = (first_seconds + last_seconds) / 2
+    return f"<{seconds:.1f} seconds>{tokens.start}{tokens.pad * num_tokens}{tokens.end}"
+
+
+class Prompt:
+    """Token ids of a conversation of one video and one question, in the pieces that a stream needs them in.
+
+    `head_ids + first_step_ids + step_ids + … + tail_ids` is the stock processor's `input_ids` (layout `hf`).
+
+    Args:
+        tokenizer: a fast tokenizer.
+        chat_template: Jinja, see `load_chat_template`.
+        tokens: the family's vision tokens.
+        layout: `hf` or `release`.
+
+    Raises:
+        ModelError: a slow tokenizer, or a template that does not write the placeholder exactly once.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        tokens: VisionTokens,
+        layout: Layout = "hf",
+    ) -> None:
+        if not tokenizer.is_fast:
+            rule = f"{type(tokenizer).__name__} is a slow tokenizer, it cannot tell offsets"
+            raise ModelError(rule, "a checkpoint with a tokenizer.json is needed")
+        self.tokens = tokens
+        self.layout = layout
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._head = "" if layout == "release" else self._render(_ANY_QUESTION)[0]
+
+    def head_ids(self, first_step: str) -> list[int]:
+        """What comes before the first step: system prompt and user header; nothing in layout `release`.
+
+        Args:
+            first_step: the first step's text, at least up to its first special token.
+        """
+        return self._cut_head(first_step)[0]
+
+    def first_step_ids(self, text: str) -> list[int]:
+        """The first step's text. A token that crosses from the head into it belongs to it."""
+        return self._cut_head(text)[1]
+
+    def step_ids(self, text: str) -> list[int]:
+        """The text of any later step."""
+        return self._encode(text)
+
+    def tail_ids(self, question: str) -> list[int]:
+        """What comes after the last step: the question, and the header of the answer.
+
+        Raises:
+            ConfigError: an empty question, or one that holds a vision token.
+        """
+        self._check(question)
+        return self._encode(self._render(question)[1])
+
+    def _check(self, question: str) -> None:
+        if not question.strip():
+            raise ConfigError("the question is empty", "ask something about the video")
+        for token in self.tokens.reserved:
+            if token in question:
+                rule = f"the question holds the special token {token}"
+                raise ConfigError(rule, "leave it out or write it otherwise")
+
+    def _render(self, question: str) -> tuple[str, str]:
+        """The chat around the video: the text before and after it."""
+        video = [{"type": "video", "video": ""}] if self.layout == "hf" else []
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": [*video, {"type": "text", "text": question}]}
+        ]
+        rendered = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+        )
+        text = str(rendered)
+        if self.layout == "release":
+            return "", text
+        before, *after = text.split(self.tokens.placeholder)
+        if len(after) != 1:
+            rule = f"the chat template writes {self.tokens.placeholder} {len(after)} times for one video"
+            raise ModelError(rule, "use the chat template of the original checkpoint")
+        return before, after[0]
+
+    def _cut_head(self, first_step: str) -> tuple[list[int], list[int]]:
+        encoded = self._tokenizer(
+            self._head + first_step, add_special_tokens=self.layout == "hf", return_offsets_mapping=True
+        )
+        ids: list[int] = encoded["input_ids"]
+        ends: Sequence[tuple[int, int]] = encoded["offset_mapping"]
+        cut = sum(end <= len(self._head) for _, end in ends)
+        return ids[:cut], ids[cut:]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def load_chat_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase, **hub_kwargs: Any) -> str:
+    """The chat template that `AutoProcessor` would use, which cannot itself be loaded without torchvision.
+
+    In stock order: processor_config.json, chat_template.json (which no tokenizer reads), chat_template.jinja;
+    then the tokenizer's own.
+
+    Args:
+        name_or_path: a hub id or a folder.
+        tokenizer: of the same checkpoint.
+        hub_kwargs: as for `transformers.utils.cached_file`.
+
+    Raises:
+        ModelError: no template anywhere.
+    """
+    for filename in ("processor_config.json", "chat_template.json"):
+        template = (read_checkpoint_json(name_or_path, filename, **hub_kwargs) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    template = (
+        read_checkpoint_file(name_or_path, "chat_template.jinja", **hub_kwargs) or tokenizer.chat_template
+    )
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        raise ModelError(f"{name_or_path} has no chat template", "use an instruction-tuned checkpoint")
+    return str(template)

@@ -1,0 +1,39 @@
+"""Rotary frequencies for a fixed horizon, and the position grids of multi-axis RoPE."""
+
+from __future__ import annotations
+
+import torch
+
+
+def dynamic_ntk_frequencies(
+    theta: float, dim: int, trained_length: int, factor: float, horizon: int
+) -> torch.Tensor:
+    """Inverse frequencies of dynamic NTK scaling, as if the sequence were `horizon` positions long.
+
+    Args:
+        theta: base of the trained frequencies.
+        dim: rotated size of a head.
+        trained_length: positions seen in training; up to there nothing is scaled.
+        factor: the checkpoint's scaling factor.
+        horizon: positions that the stream may reach.
+
+    Returns:
+        [dim / 2] float32.
+
+    Source: "dynamic" in transformers' modeling_rope_utils; here the length is chosen once instead of followed.
+    """
+    length = max(horizon, trained_length)
+    base = theta * (factor * length / trained_length - (factor - 1)) ** (dim / (dim - 2))
+    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+
+
+def text_positions(start: int, length: int, device: torch.device) -> torch.Tensor:
+    """[3, 1, length]: text counts up on all three axes at once."""
+    return torch.arange(start, start + length, device=device).expand(3, 1, -1)
+
+
+def grid_positions(start: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """[3, 1, height · width]: one picture of merged patches: time stands still, rows and columns count."""
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    return start + torch.stack([torch.zeros_like(rows), rows, columns]).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Pixels with times: reads, samples, prefetches and writes video, and knows nothing of models."""

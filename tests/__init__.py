@@ -1,0 +1,3 @@
+from tests.stock import declare_operators
+
+declare_operators()

@@ -1,0 +1,80 @@
+"""The stock Hugging Face processors, for tests to compare with.
+
+They need torchvision, whose compiled half may belong to another build of torch. Its Python half then fails at
+import, because it describes two operators that were never declared; declaring them is enough for everything
+that processors use. With such a torchvision installed, transformers cannot even import a model;
+`tests/__init__.py` therefore declares them before anything else happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+@functools.cache
+def declare_operators() -> torch.library.Library | None:
+    """Declare torchvision's operators where its compiled half does not load; keep what is returned."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    for compiled in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(compiled))
+            return None
+        except OSError:
+            continue
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in _OPERATORS:
+        library.define(operator)
+    return library
+
+
+def _require_torchvision() -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: no stock processor to compare with")
+    declare_operators()
+
+
+def video_processor(family: str, values: dict[str, Any]) -> Any:
+    """The stock video processor of `internvl` or `qwen3_vl` with the values of a checkpoint's JSON."""
+    _require_torchvision()
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    classes = {"internvl": InternVLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
+    return classes[family].from_dict(values)
+
+
+def smart_resize() -> Any:
+    """Stock's rule for the size of a Qwen3-VL video."""
+    _require_torchvision()
+    from transformers.models.qwen3_vl import video_processing_qwen3_vl
+
+    return video_processing_qwen3_vl.smart_resize
+
+
+def tv_functional() -> Any:
+    """torchvision.transforms.v2.functional"""
+    _require_torchvision()
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
+def processor(folder: str) -> Any:
+    """AutoProcessor on a checkpoint folder."""
+    _require_torchvision()
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)

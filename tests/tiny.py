@@ -1,0 +1,286 @@
+"""Tiny random checkpoints of both families: real tokenizer, real JSON files, random weights; built in well
+under a second.
+
+Weights are much larger than a fresh model's, so that logits differ clearly and greedy decoding does not tie.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from tests import stock
+
+FAMILIES = ("internvl", "qwen3_vl")
+
+# Merges come from these lines: the words of the prompts, so that seams between pieces are seams of real
+# tokens.
+_CORPUS = """system user assistant You are a helpful assistant.
+Frame1: Frame2: Frame10: Frame11: <0.5 seconds> <1.2 seconds> <10.0 seconds>
+What is written on the board? What happens in the video, and when? Describe the video. How many people are
+there? The red square moves to the left; the blue circle is behind it. Was ist zu sehen? Größe, Straße, naïve,
+视频里有什么
+"""
+
+_CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+_INTERNVL_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['content'] is string -%}{{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}{{- '<IMG_CONTEXT>\\n' -}}
+            {%- elif part['type'] == 'video' -%}{{- '<video>\\n' -}}
+            {%- elif part['type'] == 'text' -%}{{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+_QWEN_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.content is string -%}{{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {%- if part.type == 'image' or 'image' in part -%}<|vision_start|><|image_pad|><|vision_end|>
+            {%- elif part.type == 'video' or 'video' in part -%}<|vision_start|><|video_pad|><|vision_end|>
+            {%- elif 'text' in part -%}{{- part.text -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_SQUARE = {
+    "size": {"height": 32, "width": 32},
+    "resample": 3,
+    "do_resize": True,
+    "do_rescale": True,
+    **_IMAGENET,
+}
+_PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, **_HALF}
+
+# The JSON files beside the weights, each with the keys that the public checkpoints have.
+_JSON_FILES: dict[str, dict[str, dict[str, Any]]] = {
+    "internvl": {
+        "preprocessor_config.json": {
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "processor_class": "InternVLProcessor",
+            "crop_to_patches": False,
+            "min_patches": 1,
+            "max_patches": 12,
+            "do_normalize": True,
+            "rescale_factor": 1 / 255,
+            **_SQUARE,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "InternVLVideoProcessor",
+            "processor_class": "InternVLProcessor",
+            "do_center_crop": None,
+            "do_normalize": True,
+            "rescale_factor": 1 / 255,
+            **_SQUARE,
+        },
+        "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+    },
+    "qwen3_vl": {
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"shortest_edge": 256, "longest_edge": 16777216},
+            **_PATCHES,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"shortest_edge": 512, "longest_edge": 25165824},
+            **_PATCHES,
+        },
+        "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random checkpoint in memory: float32, eval mode."""
+
+    family: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def chat_template(self) -> str:
+        return {"internvl": _INTERNVL_TEMPLATE, "qwen3_vl": _QWEN_TEMPLATE}[self.family]
+
+    @property
+    def video_json(self) -> dict[str, Any]:
+        """What the checkpoint's video_preprocessor_config.json holds."""
+        return dict(_JSON_FILES[self.family]["video_preprocessor_config.json"])
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The stock processor; skips the test where torchvision is not installed."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_texts(Path(folder))
+            return stock.processor(folder)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the checkpoint as the hub holds it: weights, config, tokenizer, chat template, processors."""
+        self.model.save_pretrained(folder)
+        self._save_texts(Path(folder))
+        return Path(folder)
+
+    def _save_texts(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        for name, values in _JSON_FILES[self.family].items():
+            (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        self.config.save_pretrained(folder)
+
+
+def tiny(family: str, seed: int = 0, max_position_embeddings: int = 4096) -> Tiny:
+    """A tiny random model of a family with its tokenizer; equal seeds give equal weights."""
+    tokenizer = _tokenizer(family)
+    build = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[family]
+    model = build(tokenizer, max_position_embeddings).eval()
+    _randomise(model, seed)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id
+    )
+    return Tiny(family, model, tokenizer)
+
+
+def video(num_frames: int, height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
+    """A video of coarse random blocks, other ones in every frame: uint8 [N, 3, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (num_frames, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    return torch.nn.functional.interpolate(blocks, size=(height, width), mode="nearest")
+
+
+def _internvl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {
+        "model_type": "qwen2",
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+        **_text(tokenizer, max_position_embeddings),
+    }
+    config = InternVLConfig(
+        vision_config={**vision, "attention_bias": True, "image_size": [32, 32], "patch_size": [8, 8]},
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+def _qwen3_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    vision = {"hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    pieces = {"patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        vision_config={**vision, **pieces},
+        text_config={"head_dim": 16, "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": max_position_embeddings,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    # Every parameter, also those that a fresh model sets to zero (class token, positions) or one (norms,
+    # layer scale).
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        around_one = ("norm" in name and name.endswith("weight")) or "lambda" in name
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.2 * noise if around_one else 0.2 * noise)
+
+
+@functools.cache
+def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    # Trained once per test run: vocabulary and merges of a byte-level BPE with Qwen2's splitting rule.
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    trained.train_from_iterator(_CORPUS.splitlines(), trainer)
+    state = json.loads(trained.to_str())["model"]
+    return state["vocab"], [tuple(pair) for pair in state["merges"]]
+
+
+def _tokenizer(family: str) -> PreTrainedTokenizerBase:
+    vocab, merges = _bpe()
+    tokenizer = Qwen2Tokenizer(
+        vocab=dict(vocab),
+        merges=list(merges),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=_INTERNVL_TOKENS if family == "internvl" else {},
+        chat_template=_INTERNVL_TEMPLATE if family == "internvl" else _QWEN_TEMPLATE,
+    )
+    special = [*_CHAT_TOKENS, *(_INTERNVL_TOKENS.values() if family == "internvl" else _QWEN_TOKENS)]
+    tokenizer.add_tokens(special, special_tokens=True)
+    return tokenizer

@@ -1,0 +1,39 @@
+import dataclasses
+
+import pytest
+import torch
+
+from statekv.errors import VideoError
+from statekv.video.frame import Frame
+
+
+def test_holds_pixels_and_times():
+    frame = Frame(torch.zeros(3, 4, 6, dtype=torch.uint8), 1.5, 0.04)
+    assert (frame.pts_seconds, frame.duration_seconds) == (1.5, 0.04)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frame.pts_seconds = 2.0
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (1, 3, 4, 6), (1, 4, 6), (3, 0, 6)])
+def test_refuses_other_shapes(shape):
+    with pytest.raises(VideoError, match=r"must be \[3, H, W\]"):
+        Frame(torch.zeros(shape, dtype=torch.uint8), 0.0)
+
+
+def test_refuses_other_types():
+    with pytest.raises(VideoError, match=r"torch\.float32"):
+        Frame(torch.zeros(3, 4, 6), 0.0)
+
+
+@pytest.mark.parametrize(
+    "pts, duration", [(float("nan"), 0.0), (float("inf"), 0.0), (0.0, -1.0), (0.0, float("nan"))]
+)
+def test_refuses_times_that_are_none(pts, duration):
+    with pytest.raises(VideoError, match="must be finite"):
+        Frame(torch.zeros(3, 4, 6, dtype=torch.uint8), pts, duration)
+
+
+def test_hint_names_the_way_out_for_channels_last():
+    with pytest.raises(VideoError) as caught:
+        Frame(torch.zeros(4, 6, 3, dtype=torch.uint8), 0.0)
+    assert "permute(2, 0, 1)" in caught.value.hint

@@ -1,0 +1,134 @@
+"""Training batches: clips of the demo world with their questions, as pixels, tokens, positions and labels.
+
+One clip serves several questions at once: the sequence is [video | question 1 + answer 1 | question 2 …], a mask
+keeps the questions from seeing each other, and each one's positions continue the video's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from statekv.demo.render import render
+from statekv.demo.world import FIRST_TEST_SEED, Question, Story, questions, write_story
+from training.model import PICTURE, TOKENS_PER_FRAME
+
+IGNORE = -100
+LONGEST_SPAN = 32768  # positions
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels [B·F, 3, P, P] · input_ids, positions, labels [B, L] int64 · mask [1, 1, L, L] bool (True = may see)."""
+
+    pixels: torch.Tensor
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+
+
+class BatchMaker:
+    """Makes batches out of a seed; nothing is stored, the world is endless."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions_per_clip: int = 5) -> None:
+        self.tokenizer = tokenizer
+        self.questions_per_clip = questions_per_clip
+
+    def make(self, rng: np.random.Generator, clips: int, frames: int) -> Batch:
+        """A batch of `clips` clips of `frames` frames, in one prompt layout; deterministic in `rng`."""
+        layout = "release" if rng.random() < 0.2 else "hf"
+        pixels, videos, positions, asked = [], [], [], []
+        for _ in range(clips):
+            story = write_story(int(rng.integers(FIRST_TEST_SEED)), float(frames))
+            pixels.append(render(story, np.arange(frames, dtype=np.float64), PICTURE))
+            first_label = 1 if rng.random() < 0.5 else int(rng.integers(1, 999 - frames))
+            video, owner = self._video_tokens(layout, frames, first_label)
+            videos.append(video)
+            positions.append(_positions(rng, owner))
+            asked.append([self._ask(q, layout, first_label) for q in self._choose(rng, story, layout)])
+        return self._assemble(np.stack(pixels), np.stack(videos), np.stack(positions), asked)
+
+    def _video_tokens(self, layout: str, frames: int, first_label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of the frames and, for each token, the number of the frame it belongs to."""
+        picture = "<img>" + "<IMG_CONTEXT>" * TOKENS_PER_FRAME + "</img>"
+        if layout == "hf":
+            pieces = [f"\nFrame{first_label + i}: {picture}" for i in range(frames)]
+            pieces[0] = "<|im_start|>user" + pieces[0]
+        else:
+            pieces = [f"{picture}\n"] * frames
+        encoded = [self.tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+        owner = np.repeat(np.arange(frames), [len(ids) for ids in encoded])
+        return np.concatenate(encoded).astype(np.int64), owner
+
+    def _choose(self, rng: np.random.Generator, story: Story, layout: str) -> list[Question]:
+        pool = [q for q in questions(story, rng, per_kind=3) if layout == "hf" or q.kind != "when"]
+        order = rng.permutation(len(pool))
+        seen: set[str] = set()
+        # One of each kind first, then whatever is left.
+        order = sorted(order, key=lambda i: (pool[i].kind in seen, seen.add(pool[i].kind))[0])
+        chosen = [pool[i] for i in order[: self.questions_per_clip]]
+        rng.shuffle(chosen)  # type: ignore[arg-type]
+        return (chosen * self.questions_per_clip)[: self.questions_per_clip]
+
+    def _ask(self, question: Question, layout: str, first_label: int) -> tuple[list[int], list[int]]:
+        answer = question.answer
+        if question.kind == "when":
+            answer = str(int(answer) + first_label - 1)
+        head = "\n" if layout == "hf" else "<|im_start|>user\n"
+        prompt = f"{head}{question.text}<|im_end|>\n<|im_start|>assistant\n"
+        encode = self.tokenizer.encode
+        return encode(prompt, add_special_tokens=False), encode(f"{answer}<|im_end|>", add_special_tokens=False)
+
+    def _assemble(
+        self,
+        pixels: NDArray[np.uint8],
+        videos: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        asked: list[list[tuple[list[int], list[int]]]],
+    ) -> Batch:
+        clips, length = videos.shape
+        block = max(len(prompt) + len(answer) for clip in asked for prompt, answer in clip)
+        ids = np.full((clips, self.questions_per_clip, block), self.tokenizer.pad_token_id, np.int64)
+        labels = np.full_like(ids, IGNORE)
+        for c, clip in enumerate(asked):
+            for q, (prompt, answer) in enumerate(clip):
+                ids[c, q, : len(prompt) + len(answer)] = prompt + answer
+                # The label of a position is the token after it.
+                labels[c, q, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
+        tail = positions[:, -1:, None] + 1 + np.arange(block)  # [B, 1, block]
+        tail = np.broadcast_to(tail, ids.shape).reshape(clips, -1)
+        frames = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+        return Batch(
+            (frames - _MEAN) / _STD,
+            torch.from_numpy(np.concatenate([videos, ids.reshape(clips, -1)], 1)),
+            torch.from_numpy(np.concatenate([positions, tail], 1)),
+            torch.from_numpy(np.concatenate([np.full_like(videos, IGNORE), labels.reshape(clips, -1)], 1)),
+            _block_mask(length, self.questions_per_clip, block),
+        )
+
+
+def _positions(rng: np.random.Generator, owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Plain positions for half of the clips; for the rest a random start and random gaps between frames."""
+    plain = np.arange(len(owner))
+    if rng.random() < 0.5:
+        return plain
+    frames, length = int(owner[-1]) + 1, len(owner)
+    spare = LONGEST_SPAN - length - 64
+    extra = int(np.exp(rng.uniform(0.0, np.log(spare))))
+    cuts = np.sort(rng.integers(0, extra + 1, size=frames))
+    return plain + cuts[owner]
+
+
+def _block_mask(video: int, blocks: int, block: int) -> torch.Tensor:
+    length = video + blocks * block
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    number = torch.arange(blocks).repeat_interleave(block)
+    mask[video:, video:] &= number[:, None] == number[None, :]
+    return mask[None, None]
