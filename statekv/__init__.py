@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from statekv.errors import explained
+
 if TYPE_CHECKING:
     from statekv.config import Config
     from statekv.dropin import generate
@@ -31,6 +33,13 @@ __all__ = ["Config", "Engine", "Frame", "Session", "StateKVError", "__version__"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'statekv' has no attribute {name!r}")
+    try:
         return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'statekv' has no attribute {name!r}")
+    except (ImportError, RuntimeError) as error:
+        raise explained(error) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

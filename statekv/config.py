@@ -65,8 +65,11 @@ class Config:
             _check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "seed"):
             _check_count(name, getattr(self, name), least=0)
-        if self.fps is not None and not self.fps > 0:
-            raise ConfigError(f"fps is {self.fps}, but must be above 0", "leave it out for 1 frame per second")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
+        _check_rate(self.fps)
+        if not isinstance(self.pin_prefix, bool):
+            raise ConfigError(f"pin_prefix is {self.pin_prefix!r}, but must be True or False", "leave it out for False")
         if "sink_recent" in (self.carry, self.recall) and self.sinks >= self.budget:
             raise ConfigError(
                 f"sinks is {self.sinks} with a budget of {self.budget}, but the sinks count towards the budget",
@@ -83,8 +86,7 @@ class Config:
         return cls().with_(method, **settings)
 
     def with_(self, method: str | None = None, **settings: Any) -> Config:
-        """A copy with another method and other settings; None leaves a setting as it is."""
-        settings = {name: value for name, value in settings.items() if value is not None}
+        """A copy with another method and other settings."""
         known = [field.name for field in fields(self)]
         for name in settings:
             check_name("setting", name, known)
@@ -111,4 +113,11 @@ def _check_count(name: str, value: object, least: int) -> None:
     if value is None and name in ("max_frames", "horizon"):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least {least}", f"raise {name}")
+        rule = f"{name} is {value!r}, but must be a whole number of at least {least}"
+        raise ConfigError(rule, f"give {least} or more")
+
+
+def _check_rate(fps: object) -> None:
+    number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
+    if fps is not None and not (number and 0 < fps < float("inf")):  # type: ignore[operator]
+        raise ConfigError(f"fps is {fps!r}, but must be a number above 0", "leave it out for 1 frame per second")

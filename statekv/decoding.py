@@ -56,7 +56,7 @@ class Sampling:
         Returns:
             [streams] int64.
         """
-        scores = self._processors(ids, logits.float())
+        scores: torch.Tensor = self._processors(ids, logits.float())  # type: ignore[arg-type]
         if not self.do_sample:
             return scores.argmax(-1)
         drawn = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator)
@@ -65,14 +65,14 @@ class Sampling:
     def _build(self) -> LogitsProcessorList:
         made: list[Any] = []
         try:
-            if self.repetition_penalty not in (None, 1.0):
-                made.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-            if self.do_sample and self.temperature not in (None, 1.0):
-                made.append(TemperatureLogitsWarper(self.temperature))
+            if self.repetition_penalty is not None and self.repetition_penalty != 1:
+                made.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+            if self.do_sample and self.temperature is not None and self.temperature != 1:
+                made.append(TemperatureLogitsWarper(float(self.temperature)))
             if self.do_sample and self.top_k:
                 made.append(TopKLogitsWarper(self.top_k))
-            if self.do_sample and self.top_p not in (None, 1.0):
-                made.append(TopPLogitsWarper(self.top_p))
+            if self.do_sample and self.top_p is not None and self.top_p != 1:
+                made.append(TopPLogitsWarper(float(self.top_p)))
         except ValueError as error:
             raise ConfigError(str(error).splitlines()[0], "leave the parameter out to go without it") from None
         return LogitsProcessorList(made)

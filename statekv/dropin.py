@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, ModelError
-from statekv.models.attention import hooked
+from statekv.models.attention import attention_left_as_found
+from statekv.models.base import VideoModel
 from statekv.models.loading import wrap_model
-from statekv.stepper import Stepper
+from statekv.stepper import Stepper, memory_limit
 
 _INPUTS = (
     "input_ids",
@@ -25,6 +26,27 @@ _INPUTS = (
     "mm_token_type_ids",
 )
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+_STOCK_TOP_K = 50  # what transformers draws from where nobody says otherwise
+
+# Parameters of a GenerationConfig that change an answer and are not followed here, with the values that do nothing.
+_NOT_FOLLOWED = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "stop_strings": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "sequence_bias": (None,),
+    "guidance_scale": (None, 1),
+    "min_p": (None,),
+    "typical_p": (None, 1),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "penalty_alpha": (None,),
+}
 
 
 def generate(
@@ -57,41 +79,59 @@ def generate(
         ConfigError: an unknown argument, or a value outside its range.
         ModelError: an unsupported model, more than one conversation, or inputs of another processor.
     """
-    inputs = {name: inputs_and_settings.pop(name) for name in _INPUTS if name in inputs_and_settings}
-    generation = generation_config or model.generation_config
-    chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
-    chosen["do_sample"] = bool(chosen["do_sample"])
-    end = inputs_and_settings.pop("eos_token_id", None)
-    limit = inputs_and_settings.pop("max_new_tokens", None) or generation.max_new_tokens
-    config = Config.of(method, max_new_tokens=limit, **inputs_and_settings)
-    prompt, inputs = _one_conversation(inputs)
     adapter = wrap_model(model)
-    ends = adapter.end_tokens if end is None else frozenset([end] if isinstance(end, int) else end)
-    sampling = Sampling(config.max_new_tokens, ends, **chosen)
+    generation = generation_config or model.generation_config
+    _refuse_unfollowed(generation)
+    inputs = {name: inputs_and_settings.pop(name) for name in _INPUTS if name in inputs_and_settings}
+    chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
+    ends = _end_tokens(adapter, inputs_and_settings.pop("eos_token_id", None), generation_config)
+    limit = inputs_and_settings.pop("max_new_tokens", generation.max_new_tokens)
+    config = Config.of(method, **({} if limit is None else {"max_new_tokens": limit}), **inputs_and_settings)
+    if chosen["top_k"] is None:
+        chosen["top_k"] = _STOCK_TOP_K
+    sampling = Sampling(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
+    prompt, inputs = _one_conversation(inputs)
     tokens, logits = _run(Stepper(adapter), config, inputs, sampling)
     sequences = torch.cat([prompt, torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)], dim=1)
     if not return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, logits=tuple(logits) if output_logits else None)
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        logits=tuple(logits) if output_logits else None,  # type: ignore[arg-type]
+    )
 
 
 def _run(
     stepper: Stepper, config: Config, inputs: dict[str, Any], sampling: Sampling
 ) -> tuple[list[int], list[torch.Tensor]]:
-    length = inputs["input_ids"].shape[1]
+    prompt = inputs["input_ids"]
+    longest = prompt.shape[1] + sampling.max_new_tokens
     # Stock scales dynamic-NTK RoPE by the longest position so far; here by the longest there will be.
-    horizon = max(length + sampling.max_new_tokens, stepper.model.trained_length)
-    state = stepper.open(config, horizon)
-    state.detailed.reserve(length + sampling.max_new_tokens)
-    with torch.inference_mode(), hooked(stepper.model.model):
+    state = stepper.open(config, max(longest, stepper.model.trained_length), room=0)
+    with torch.inference_mode(), memory_limit(), attention_left_as_found(stepper.model.model):
+        state.detailed.reserve(longest)
         for segment in stepper.model.segments(inputs):
-            if segment.kind == "question":
-                if not segment.length:
-                    raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
-                answered = list(stepper.answer(state, segment, sampling))
-            else:
+            if segment.kind != "question":
                 stepper.prefill(state, segment)
+                continue
+            if not segment.length:
+                raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
+            answered = list(stepper.answer(state, segment, sampling, prompt))
     return [token for token, _ in answered], [logits for _, logits in answered]
+
+
+def _end_tokens(adapter: VideoModel, given: Any, generation: GenerationConfig | None) -> frozenset[int]:
+    for found in (given, getattr(generation, "eos_token_id", None)):
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return adapter.end_tokens
+
+
+def _refuse_unfollowed(generation: GenerationConfig) -> None:
+    for name, idle in _NOT_FOLLOWED.items():
+        value = getattr(generation, name, None)
+        if value not in idle:
+            raise ConfigError(f"the generation config sets {name}={value!r}, which is not followed", f"unset {name}")
 
 
 def _one_conversation(inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

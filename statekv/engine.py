@@ -10,23 +10,20 @@ from urllib.parse import urlsplit
 import torch
 
 from statekv.config import Config
-from statekv.models.attention import NAME, hooked
+from statekv.errors import HorizonError
 from statekv.models.base import VideoModel
 from statekv.models.loading import load_model
 from statekv.session import Session
-from statekv.stepper import Stepper
+from statekv.stepper import Stepper, room_for_answers
 from statekv.video.frame import Frame
-from statekv.video.reader import count_frames, probe, read_frames
-
-# Positions beyond the video that a horizon chosen for a file leaves to questions, besides the longest answer.
-_QUESTION_ROOM = 512
+from statekv.video.reader import VideoInfo, count_frames, probe, read_frames
 
 
 class Engine:
     """A loaded model that opens sessions.
 
     Args:
-        model: the checkpoint's adapter, its texts included. Its attention belongs to the engine until `close`.
+        model: the checkpoint's adapter, its texts included. Its attention is ours from the first step until `close`.
         config: settings of sessions that do not say otherwise.
     """
 
@@ -34,8 +31,7 @@ class Engine:
         self.model = model
         self.config = config
         self.stepper = Stepper(model)
-        self._hook = hooked(model.model)
-        self._hook.__enter__()
+        self._attention_before = model.text_config._attn_implementation
 
     def open(
         self,
@@ -55,29 +51,41 @@ class Engine:
         Raises:
             ConfigError: an unknown method or setting, or a value outside its range.
             VideoError: the source cannot be opened.
+            HorizonError: the file is longer than the model's positions reach.
         """
         config = self.config.with_(method, **settings)
         if source is None:
             return Session(self.stepper, self.stepper.open(config))
         info = probe(source, stream)
         frames = _count(source, config, stream)
-        horizon = self._horizon(config, frames, info.height, info.width)
+        horizon = self._horizon(config, frames, info)
         return Session(self.stepper, self.stepper.open(config, horizon, frames), _read(source, config, stream))
 
-    def close(self) -> None:
-        """Hand the model's attention back to transformers."""
-        if self.model.text_config._attn_implementation == NAME:
-            self._hook.__exit__(None, None, None)
+    def check_question(self, question: str) -> None:
+        """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
+        self.model.prompts[self.config.layout].tail_ids(question)
 
-    def _horizon(self, config: Config, frames: int | None, height: int, width: int) -> int:
-        """Positions that a file of so many frames needs; never less than the model was trained for."""
-        if frames is None:
-            return self.model.trained_length
-        prompt = self.model.prompts[config.layout]
-        span = self.model.span(frames, height, width, prompt.layout)
-        needed = span + _QUESTION_ROOM + config.max_new_tokens
-        # Only dynamic NTK scales to any length; other models are told the truth about what they were trained for.
-        return max(needed, self.model.trained_length) if self.model.rope.kind == "dynamic" else self.model.trained_length
+    def close(self) -> None:
+        """Hand the model's attention back to transformers; a session that goes on takes it again."""
+        self.model.model.set_attn_implementation({"text_config": self._attention_before})
+
+    def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
+        """Positions for a file of so many frames; never fewer than the model was trained for.
+
+        Raises:
+            HorizonError: the model's RoPE cannot be scaled that far; known before any work is done.
+        """
+        trained = self.model.trained_length
+        if frames is None or config.horizon is not None:
+            return trained
+        layout = self.model.prompts[config.layout].layout
+        needed = self.model.span(frames, info.height, info.width, layout) + room_for_answers(config)
+        if needed > trained and self.model.rope.kind != "dynamic":
+            raise HorizonError(
+                f"{frames} frames need up to {needed} positions, but the model was trained for {trained}",
+                f"lower fps or max_frames, or accept the risk with horizon={needed}",
+            )
+        return max(needed, trained)
 
 
 def load(

@@ -39,3 +39,16 @@ class MemoryLimitError(StateKVError):
 
 class VideoWarning(UserWarning):
     """Something about the video that the user should know, but that does not stop the work."""
+
+
+def explained(error: Exception) -> Exception:
+    """The error of a failed import, or what to do about it where a broken torchvision is behind it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "torchvision" in str(cause):
+            return ModelError(
+                "the installed torchvision does not fit the installed torch, so that transformers cannot be imported",
+                "statekv does not need it: pip uninstall torchvision, or install the build that matches torch",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return error

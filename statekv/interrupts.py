@@ -11,14 +11,17 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Hold back KeyboardInterrupt until the block is done; only the main thread ever gets one."""
-    if threading.current_thread() is not threading.main_thread():
+    """Hold back KeyboardInterrupt until the block is done; a second Ctrl-C gets through at once."""
+    # None: a handler that Python did not install and could not put back.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     caught = False
 
     def remember(signum: int, frame: FrameType | None) -> None:
         nonlocal caught
+        if caught:
+            raise KeyboardInterrupt
         caught = True
 
     before = signal.signal(signal.SIGINT, remember)

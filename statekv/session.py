@@ -13,7 +13,8 @@ from statekv.cache.stream import StreamState
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
 from statekv.interrupts import deferred_interrupts
-from statekv.stepper import Stepper
+from statekv.models.base import Segment
+from statekv.stepper import Stepper, memory_limit
 from statekv.streaming_text import StreamingText
 from statekv.video.frame import Frame
 
@@ -69,6 +70,7 @@ class Session:
     steps: int = 0
     _waiting: list[Frame] = field(default_factory=list)
     _broken: str = ""
+    _closed: bool = False
     _answering: bool = False
 
     @property
@@ -87,12 +89,15 @@ class Session:
 
         Raises:
             ConfigError: the session has no source.
+            HorizonError, MemoryLimitError: as `push`.
         """
+        self._check_growing()
         if self.source is None:
             raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
         while True:
             began = time.perf_counter()
-            frame = next(self.source, None)
+            with deferred_interrupts():  # an interrupted source could not go on
+                frame = next(self.source, None)
             self.seconds.decode += time.perf_counter() - began
             if frame is None:
                 return
@@ -104,13 +109,13 @@ class Session:
         """Let frames enter; they become part of the stream as soon as a step is full.
 
         Raises:
+            ConfigError: not a frame, or one of another size than its partner in the step; the stream is as it was.
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
         for frame in frames:
-            if self._broken:
-                raise StateKVError(self._broken, "questions still work; open a new session to watch on")
-            self._check_idle()
+            self._check_growing()
+            self._check_frame(frame)
             with deferred_interrupts():
                 self._waiting.append(frame)
                 if len(self._waiting) == self.stepper.model.frames_per_step:
@@ -160,12 +165,11 @@ class Session:
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
-        self._check_idle()
+        self._check_askable()
         mark = self.state.mark()
         try:
             with torch.inference_mode():
-                self._peek()
-                segment = self.stepper.model.question(question, self.state)
+                segment = self._entering_question(question)
                 return self.stepper.logits(self.stepper.prefill(self.state, segment, "answer")).float()
         finally:
             self.state.crop_to(mark)
@@ -176,7 +180,7 @@ class Session:
         if close is not None:
             close()
         self.source = None
-        self._broken = "this session is closed"
+        self._closed = True
         self._waiting.clear()
         self.state.free()
 
@@ -193,7 +197,7 @@ class Session:
         mark = self.state.mark()
         self._waiting.clear()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), memory_limit():
                 began = time.perf_counter()
                 entering = self.stepper.model.enter(frames, self.state)
                 seen = time.perf_counter()
@@ -201,24 +205,15 @@ class Session:
                 for segment in entering:
                     self.stepper.prefill(self.state, segment)
         except BaseException as error:
+            self._waiting = frames[:-1]
             self._step_failed(error, mark.tokens)
             self.state.crop_to(mark)
             raise
         took = time.perf_counter() - seen
         self.seconds.prefill += took
         self.steps += 1
-        return Progress(
-            self.steps,
-            self.state.frames,
-            frames[-1].pts_seconds,
-            took,
-            self.state.carried.length,
-            self.state.tokens,
-        )
-
-    def _check_idle(self) -> None:
-        if self._answering:
-            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+        carried, tokens = self.state.carried.length, self.state.tokens
+        return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens)
 
     def _step_failed(self, error: BaseException, tokens: int) -> None:
         # Layers in front of the failure have carried the step already, those behind it have not. Errors that are
@@ -227,38 +222,61 @@ class Session:
             self._broken = f"a step failed after {tokens} tokens ({type(error).__name__})"
 
     def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[str]:
-        self._check_idle()
-        model = self.stepper.model
+        self._check_askable()
         began = time.perf_counter()
         mark = self.state.mark()
         self._answering = True
         try:
             with torch.inference_mode():
-                segment = model.question(question, self.state)
-                if not self.frames:
-                    raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
-                if self._peek():
-                    segment = model.question(question, self.state)
-            text = StreamingText(model.tokenizer, stop)
+                segment = self._entering_question(question)
+            text = StreamingText(self.stepper.model.tokenizer, stop)
             for token, _ in self.stepper.answer(self.state, segment, sampling):
                 if token in sampling.end_tokens:
                     break
                 yield text.push(token)
                 if text.stopped:
-                    return
+                    break
             yield text.rest()
         finally:
             self._answering = False
             self.state.crop_to(mark)
             self.seconds.answer += time.perf_counter() - began
 
-    def _peek(self) -> bool:
-        """Show frames that wait for a full step to the question, without making them part of the stream."""
+    def _entering_question(self, question: str) -> Segment:
+        """The question's segment, after frames that wait for a full step have been shown to it.
+
+        Those do not become part of the stream: they are cropped away with the question.
+        """
+        model = self.stepper.model
+        segment = model.question(question, self.state)
         if not self._waiting:
-            return False
-        for segment in self.stepper.model.enter(self._waiting, self.state):
-            self.stepper.prefill(self.state, segment, "peek")
-        return True
+            return segment
+        for waiting in model.enter(self._waiting, self.state):
+            self.stepper.prefill(self.state, waiting, "peek")
+        return model.question(question, self.state)
+
+    def _check_growing(self) -> None:
+        if self._closed:
+            raise ConfigError("this session is closed", "open a new one")
+        if self._answering:
+            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+        if self._broken:
+            raise StateKVError(self._broken, "questions still work; open a new session to watch on")
+
+    def _check_askable(self) -> None:
+        if self._closed:
+            raise ConfigError("this session is closed", "open a new one")
+        if self._answering:
+            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+        if not self.frames:
+            raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
+
+    def _check_frame(self, frame: Frame) -> None:
+        if not isinstance(frame, Frame):
+            raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
+        if self._waiting and frame.data.shape != self._waiting[0].data.shape:
+            sizes = [tuple(picture.data.shape[1:]) for picture in (self._waiting[0], frame)]
+            raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
 
     def _sampling(
         self,

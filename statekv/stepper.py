@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import HorizonError, MemoryLimitError
-from statekv.models.attention import Pass
+from statekv.models.attention import Pass, take_attention
 from statekv.models.base import Segment, VideoModel
 
 # carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
@@ -21,8 +21,17 @@ from statekv.models.base import Segment, VideoModel
 Mode = Literal["carry", "peek", "answer"]
 
 
+# Positions that a stream leaves to a question, besides the longest answer.
+_QUESTION_ROOM = 512
+
+
+def room_for_answers(config: Config) -> int:
+    """Positions that a question and its answer may take."""
+    return _QUESTION_ROOM + config.max_new_tokens
+
+
 class Stepper:
-    """Runs segments through a model whose attention is hooked (see `statekv.models.attention.hooked`).
+    """Runs segments through a model, whose attention it routes through the hook and keeps there.
 
     Args:
         model: maker of segments, and the weights.
@@ -31,16 +40,25 @@ class Stepper:
     def __init__(self, model: VideoModel) -> None:
         self.model = model
 
-    def open(self, config: Config, horizon: int | None = None, frames_expected: int | None = None) -> StreamState:
+    def open(
+        self,
+        config: Config,
+        horizon: int | None = None,
+        frames_expected: int | None = None,
+        room: int | None = None,
+    ) -> StreamState:
         """An empty stream.
 
         Args:
             config: dials, budget and the rest.
             horizon: positions to scale RoPE for; None: the trained length.
             frames_expected: frames of the whole video, where known.
+            room: positions below the horizon that steps leave to questions; None: enough for most.
         """
         horizon = config.horizon or horizon or self.model.trained_length
-        return StreamState(self.model.geometry(), config, horizon, frames_expected)
+        if room is None:
+            room = min(room_for_answers(config), horizon // 4)
+        return StreamState(self.model.geometry(), config, horizon, frames_expected, room)
 
     @torch.inference_mode()
     def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
@@ -59,21 +77,26 @@ class Stepper:
             ConfigError: a pinned prefix that fills the budget; nothing has entered.
             MemoryLimitError: the device is out of memory.
         """
-        if segment.next_position > state.horizon:
+        reach = state.horizon - (state.room if mode == "carry" else 0)
+        if segment.next_position > reach:
             raise HorizonError(
-                f"the stream would reach position {segment.next_position}, but RoPE is scaled for {state.horizon}",
-                f"open the stream with a horizon above {segment.next_position}",
+                f"position {segment.next_position} is past {reach}, as far as RoPE reaches for this stream",
+                f"open the stream with a horizon above {state.horizon}; questions about what was seen still work",
             )
         if segment.kind == "prefix":
             state.expect_prefix(segment.length)
+        if segment.kind == "question":
+            state.detailed.begin_answer()
         cache = state.detailed if mode == "answer" else state.carried
         evicting = None
-        if isinstance(cache, CarriedCache):
-            cache.make_room(segment.length)
-            evicting = cache if mode == "carry" else None
-        scored = evicting is not None and state.config.carry == "attention"
-        run = Pass(evicting, scored, state.config.kernel)
+        take_attention(self.model.model)
         with self.model.rope.held(state.horizon), memory_limit():
+            if isinstance(cache, CarriedCache):
+                cache.make_room(segment.length)
+                full = cache.length + segment.length > cache.budget
+                evicting = cache if full and mode == "carry" else None
+            scored = evicting is not None and state.config.carry == "attention"
+            run = Pass(evicting, scored, state.config.kernel)
             hidden: torch.Tensor = self.model.language_model(
                 inputs_embeds=segment.embeds,
                 position_ids=segment.positions,
@@ -97,24 +120,28 @@ class Stepper:
         return found
 
     @torch.inference_mode()
-    def answer(self, state: StreamState, question: Segment, sampling: Sampling) -> Iterator[tuple[int, torch.Tensor]]:
+    def answer(
+        self, state: StreamState, question: Segment, sampling: Sampling, prompt: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Decode an answer token by token; the caller crops the stream back to its mark afterwards.
+
+        An answer that arrives at the stream's horizon ends there.
 
         Args:
             state: the stream; grows by question and answer.
             question: text that ends where the answer begins.
             sampling: how to choose tokens and when to stop.
+            prompt: [streams, T] tokens that a repetition penalty looks at; None: the question's.
 
         Yields:
             Each token, end of turn included, with the logits [streams, vocabulary] that it was chosen from.
         """
-        state.detailed.begin_answer()
-        segment, chosen = question, question.ids
+        segment, chosen = question, question.ids if prompt is None else prompt
         for _ in range(sampling.max_new_tokens):
             logits = self.logits(self.prefill(state, segment, "answer"))
             token = sampling.choose(chosen, logits)  # [streams]
             yield int(token), logits
-            if int(token) in sampling.end_tokens:
+            if int(token) in sampling.end_tokens or state.position >= state.horizon:
                 return
             chosen = torch.cat([chosen, token[:, None]], dim=1)
             segment = self.model.token(token, state)
@@ -125,11 +152,10 @@ def memory_limit() -> Iterator[None]:
     """Turn the many ways of running out of memory into one error that says what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text: Any = str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in text and "out of memory" not in text:
-                raise
+    except (MemoryError, RuntimeError) as error:  # torch's own kinds are RuntimeErrors
+        told = str(error).lower()
+        if isinstance(error, RuntimeError) and "allocate memory" not in told and "out of memory" not in told:
+            raise
         raise MemoryLimitError(
             "out of memory in a step", "lower budget, max_frames or the video's resolution, or use a half dtype"
         ) from error

@@ -33,7 +33,9 @@ class StreamingText:
         return self._give(text, self._certain(text))
 
     def rest(self) -> str:
-        """What was held back, at the end of the answer."""
+        """What was held back, at the end of the answer; nothing after a stop string."""
+        if self.stopped:
+            return ""
         text = self._decode()
         return self._give(text, len(text))
 

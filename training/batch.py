@@ -69,11 +69,12 @@ class BatchMaker:
 
     def _choose(self, rng: np.random.Generator, story: Story, layout: str) -> list[Question]:
         pool = [q for q in questions(story, rng, per_kind=3) if layout == "hf" or q.kind != "when"]
-        order = rng.permutation(len(pool))
-        seen: set[str] = set()
+        shuffled = [pool[i] for i in rng.permutation(len(pool))]
         # One of each kind first, then whatever is left.
-        order = sorted(order, key=lambda i: (pool[i].kind in seen, seen.add(pool[i].kind))[0])
-        chosen = [pool[i] for i in order[: self.questions_per_clip]]
+        firsts = {question.kind: question for question in reversed(shuffled)}
+        rest = [question for question in shuffled if question is not firsts[question.kind]]
+        chosen = [question for question in shuffled if question is firsts[question.kind]] + rest
+        chosen = chosen[: self.questions_per_clip]
         rng.shuffle(chosen)  # type: ignore[arg-type]
         return (chosen * self.questions_per_clip)[: self.questions_per_clip]
 

@@ -36,7 +36,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
     return InternVLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_token_id=tokenizer.vocab["<IMG_CONTEXT>"],
         image_seq_length=TOKENS_PER_FRAME,
         downsample_ratio=0.5,
         tie_word_embeddings=True,

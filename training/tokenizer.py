@@ -29,10 +29,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _WORDS = r"\n?Frame|\n?frame|\n| ?[A-Za-z]+|\d{1,3}|: | ?[^\sA-Za-z\d]+|\s+"
-_COMMON = """you are a helpful assistant. who what when where which how many much is was were are the a an of in on at to
-and or not no yes nothing none there did does do came come come after before first last next right left appear appeared
-seen see show shown shows card cards color colors shape shapes colour picture video frame frames second seconds it user
-system assistant please tell me describe only answer with one word"""
+_COMMON = """
+you are a helpful assistant. who what when where which how many much is was were are the a an of in on at to
+and or not no yes nothing none there did does do came come come after before first last next right left appear
+appeared seen see show shown shows card cards color colors shape shapes colour picture video frame frames second
+seconds it user system assistant please tell me describe only answer with one word
+"""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,4 +74,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _corpus() -> list[str]:
     words = sorted({*_COMMON.split(), *COLORS, *SHAPES})
     cards = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]
-    return [*words, *(f" {word}" for word in words), *cards, *map(str, range(1000)), "\nframe", "frame", ": ", "?", "\n"]
+    numbers = [str(number) for number in range(1000)]
+    return [*words, *(f" {word}" for word in words), *cards, *numbers, "\nframe", "frame", ": ", "?", "\n"]

@@ -17,7 +17,8 @@ from training.batch import IGNORE, Batch, BatchMaker
 from training.model import build_model
 from training.tokenizer import build_tokenizer
 
-# (share of the steps, fewest frames, most frames): clips grow with training; started long, it stays at the answer prior.
+# (share of the steps, fewest frames, most frames): clips grow with training; started long, the model stays at the
+# answer prior.
 CURRICULUM = ((0.15, 2, 4), (0.12, 4, 8), (0.15, 8, 16), (0.33, 16, 48), (0.25, 24, 192))
 
 
@@ -41,10 +42,8 @@ def attention_in_float32(
 
 def clip_length(rng: np.random.Generator, progress: float) -> int:
     """Frames per clip at `progress` in 0…1, log-uniform inside the stage."""
-    for share, fewest, most in CURRICULUM:
-        if progress < share:
-            break
-        progress -= share
+    ends = np.cumsum([share for share, _, _ in CURRICULUM])
+    _, fewest, most = CURRICULUM[min(int(np.searchsorted(ends, progress, side="right")), len(CURRICULUM) - 1)]
     return round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
@@ -111,7 +110,7 @@ def train(out: Path, steps: int, seed: int, peak: float, frames_per_step: int, t
         if (step + 1) % 50 == 0:
             pace = (time.perf_counter() - began) / (step + 1 - start)
             print(f"step {step + 1} frames {frames} loss {np.mean(losses[-50:]):.4f} {pace:.3f} s/step", flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == (stop or steps):
             state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
             torch.save(state, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)

@@ -88,7 +88,7 @@ class CarriedCache(Cache):
         if length <= self.budget:
             return
         born = self.born[layer][:, :, :length]
-        kept = select.best(self.rule(scores, born), self.budget)
+        kept = select.best(self.rule(scores, born, layer), self.budget)
         source, target = select.moves(kept, self.budget)
         select.apply_moves(self.buffers[layer], source, target)
         born.scatter_(-1, target, born.gather(-1, source))

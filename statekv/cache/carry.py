@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-# (key scores or None, born) → scores; all [streams, kv_heads, K]. `born` numbers the stream's tokens from 0.
-Rule = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 
-
-def carry_rule(carry: str, *, sinks: int, seed: int, pinned: int) -> Rule:
-    """The rule of a carry's name.
+class Rule:
+    """What a carry's name means.
 
     Args:
         carry: attention, recent, sink_recent or random; `all` needs no rule, for nothing is evicted.
@@ -19,31 +14,44 @@ def carry_rule(carry: str, *, sinks: int, seed: int, pinned: int) -> Rule:
         seed: of random.
         pinned: first tokens that stay whatever the rule says.
     """
-    rule = {"attention": _attention, "recent": _recent, "sink_recent": _recent, "random": _random(seed)}[carry]
-    always = max(pinned, sinks if carry == "sink_recent" else 0)
-    return _pinned(rule, always) if always else rule
+
+    def __init__(self, carry: str, *, sinks: int, seed: int, pinned: int) -> None:
+        self._carry = carry
+        self._seed = seed
+        self._always = max(pinned, sinks if carry == "sink_recent" else 0)
+
+    def __call__(self, scores: torch.Tensor | None, born: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """Score the keys of one layer.
+
+        Args:
+            scores: [streams, kv_heads, K] float32 key scores; None for rules that ignore them.
+            born: [streams, kv_heads, K] int32, the stream's tokens numbered from 0.
+            layer: index of the layer; random draws differ between layers.
+
+        Returns:
+            [streams, kv_heads, K] float; the highest stay.
+        """
+        found = self._score(scores, born, layer)
+        return found.masked_fill(born < self._always, float("inf")) if self._always else found
+
+    def _score(self, scores: torch.Tensor | None, born: torch.Tensor, layer: int) -> torch.Tensor:
+        if self._carry == "attention":
+            assert scores is not None
+            return scores
+        if self._carry == "random":
+            return _lots(born, self._seed, layer)
+        return born.double()  # float32 would tie neighbours behind 2^24 tokens
 
 
-def _attention(scores: torch.Tensor | None, born: torch.Tensor) -> torch.Tensor:
-    assert scores is not None
-    return scores
+def _lots(born: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+    """A lot in 0…1 for each token, the same at every step.
 
-
-def _recent(scores: torch.Tensor | None, born: torch.Tensor) -> torch.Tensor:
-    return born.float()  # exact up to 2^24 tokens; beyond, neighbours tie and either may go
-
-
-def _random(seed: int) -> Rule:
-    generator = torch.Generator().manual_seed(seed)
-
-    def rule(scores: torch.Tensor | None, born: torch.Tensor) -> torch.Tensor:
-        return torch.rand(born.shape, generator=generator).to(born.device)
-
-    return rule
-
-
-def _pinned(rule: Rule, first: int) -> Rule:
-    def pinned(scores: torch.Tensor | None, born: torch.Tensor) -> torch.Tensor:
-        return rule(scores, born).masked_fill(born < first, float("inf"))
-
-    return pinned
+    Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
+    lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's.
+    """
+    streams, heads, _ = born.shape
+    head = torch.arange(streams * heads, device=born.device).view(streams, heads, 1)
+    bits = (born.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
+    for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
+    return ((bits >> 11) & ((1 << 53) - 1)).double() / 2**53

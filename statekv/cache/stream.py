@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import carry_rule
+from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.config import Config
@@ -30,6 +30,8 @@ class Mark:
     position: int
     carried: int
     spans: int
+    frames: int
+    origin_seconds: float | None
 
 
 @dataclass
@@ -40,21 +42,25 @@ class StreamState:
         geometry: sizes of the model's keys.
         config: dials and budget.
         horizon: positions that RoPE is scaled for.
+        room: the last positions below the horizon, which steps leave to questions.
         frames_expected: frames of the whole video where that is known; some families size pictures by it.
         position: next RoPE position; at least the number of tokens for one-axis RoPE.
         frames: pictures that have entered.
         origin_seconds: time of the first frame; prompts count from there.
         spans: one for each segment, in order.
+        pinned: tokens of the prefix that stay carried.
     """
 
     geometry: Geometry
     config: Config
     horizon: int
     frames_expected: int | None = None
+    room: int = 0
     position: int = 0
     frames: int = 0
     origin_seconds: float | None = None
     spans: list[Span] = field(default_factory=list)
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         c = self.config
@@ -67,7 +73,7 @@ class StreamState:
         if self.config.carry == "all":
             return self.detailed
         if self._carried is None:
-            self._carried = self._make_carried(prefix=0)
+            self._carried = self._make_carried()
         return self._carried
 
     @property
@@ -89,14 +95,16 @@ class StreamState:
         Raises:
             ConfigError: the pinned prefix alone fills the budget.
         """
-        if not self.config.pin_prefix:
+        if not self.config.pin_prefix or self.config.carry == "all":
             return
-        if tokens >= self.config.budget and self.config.carry != "all":
+        assert not self.tokens, "the prefix comes first"
+        if tokens >= self.config.budget:
             raise ConfigError(
                 f"budget is {self.config.budget}, but the pinned prefix alone takes {tokens} tokens",
                 f"raise budget above {tokens} or leave the prefix unpinned",
             )
-        self._carried = self._make_carried(tokens)
+        self.pinned = tokens
+        self._carried = self._make_carried()
 
     def note(self, kind: str, length: int, pts_seconds: float | None) -> None:
         """Record that `length` tokens of a segment have just entered."""
@@ -104,13 +112,14 @@ class StreamState:
 
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
-        return Mark(self.tokens, self.position, self.carried.length, len(self.spans))
+        carried, spans = self.carried.length, len(self.spans)
+        return Mark(self.tokens, self.position, carried, spans, self.frames, self.origin_seconds)
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
         self.carried.crop(mark.carried)
         self.detailed.crop(mark.tokens)
-        self.position = mark.position
+        self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
         del self.spans[mark.spans :]
 
     def free(self) -> None:
@@ -118,7 +127,7 @@ class StreamState:
         self._carried = None
         self.detailed = DetailedCache(self.geometry)
 
-    def _make_carried(self, prefix: int) -> CarriedCache:
+    def _make_carried(self) -> CarriedCache:
         c = self.config
-        rule = carry_rule(c.carry, sinks=c.sinks, seed=c.seed, pinned=prefix)
+        rule = Rule(c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned)
         return CarriedCache(self.geometry, c.budget, rule, self.detailed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from statekv.demo.world import COLORS, Card, Story
+from statekv.demo.world import Card, Story
 
 _RGB = {
     "red": (225, 40, 40),
@@ -15,8 +17,6 @@ _RGB = {
     "pink": (235, 90, 215),
     "cyan": (60, 220, 225),
 }
-assert tuple(_RGB) == COLORS
-
 Pixels = NDArray[np.float32]
 
 
@@ -33,14 +33,18 @@ def render(story: Story, times: NDArray[np.float64], size: int) -> NDArray[np.ui
     """
     rng = np.random.default_rng([story.seed, 1])
     frames = _background(rng, times, size)
-    for card in story.cards:
+    # Drawn whether or not a card is in these times: pieces of one video must agree.
+    shades = [np.float32(rng.uniform(0.88, 1.04)) for _ in story.cards]
+    sigma = float(rng.uniform(0.0, 12.0))
+    for card, shade in zip(story.cards, shades, strict=True):
         shown = np.flatnonzero((times >= card.start_seconds) & (times < card.end_seconds))
         if shown.size:
             mask = _mask(card, size)[None, :, :, None]  # [1, H, W, 1]
-            color = np.asarray(_RGB[card.color], np.float32) * np.float32(rng.uniform(0.88, 1.04))
+            color = np.asarray(_RGB[card.color], np.float32) * shade
             frames[shown] += mask * (color - frames[shown])
-    noise = _noise(story.seed, times, frames.shape, sigma=float(rng.uniform(0.0, 12.0)))
-    return np.clip(frames + noise, 0, 255).astype(np.uint8)
+    noise = _noise(story.seed, times, frames.shape, sigma)
+    pixels: NDArray[np.uint8] = np.clip(frames + noise, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _background(rng: np.random.Generator, times: NDArray[np.float64], size: int) -> Pixels:
@@ -49,7 +53,8 @@ def _background(rng: np.random.Generator, times: NDArray[np.float64], size: int)
     frames = np.empty((len(times), size, size, 3), np.float32)
     frames[:] = rng.uniform(50, 120) + rng.uniform(-22, 22, size=3)
     for _ in range(2):
-        angle, waves, speed, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 2.5), rng.uniform(-3, 3), rng.uniform(0, 6)
+        angle, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 2.5)
+        speed, phase = rng.uniform(-3, 3), rng.uniform(0, 6)
         tint = rng.uniform(-18, 18, size=3).astype(np.float32)
         plane = 2 * np.pi * waves * (np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None])  # [H, W]
         drift = (speed * times + phase).astype(np.float32)  # [F]
@@ -69,22 +74,21 @@ def _mask(card: Card, size: int) -> Pixels:
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     dx, dy = centres[None, :] - card.x, centres[:, None] - card.y
     inside = _distance(card.shape, dx / card.radius, dy / card.radius) * card.radius * size
-    return np.clip(0.5 - inside, 0.0, 1.0)
+    covered: Pixels = np.clip(0.5 - inside, 0.0, 1.0).astype(np.float32)
+    return covered
 
 
-def _distance(shape: str, x: Pixels, y: Pixels) -> Pixels:
+def _distance(shape: str, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
     """Signed distance to the outline of a shape of radius 1, negative inside."""
     r = np.sqrt(x * x + y * y)
-    if shape == "circle":
-        return r - 1.0
-    if shape == "ring":
-        return np.abs(r - 0.78) - 0.24
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.85
-    if shape == "diamond":
-        return (np.abs(x) + np.abs(y) - 1.1) * np.float32(np.sqrt(0.5))
-    if shape == "cross":
-        ax, ay = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(ax - 1.0, ay - 0.32), np.maximum(ay - 1.0, ax - 0.32))
-    slope = np.float32(np.sqrt(0.8))  # triangle, tip up: two flanks of slope 2 and a base
-    return np.maximum((2 * np.abs(x) - y - 1.0) * np.float32(0.5) * slope, y - 0.85)
+    ax, ay = np.abs(x), np.abs(y)
+    outlines: dict[str, NDArray[Any]] = {
+        "circle": r - 1.0,
+        "ring": np.abs(r - 0.78) - 0.24,
+        "square": np.maximum(ax, ay) - 0.85,
+        "diamond": (ax + ay - 1.1) * np.sqrt(0.5),
+        "cross": np.minimum(np.maximum(ax - 1.0, ay - 0.32), np.maximum(ay - 1.0, ax - 0.32)),
+        # Tip up: two flanks of slope 2 and a base.
+        "triangle": np.maximum((2 * ax - y - 1.0) * 0.5 * np.sqrt(0.8), y - 0.85),
+    }
+    return outlines[shape]

@@ -47,7 +47,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its only right answer and the share that a guess among the kind's answers gets."""
+    """One question with its only right answer.
+
+    `chance` is the share that somebody who has not seen the video gets right by the best guess for the kind.
+    """
 
     kind: str
     text: str
@@ -73,8 +76,7 @@ def write_story(seed: int, duration_seconds: float, max_cards: int = len(COLORS)
         max_cards: at most this many cards; short videos hold fewer.
     """
     rng = np.random.default_rng(seed)
-    room = max(1, int(duration_seconds / 3.5))
-    count = int(rng.integers(1, min(max_cards, room, len(COLORS)) + 1))
+    count = int(rng.integers(1, min(max_cards, most_cards(duration_seconds)) + 1))
     colors = rng.permutation(len(COLORS))[:count]
     shapes = rng.permutation(len(SHAPES))[:count]
     durations = rng.uniform(_SHORTEST_CARD, min(_LONGEST_CARD, duration_seconds / count * 0.95), size=count)
@@ -92,6 +94,11 @@ def write_story(seed: int, duration_seconds: float, max_cards: int = len(COLORS)
             )
         )
     return Story(seed, duration_seconds, tuple(cards))
+
+
+def most_cards(duration_seconds: float) -> int:
+    """Cards that fit in a video of this length."""
+    return min(len(COLORS), max(1, int(duration_seconds / 3.5)))
 
 
 def frame_of(card: Card, fps: float) -> int:
@@ -120,20 +127,22 @@ def questions(story: Story, rng: np.random.Generator, per_kind: int = 1, fps: fl
 def _question(kind: str, story: Story, rng: np.random.Generator, fps: float) -> Question | None:
     cards = story.cards
     i = int(rng.integers(len(cards)))
-    card = cards[i]
+    card, most = cards[i], most_cards(story.duration_seconds)
     if kind == "color":
         return Question(kind, f"what color was the {card.shape}?", card.color, 1 / len(COLORS))
     if kind == "shape":
         return Question(kind, f"what shape was the {card.color} card?", card.shape, 1 / len(SHAPES))
     if kind == "count":
-        return Question(kind, "how many cards?", str(len(cards)), 1 / len(COLORS))
+        return Question(kind, "how many cards?", str(len(cards)), 1 / most)
     if kind == "when":
         frames = max(1, math.floor(story.duration_seconds * fps))
         text = f"in which frame did the {card.color} card appear?"
         return Question(kind, text, str(frame_of(card, fps)), 1 / frames)
     if kind == "after":
         follower = f"{cards[i + 1].color} {cards[i + 1].shape}" if i + 1 < len(cards) else "nothing"
-        return Question(kind, f"what came after the {card.color} card?", follower, 1 / len(COLORS))
+        # The best guess is "nothing", right for one card of each story.
+        chance = sum(1 / (n + 1) for n in range(most)) / most
+        return Question(kind, f"what came after the {card.color} card?", follower, chance)
     if len(cards) < 2:
         return None
     a, b = rng.choice(len(cards), size=2, replace=False)

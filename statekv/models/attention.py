@@ -71,12 +71,17 @@ def attention_hook(
     return mixed.transpose(1, 2).contiguous(), None
 
 
+def take_attention(model: PreTrainedModel) -> None:
+    """Route the language model's attention through the hook; nothing happens where it is already."""
+    if model.config.get_text_config()._attn_implementation != NAME:
+        AttentionInterface.register(NAME, attention_hook)
+        model.set_attn_implementation({"text_config": NAME})
+
+
 @contextmanager
-def hooked(model: PreTrainedModel) -> Iterator[None]:
-    """Route the language model's attention through the hook; afterwards everything is as it was found."""
+def attention_left_as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever happens to the language model's attention inside, it is as it was afterwards."""
     before = model.config.get_text_config()._attn_implementation
-    AttentionInterface.register(NAME, attention_hook)
-    model.set_attn_implementation({"text_config": NAME})
     try:
         yield
     finally:

@@ -75,7 +75,8 @@ class VideoModel(ABC):
         self.text_config: Any = model.config.get_text_config()
         kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
-            raise ModelError(f"the checkpoint has {', '.join(sorted(kinds))} layers", "only full attention is supported")
+            found = ", ".join(sorted(kinds))
+            raise ModelError(f"the checkpoint has {found} layers", "only full attention is supported")
         self.rope = RopeScope(self.language_model.rotary_emb, self.text_config)
         self.texts = texts
         self.prompts: dict[str, Prompt] = {}
@@ -119,6 +120,11 @@ class VideoModel(ABC):
     @abstractmethod
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         """The strings that mark vision in this family's text."""
+
+    @property
+    @abstractmethod
+    def video_token_id(self) -> int:
+        """The id that stands for a vision feature of a video."""
 
     @abstractmethod
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
@@ -172,6 +178,12 @@ class VideoModel(ABC):
     def _read(self, texts: Texts) -> None:
         self.read_recipe(texts.video_json)
         tokens = self.vision_tokens(texts.tokenizer)
+        found = texts.tokenizer.convert_tokens_to_ids(tokens.pad)
+        if found != self.video_token_id:
+            raise ModelError(
+                f"the tokenizer gives {tokens.pad} the id {found}, the model expects {self.video_token_id}",
+                "use the tokenizer of the same checkpoint",
+            )
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
 
@@ -182,12 +194,17 @@ def fill_placeholders(embeds: torch.Tensor, spots: torch.Tensor, features: torch
     Raises:
         ModelError: their numbers differ.
     """
-    if int(spots.sum()) != features.shape[0]:
-        raise ModelError(
-            f"{int(spots.sum())} placeholders for {features.shape[0]} vision features",
-            "use the processor of the same checkpoint",
-        )
+    check_placeholders(int(spots.sum()), features.shape[0])
     return embeds.masked_scatter(spots.unsqueeze(-1), features.to(embeds))
+
+
+def check_placeholders(placeholders: int, features: int) -> None:
+    """Raise a ModelError unless the text has room for exactly the pictures that came with it."""
+    if placeholders != features:
+        raise ModelError(
+            f"the text has placeholders for {placeholders} vision features, the pictures make {features}",
+            "pass all that one call of the checkpoint's own processor returned",
+        )
 
 
 def runs(ids: torch.Tensor, tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -38,10 +38,12 @@ def read_checkpoint_json(name_or_path: str, filename: str, **hub_kwargs: Any) ->
     if text is None:
         return None
     try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        rule = f"{filename} of {name_or_path} is no JSON object: {error}"
-        raise ModelError(rule, "download it again") from error
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{filename} of {name_or_path} is no JSON object", "download it again")
+    return found
 
 
 def read_checkpoint_file(name_or_path: str, filename: str, **hub_kwargs: Any) -> str | None:

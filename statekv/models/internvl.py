@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Segment, VideoModel, fill_placeholders, runs
+from statekv.models.base import Segment, VideoModel, check_placeholders, fill_placeholders, runs
 from statekv.models.pixels import InternVLRecipe, resize_and_normalise
 from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
 from statekv.video.frame import Frame
@@ -20,6 +20,10 @@ class InternVL(VideoModel):
 
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return internvl_tokens(tokenizer)
+
+    @property
+    def video_token_id(self) -> int:
+        return int(self.model.config.image_token_id)
 
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = InternVLRecipe.from_dict(video_json)
@@ -46,7 +50,9 @@ class InternVL(VideoModel):
 
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         ids: torch.Tensor = inputs["input_ids"][0]
-        pixels: torch.Tensor | None = inputs.get("pixel_values")
+        pixels = inputs.get("pixel_values")
+        given = 0 if pixels is None else len(pixels) * self.model.config.image_seq_length
+        check_placeholders(int((ids == self.model.config.image_token_id).sum()), given)
         done, patch, position = 0, 0, 0
         for start, stop, _ in runs(ids, [self.model.config.image_token_id]):
             if not done and start > 1:
@@ -54,9 +60,9 @@ class InternVL(VideoModel):
                 yield prefix
                 done, position = start - 1, prefix.next_position
             patches = (stop - start) // self.model.config.image_seq_length
-            assert pixels is not None
             # The picture's end token still belongs to the step.
-            step = self._picture(ids[done : stop + 1], pixels[patch : patch + patches], position, None)
+            shown: torch.Tensor = inputs["pixel_values"][patch : patch + patches]
+            step = self._picture(ids[done : stop + 1], shown, position, None)
             yield step
             done, patch, position = stop + 1, patch + patches, step.next_position
         yield self.text("question", ids[done:], position)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from statekv.errors import ModelError
+from statekv.errors import ConfigError, ModelError
 from statekv.models import FAMILIES, adapter
 from statekv.models.base import Texts, VideoModel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 
@@ -34,6 +37,7 @@ def load_model(
         trust_remote_code: run code that comes with the checkpoint; off unless asked for.
 
     Raises:
+        ConfigError: an unknown dtype, or a device that is not there.
         ModelError: not found, of an unsupported architecture, or not loadable, with the way out.
     """
     source = str(DEMO) if name_or_path == "demo" else name_or_path
@@ -41,15 +45,14 @@ def load_model(
     config = _read_config(source, name_or_path, trust_remote_code, hub)
     family = adapter(config.model_type)
     texts = _read_texts(source, trust_remote_code, hub)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device_map is None and torch.device(device).type == "cpu":
+    dtype, place = _dtype(dtype), _device(device)
+    if dtype == "auto" and device_map is None and place.type == "cpu":
         dtype = torch.float32
     weights: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
     if device_map is not None:
         weights["device_map"] = device_map
     model = _read_weights(source, name_or_path, weights)
-    return family(model if device_map is not None else model.to(device), texts)
+    return family(model if device_map is not None else model.to(place), texts)
 
 
 def wrap_model(model: Any) -> VideoModel:
@@ -80,32 +83,47 @@ def _read_texts(source: str, trust_remote_code: bool, hub: dict[str, Any]) -> Te
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer in {source}: {str(error).splitlines()[0]}", "download it again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = str(error).strip() or type(error).__name__
+        raise ModelError(f"no tokenizer in {source}: {told.splitlines()[0]}", "get the checkpoint again") from None
     return Texts(tokenizer, load_chat_template(source, tokenizer, **hub), read_processor_config(source, **hub))
 
 
 def _read_weights(source: str, name: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoModelForImageTextToText
+
     try:
-        from transformers import AutoModelForImageTextToText
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        told = str(error).strip() or type(error).__name__
+        if "out of memory" in told.lower() or "allocate memory" in told.lower():
+            hint = "use a smaller model, a half dtype or a device_map"
+            raise ModelError(f"{name} does not fit in memory", hint) from None
+        reason = told.splitlines()[0]
+        hint = "check dtype and device_map, or get the weights again"
+        raise ModelError(f"the weights of {name} do not load: {reason}", hint) from None
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        lost = sorted(report["missing_keys"])
+        raise ModelError(f"the weights of {name} lack {len(lost)} tensors, such as {lost[0]}", "get them again")
+    return model.eval()
 
-        return AutoModelForImageTextToText.from_pretrained(source, **settings).eval()
-    except (ImportError, RuntimeError) as error:
-        if _mentions_torchvision(error):
-            raise ModelError(
-                "the installed torchvision does not fit the installed torch, and transformers fails to import with it",
-                "statekv does not need it: pip uninstall torchvision, or install the build that matches torch",
-            ) from error
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            raise ModelError(f"{name} does not fit in memory", "use a smaller model, a half dtype or a device_map") from None
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the weights of {name} do not load: {str(error).splitlines()[0]}", "download them again") from None
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}", f"known: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
 
 
-def _mentions_torchvision(error: BaseException | None) -> bool:
-    while error is not None:
-        if "torchvision" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}", "use cpu") from None
+    return found

@@ -169,9 +169,7 @@ def _resize_as_floats(frames: torch.Tensor, height: int, width: int, mode: str) 
 
 
 def _interpolate(frames: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
-    return torch.nn.functional.interpolate(
-        frames, size=(height, width), mode=mode, align_corners=False, antialias=True
-    )
+    return torch.nn.functional.interpolate(frames, size=(height, width), mode=mode, align_corners=False, antialias=True)
 
 
 def _has_integer_bilinear() -> bool:

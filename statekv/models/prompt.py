@@ -156,9 +156,7 @@ class Prompt:
     def _render(self, question: str) -> tuple[str, str]:
         """The chat around the video: the text before and after it."""
         video = [{"type": "video", "video": ""}] if self.layout == "hf" else []
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [*video, {"type": "text", "text": question}]}
-        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*video, {"type": "text", "text": question}]}]
         rendered = self._tokenizer.apply_chat_template(
             messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
         )
@@ -203,9 +201,7 @@ def load_chat_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase, **
         template = (read_checkpoint_json(name_or_path, filename, **hub_kwargs) or {}).get("chat_template")
         if isinstance(template, str):
             return template
-    template = (
-        read_checkpoint_file(name_or_path, "chat_template.jinja", **hub_kwargs) or tokenizer.chat_template
-    )
+    template = read_checkpoint_file(name_or_path, "chat_template.jinja", **hub_kwargs) or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template is None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Segment, VideoModel, fill_placeholders, runs
+from statekv.models.base import Segment, VideoModel, check_placeholders, fill_placeholders, runs
 from statekv.models.pixels import Qwen3VLRecipe, patchify, qwen3_vl_size, resize_and_normalise
 from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
 from statekv.ops.rope import grid_positions, text_positions
@@ -28,6 +28,10 @@ class Qwen3VL(VideoModel):
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return qwen3_vl_tokens(tokenizer)
 
+    @property
+    def video_token_id(self) -> int:
+        return int(self.model.config.video_token_id)
+
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = Qwen3VLRecipe.from_dict(video_json)
 
@@ -40,9 +44,9 @@ class Qwen3VL(VideoModel):
         pixels = torch.stack([frame.data for frame in frames]).to(self.model.device)
         patches, (_, rows, columns) = patchify(resize_and_normalise(pixels, *size, self.recipe), self.recipe)
         origin = frames[0].pts_seconds if state.origin_seconds is None else state.origin_seconds
-        seconds = [frame.pts_seconds - origin for frame in (frames[0], frames[-1])]
+        first_seconds, last_seconds = frames[0].pts_seconds - origin, frames[-1].pts_seconds - origin
         prompt = self.prompts[state.config.layout]
-        text = qwen3_vl_step(*seconds, rows * columns // self.recipe.merge_size**2, prompt.tokens)
+        text = qwen3_vl_step(first_seconds, last_seconds, rows * columns // self.recipe.merge_size**2, prompt.tokens)
         grid, time = (1, rows, columns), frames[0].pts_seconds
         if state.frames:
             return [self._picture(prompt.step_ids(text), patches, grid, state.position, "video", len(frames), time)]
@@ -64,10 +68,14 @@ class Qwen3VL(VideoModel):
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         ids: torch.Tensor = inputs["input_ids"][0]
         config = self.model.config
-        pictures = {
-            config.image_token_id: _pieces(inputs.get("pixel_values"), inputs.get("image_grid_thw")),
-            config.video_token_id: _pieces(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw")),
+        sources = {
+            config.image_token_id: (inputs.get("pixel_values"), inputs.get("image_grid_thw")),
+            config.video_token_id: (inputs.get("pixel_values_videos"), inputs.get("video_grid_thw")),
         }
+        for token, (patches, _) in sources.items():
+            given = 0 if patches is None else len(patches) // config.vision_config.spatial_merge_size**2
+            check_placeholders(int((ids == token).sum()), given)
+        pictures = {token: _pieces(*source) for token, source in sources.items()}
         done, position = 0, 0
         for start, stop, token in runs(ids, list(pictures)):
             if not done and start > 1:

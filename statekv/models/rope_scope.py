@@ -57,7 +57,10 @@ class RopeScope:
 
     @contextmanager
     def held(self, horizon: int) -> Iterator[None]:
-        """Inside, the module rotates by the horizon's frequencies; afterwards it is as it was found."""
+        """Inside, the module rotates by the horizon's frequencies; afterwards it is as it was found.
+
+        One thread at a time: the module is shared by all streams of the model.
+        """
         if self.kind != "dynamic":
             yield
             return

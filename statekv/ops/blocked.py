@@ -23,12 +23,13 @@ def attention_with_key_scores(
     some_heads, some_rows = max(1, fit // rows), min(fit, rows)
     for h in range(0, streams * kv_heads, some_heads):
         head = slice(h, h + some_heads)
-        transposed = key[head].transpose(1, 2)  # [h, D, K]
+        # Products are taken in float32: large logits that cancel in the softmax would lose their differences.
+        transposed, mixable = key[head].float().transpose(1, 2), value[head].float()  # [h, D, K], [h, K, D]
         for r in range(0, rows, some_rows):
             row = slice(r, r + some_rows)
-            logits = torch.bmm(stacked[head, row], transposed).float()  # [h, r, K]
+            logits = torch.bmm(stacked[head, row].float(), transposed)  # [h, r, K]
             logits.mul_(scale)[..., keys - queries :].masked_fill_(hidden[row], float("-inf"))
             probabilities = torch.softmax(logits, -1)
             scores[head] += probabilities.sum(1)
-            mixed[head, row] = torch.bmm(probabilities.to(value.dtype), value[head])
+            mixed[head, row] = torch.bmm(probabilities, mixable).to(mixed.dtype)
     return mixed.view(query.shape), scores.view(streams, kv_heads, keys)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def dynamic_ntk_frequencies(
-    theta: float, dim: int, trained_length: int, factor: float, horizon: int
-) -> torch.Tensor:
+def dynamic_ntk_frequencies(theta: float, dim: int, trained_length: int, factor: float, horizon: int) -> torch.Tensor:
     """Inverse frequencies of dynamic NTK scaling, as if the sequence were `horizon` positions long.
 
     Args:
@@ -24,7 +22,8 @@ def dynamic_ntk_frequencies(
     """
     length = max(horizon, trained_length)
     base = theta * (factor * length / trained_length - (factor - 1)) ** (dim / (dim - 2))
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    return torch.reciprocal(base**exponents)
 
 
 def text_positions(start: int, length: int, device: torch.device) -> torch.Tensor:

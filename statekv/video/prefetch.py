@@ -44,16 +44,14 @@ class _Producer(Generic[T]):
         self.stopped = False
         for _ in range(depth):
             self.tickets.put(None)
-        self.thread = threading.Thread(
-            target=self._run, args=(iterable,), name="statekv-prefetch", daemon=True
-        )
+        self.thread = threading.Thread(target=self._run, args=(iterable,), name="statekv-prefetch", daemon=True)
         self.thread.start()
 
     def _run(self, iterable: Iterable[T]) -> None:
         error: BaseException | None = None
         try:
             self._produce(iter(iterable))
-        except BaseException as caught:  # noqa: BLE001 - whatever it is, the consumer must hear of it
+        except BaseException as caught:
             error = caught
         self.items.put(_End(error))
 

@@ -264,9 +264,7 @@ def _video_streams(container: InputContainer, source: Source) -> list[VideoStrea
     return videos
 
 
-def _pick(
-    container: InputContainer, videos: list[VideoStream], stream: int | None, source: Source
-) -> VideoStream:
+def _pick(container: InputContainer, videos: list[VideoStream], stream: int | None, source: Source) -> VideoStream:
     if stream is None:
         best: Any = container.streams.best("video")
         return best if best in videos else videos[0]

@@ -64,9 +64,7 @@ def write_video(
         partial.unlink(missing_ok=True)
 
 
-def _encode(
-    container: OutputContainer, frames: Iterable[Picture], fps: Fraction, crf: int, codec: str
-) -> None:
+def _encode(container: OutputContainer, frames: Iterable[Picture], fps: Fraction, crf: int, codec: str) -> None:
     source = (_channels_last(frame) for frame in frames)
     first = next(source, None)
     if first is None:

@@ -29,7 +29,7 @@ def test_started_after_the_first_frame():
 
 
 @pytest.mark.parametrize(
-    "text, seconds", [("00:00:06.600000000", 6.6), ("01:02:03", 3723.0), ("", None), ("6.6", None)]
+    ("text", "seconds"), [("00:00:06.600000000", 6.6), ("01:02:03", 3723.0), ("", None), ("6.6", None)]
 )
 def test_parse_timestamp(text, seconds):
     assert parse_timestamp(text) == seconds

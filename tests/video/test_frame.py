@@ -26,7 +26,7 @@ def test_refuses_other_types():
 
 
 @pytest.mark.parametrize(
-    "pts, duration", [(float("nan"), 0.0), (float("inf"), 0.0), (0.0, -1.0), (0.0, float("nan"))]
+    ("pts", "duration"), [(float("nan"), 0.0), (float("inf"), 0.0), (0.0, -1.0), (0.0, float("nan"))]
 )
 def test_refuses_times_that_are_none(pts, duration):
     with pytest.raises(VideoError, match="must be finite"):

@@ -15,7 +15,7 @@ def matrix(a, b, c, d):
 #   3 4
 # go? Worked out by hand, point by point.
 @pytest.mark.parametrize(
-    "entries, seen",
+    ("entries", "seen"),
     [
         ((1, 0, 0, 1), [[1, 2], [3, 4]]),
         ((0, 1, -1, 0), [[3, 1], [4, 2]]),

@@ -108,10 +108,14 @@ def test_a_generator_that_was_never_started_has_no_thread():
 
 def test_keyboard_interrupt_in_the_consumer_leaves_nothing():
     source = Source()
-    with pytest.raises(KeyboardInterrupt):
+
+    def consume():
         for item in prefetch(source, 2):
             if item == 3:
                 raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
     gc.collect()
     assert source.closed_on == "statekv-prefetch"
 

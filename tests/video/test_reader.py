@@ -91,7 +91,7 @@ def test_frames_without_stamps_are_given_times(tmp_path):
     assert times(read_frames(path)) == near([i / 25 for i in range(30)])
 
 
-@pytest.mark.parametrize("codec, suffix", [("libx264", ".mkv"), ("libvpx", ".webm")])
+@pytest.mark.parametrize(("codec", "suffix"), [("libx264", ".mkv"), ("libvpx", ".webm")])
 def test_a_live_recording_has_no_length_and_no_count(tmp_path, codec, suffix):
     path = write_clip(tmp_path / f"clip{suffix}", range(30), codec=codec, muxer={"live": "1"})
     info = probe(path)
@@ -121,7 +121,8 @@ def test_sound_that_outlasts_the_pictures_is_no_damage(tmp_path):
 def test_several_video_streams(tmp_path):
     path = write_two_streams(tmp_path / "clip.mp4")
     red, blue = (next(read_frames(path, stream=n)).data.float().mean(dim=(1, 2)) for n in (0, 1))
-    assert red.argmax() == 0 and blue.argmax() == 2
+    assert red.argmax() == 0
+    assert blue.argmax() == 2
     assert [count_frames(path, stream=n) for n in (0, 1)] == [10, 20]
     assert [probe(path, stream=n).stream_index for n in (0, 1)] == [0, 1]
     assert [probe(path, stream=n).width for n in (0, 1)] == [32, 64]
@@ -162,7 +163,7 @@ def test_hd_colours_use_their_own_matrix(tmp_path):
 
 # A camera held upright writes (0, 1, -1, 0): stored right is shown at the bottom, a clockwise turn.
 @pytest.mark.parametrize(
-    "matrix, turn, degrees",
+    ("matrix", "turn", "degrees"),
     [
         ((0, 1, -1, 0), lambda pixels: np.rot90(pixels, -1), 270),
         ((-1, 0, 0, -1), lambda pixels: np.rot90(pixels, 2), 180),
@@ -259,9 +260,13 @@ def test_abandoning_closes_the_file(clip, ahead, monkeypatch):
     stream.close()
     for _ in read_frames(clip, ahead=ahead):
         break
-    with pytest.raises(KeyboardInterrupt):
+
+    def consume():
         for _ in read_frames(clip, ahead=ahead):
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
     assert len(opened) == 3
     assert closed == opened
 
@@ -292,7 +297,7 @@ def test_pictures_of_grey_are_told_apart():
 
 @needs_real
 @pytest.mark.parametrize(
-    "stream, size, rate, count", [(0, (320, 180), 25, 325), (1, (480, 270), 30000 / 1001, 390)]
+    ("stream", "size", "rate", "count"), [(0, (320, 180), 25, 325), (1, (480, 270), 30000 / 1001, 390)]
 )
 def test_real_two_streams(stream, size, rate, count):
     path = REAL / "nasa_13013.mp4"

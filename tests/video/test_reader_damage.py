@@ -99,7 +99,7 @@ def unreachable(folder):
 
 @pytest.mark.parametrize("read", [first, probe])
 @pytest.mark.parametrize(
-    "make, message",
+    ("make", "message"),
     [
         (not_there, "missing.mp4 does not exist"),
         (a_folder, "is a folder"),
@@ -119,7 +119,8 @@ def test_what_cannot_be_read_is_one_error_with_a_hint(tmp_path, make, message, r
     with pytest.raises(VideoError, match=message) as caught:
         read(make(tmp_path))
     text = str(caught.value)
-    assert caught.value.hint and "\n" not in text
+    assert caught.value.hint
+    assert "\n" not in text
     assert not any(leak in text for leak in ("0x", "Errno", "secret", "token", str(tmp_path)))
 
 
@@ -135,7 +136,8 @@ def test_a_clip_cut_off_is_read_as_far_as_it_goes(noisy, tmp_path, ahead, fps):
     path.write_bytes(noisy.read_bytes()[: noisy.stat().st_size // 2])
     frames, warned = read_all(path, ahead=ahead, fps=fps)
     assert len(warned) == 1
-    assert warned[0].startswith("cut.mp4 ends at 2.") and " of 5.0 s: " in warned[0]
+    assert warned[0].startswith("cut.mp4 ends at 2.")
+    assert " of 5.0 s: " in warned[0]
     whole = [frame.pts_seconds for frame in read_frames(noisy, fps=fps)]
     assert [frame.pts_seconds for frame in frames] == whole[: len(frames)]
     assert 0.4 < len(frames) / len(whole) < 0.6
@@ -148,7 +150,8 @@ def test_damage_in_the_middle_is_skipped_and_counted(noisy, tmp_path):
     path.write_bytes(data)
     frames, warned = read_all(path)
     assert len(warned) == 1
-    assert warned[0].startswith("bad.mp4: ") and " damaged packets or frames" in warned[0]
+    assert warned[0].startswith("bad.mp4: ")
+    assert " damaged packets or frames" in warned[0]
     assert 12 <= int(warned[0].split()[1]) <= 40
     assert 80 < len(frames) <= 125
     assert frames[-1].pts_seconds == pytest.approx(124 / 25, abs=0.05)
@@ -170,7 +173,8 @@ def test_the_warning_comes_after_the_last_frame_on_the_consumers_thread(noisy, t
     while trace is not None:
         functions.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
-    assert functions[0].startswith("test_") and functions[-1] == "_issue_warnings"
+    assert functions[0].startswith("test_")
+    assert functions[-1] == "_issue_warnings"
 
 
 def test_stopping_early_is_no_damage(noisy, tmp_path):

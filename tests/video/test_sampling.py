@@ -100,7 +100,7 @@ def test_counting_leaves_the_sampler_fresh():
 
 
 @pytest.mark.parametrize(
-    "limits, named",
+    ("limits", "named"),
     [
         ({"fps": 0}, "fps is 0"),
         ({"fps": -1}, "fps is -1"),

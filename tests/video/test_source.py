@@ -31,7 +31,7 @@ def box(kind, body=b"", length=None):
 
 
 @pytest.mark.parametrize(
-    "content, incomplete",
+    ("content", "incomplete"),
     [
         (box(b"ftyp", b"isom") + box(b"mdat", b"x" * 50, length=5000), True),
         (box(b"ftyp", b"isom") + box(b"moov", b"x" * 50, length=5000), True),

@@ -73,7 +73,7 @@ def test_a_failure_leaves_the_old_file_and_no_new_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "frames, settings, message",
+    ("frames", "settings", "message"),
     [
         (lambda: greys(2, (63, 48)), {}, "63x48"),
         (lambda: greys(2, (64, 47)), {}, "64x47"),

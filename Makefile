@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up by themselves; a second run reuses .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.ready
+	$(BIN)/statekv demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) statekv-demo .pytest_cache .mypy_cache .ruff_cache
+
+# torch comes first and alone: its exact version is what finds a CPU build on machines that offer one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[plot]'
+	touch $@
+
+# The tests compare with processors that need torchvision. Beside a torch of another build it breaks every import of
+# transformers, so it lies apart, where only the tests look.
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[plot,dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/stock torchvision==0.28.0
+	touch $@

@@ -1,0 +1,213 @@
+"""StateKV by hand: one plain layer loop in float64 over a model's own weights, heads and keys in Python lists.
+
+Written from the paper's section 3 and the two architectures, sharing no line with the library. Token ids, vision
+features and multi-axis positions come from the stock processor and the stock model, for the whole video at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.tiny import Tiny
+
+# (scores of each key, birth of each key, budget) → indices of those that stay.
+Keep = Callable[[torch.Tensor, list[int], int], list[int]]
+
+
+def best(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
+    """The keys with the highest scores."""
+    return sorted(range(len(born)), key=lambda j: -float(scores[j]))[:budget]
+
+
+def newest(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
+    """The newest keys."""
+    return sorted(range(len(born)), key=lambda j: -born[j])[:budget]
+
+
+def always(first: int, rule: Keep) -> Keep:
+    """Tokens born before `first` stay; `rule` chooses among the others."""
+
+    def keep(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
+        fixed = [j for j, token in enumerate(born) if token < first]
+        free = [j for j, token in enumerate(born) if token >= first]
+        chosen = rule(scores[free], [born[j] for j in free], budget - len(fixed))
+        return fixed + [free[i] for i in chosen]
+
+    return keep
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What enters at once: [T, hidden], [axes, T], and for each deepstack layer what is added to it [T, hidden]."""
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    added: list[torch.Tensor]
+
+
+@dataclass
+class Head:
+    """What one key head of one layer remembers."""
+
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    born: list[int] = field(default_factory=list)
+    all_keys: list[torch.Tensor] = field(default_factory=list)
+    all_values: list[torch.Tensor] = field(default_factory=list)
+
+
+class ByHand:
+    """A language model that is stepped by hand.
+
+    Args:
+        made: whose weights.
+        budget: keys kept per layer and head.
+        keep: who stays.
+        horizon: length that dynamic NTK is scaled for.
+    """
+
+    def __init__(self, made: Tiny, budget: int, keep: Keep = best, horizon: int = 0) -> None:
+        self.config = made.config.get_text_config()
+        self.budget, self.keep = budget, keep
+        self.weights: dict[str, torch.Tensor] = {
+            name: value.double() for name, value in made.model.model.language_model.state_dict().items()
+        }
+        self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.dim: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+        self.frequencies = self._frequencies(horizon)
+        self.memory = [[Head() for _ in range(self.kv_heads)] for _ in range(self.config.num_hidden_layers)]
+
+    def step(self, piece: Piece) -> torch.Tensor:
+        """[T, hidden], the last layer's normalised states."""
+        x = piece.embeds.double()
+        angles = self._angles(piece.positions)
+        for layer, heads in enumerate(self.memory):
+            x = x + self._attention(layer, heads, self._norm(x, f"layers.{layer}.input_layernorm"), angles)
+            y = self._norm(x, f"layers.{layer}.post_attention_layernorm")
+            gate, up = (self._linear(y, f"layers.{layer}.mlp.{name}_proj") for name in ("gate", "up"))
+            x = x + self._linear(gate * torch.sigmoid(gate) * up, f"layers.{layer}.mlp.down_proj")
+            if layer < len(piece.added):
+                x = x + piece.added[layer].double()
+        return self._norm(x, "norm")
+
+    def kept(self, layer: int) -> torch.Tensor:
+        """[1, kv_heads, length], ascending."""
+        return torch.tensor([[sorted(head.born) for head in self.memory[layer]]], dtype=torch.int32)
+
+    def detailed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every token, each [1, kv_heads, tokens, head_dim]."""
+        keys = torch.stack([torch.stack(head.all_keys) for head in self.memory[layer]])
+        values = torch.stack([torch.stack(head.all_values) for head in self.memory[layer]])
+        return keys[None].float(), values[None].float()
+
+    def _attention(self, layer: int, heads: list[Head], x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        own, group = len(x), self.heads // self.kv_heads
+        queries = self._rotate(self._project(layer, "q", x), angles)  # [heads, T, D]
+        keys = self._rotate(self._project(layer, "k", x), angles)
+        values = self._project(layer, "v", x)
+        mixed = torch.empty(self.heads, own, self.dim, dtype=torch.float64)
+        for h, head in enumerate(heads):
+            past = len(head.keys)
+            head.born.extend(range(len(head.all_keys), len(head.all_keys) + own))
+            for mine, fresh in ((head.keys, keys[h]), (head.values, values[h])):
+                mine.extend(fresh)
+            head.all_keys.extend(keys[h])
+            head.all_values.extend(values[h])
+            visible_keys, visible_values = torch.stack(head.keys), torch.stack(head.values)
+            scores = torch.zeros(past + own, dtype=torch.float64)
+            for g in range(h * group, (h + 1) * group):
+                products = queries[g] @ visible_keys.T / self.dim**0.5  # [own, past + own]
+                for i in range(own):
+                    products[i, past + i + 1 :] = -torch.inf
+                attention = torch.exp(products - products.amax(-1, keepdim=True))
+                attention = attention / attention.sum(-1, keepdim=True)
+                mixed[g] = attention @ visible_values
+                scores += attention.sum(0)
+            if past + own > self.budget:
+                stay = self.keep(scores, head.born, self.budget)
+                head.keys = [head.keys[j] for j in stay]
+                head.values = [head.values[j] for j in stay]
+                head.born = [head.born[j] for j in stay]
+        return self._linear(mixed.transpose(0, 1).reshape(own, -1), f"layers.{layer}.self_attn.o_proj")
+
+    def _project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        projected = self._linear(x, f"layers.{layer}.self_attn.{name}_proj")
+        projected = projected.view(len(x), -1, self.dim).transpose(0, 1)
+        norm = f"layers.{layer}.self_attn.{name}_norm"
+        return self._norm(projected, norm) if f"{norm}.weight" in self.weights else projected
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        product = x @ self.weights[f"{name}.weight"].T
+        bias = self.weights.get(f"{name}.bias")
+        return product if bias is None else product + bias
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        size = (x.square().mean(-1, keepdim=True) + float(self.config.rms_norm_eps)).sqrt()
+        return x / size * self.weights[f"{name}.weight"]
+
+    def _frequencies(self, horizon: int) -> torch.Tensor:
+        rope = self.config.rope_parameters
+        theta, trained = rope["rope_theta"], self.config.max_position_embeddings
+        if rope["rope_type"] == "dynamic" and horizon > trained:
+            stretch = rope["factor"] * horizon / trained - (rope["factor"] - 1)
+            theta = theta * stretch ** (self.dim / (self.dim - 2))
+        return torch.tensor([theta ** (-2 * i / self.dim) for i in range(self.dim // 2)], dtype=torch.float64)
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """[T, head_dim / 2]; with three axes the frequencies take turns: time, rows, columns, time …"""
+        axes = [0] * (self.dim // 2)
+        if len(positions) == 3:
+            _, rows, columns = self.config.rope_parameters["mrope_section"]
+            for turn in range(rows):
+                axes[3 * turn + 1] = 1
+            for turn in range(columns):
+                axes[3 * turn + 2] = 2
+        return positions.double()[axes].T * self.frequencies
+
+    def _rotate(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+@torch.no_grad()
+def pieces_of(made: Tiny, inputs: dict[str, Any], prefix: int) -> list[Piece]:
+    """A conversation about one video, cut behind `prefix` tokens and behind every end of a picture.
+
+    The last piece is the question.
+    """
+    model: Any = made.model
+    ids = inputs["input_ids"]
+    embeds = model.get_input_embeddings()(ids)[0].double()
+    added: list[torch.Tensor] = []
+    if made.family == "internvl":
+        spots = ids[0] == made.config.image_token_id
+        features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+        embeds[spots] = features.flatten(0, 1).double()
+        positions = torch.arange(ids.shape[1])[None]
+        end = made.tokenizer.convert_tokens_to_ids("</img>")
+    else:
+        spots = ids[0] == made.config.video_token_id
+        grid = inputs["video_grid_thw"]
+        seen = model.model.get_video_features(inputs["pixel_values_videos"], grid, return_dict=True)
+        embeds[spots] = joined(seen.pooler_output).double()
+        for feature in seen.deepstack_features:
+            added.append(torch.zeros_like(embeds))
+            added[-1][spots] = joined(feature).double()
+        types = inputs["mm_token_type_ids"]
+        positions = model.model.get_rope_index(ids, mm_token_type_ids=types, video_grid_thw=grid)[0][:, 0]
+        end = made.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    # An end token that follows a picture; Qwen's template writes one more behind the last step.
+    ends = [i + 1 for i in range(1, ids.shape[1]) if ids[0, i] == end and spots[i - 1]]
+    cuts = [0, prefix, *ends, ids.shape[1]]
+    return [Piece(embeds[a:b], positions[:, a:b], [layer[a:b] for layer in added]) for a, b in itertools.pairwise(cuts)]
+
+
+def joined(features: Any) -> torch.Tensor:
+    """[n, hidden] of all pictures; versions of transformers differ in whether they hand out one tensor or a tuple."""
+    return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))

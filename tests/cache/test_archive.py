@@ -1,0 +1,248 @@
+"""Saving and loading a stream equals going on with it, bit for bit; what is no whole saved stream is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from statekv.cache import archive
+from statekv.cache.archive import load_stream, save_stream
+from statekv.cache.carried import CarriedCache
+from statekv.cache.stream import StreamState
+from statekv.errors import ModelError, StateKVError
+from statekv.session import Session
+from tests.talk import QUESTION, assert_same_answer, assert_same_stream, session_answer, shared_engine, some_frames
+from tests.tiny import FAMILIES
+
+FRAMES, SPLIT = 12, 6
+STREAMS: dict[str, dict[str, Any]] = {
+    "attention": {"budget": 30},
+    "random": {"budget": 30, "carry": "random", "seed": 5},
+    "pinned": {"budget": 30, "pin_prefix": True},
+    "sink_recent": {"budget": 30, "carry": "sink_recent", "recall": "sink_recent", "sinks": 3},
+    "all": {"carry": "all"},
+    "release": {"budget": 30, "layout": "release"},
+    "roomy": {"budget": 4000},
+}
+
+
+def watched(family: str, frames: int, **settings: Any) -> Session:
+    session = shared_engine(family).open(**settings)
+    session.push(some_frames(FRAMES)[:frames])
+    return session
+
+
+def reloaded(session: Session, folder: Path) -> Session:
+    save_stream(session.state, folder)
+    return Session(session.stepper, load_stream(folder, session.state.geometry))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_stream_goes_on_as_if_nothing_had_happened(family: str, name: str, tmp_path: Path) -> None:
+    going = watched(family, SPLIT, **STREAMS[name])
+    loaded = reloaded(going, tmp_path / "saved")
+    assert_same_stream(loaded, going)
+    assert_same_answer(session_answer(loaded), session_answer(going))
+    for frame in some_frames(FRAMES)[SPLIT:]:
+        loaded.push([frame])
+        going.push([frame])
+    assert_same_stream(loaded, going)
+    assert torch.equal(loaded.logits(QUESTION), going.logits(QUESTION))
+    assert_same_slots(loaded.state, going.state)
+
+
+def assert_same_slots(found: StreamState, expected: StreamState) -> None:
+    """Also the order inside of the carried cache, which decides about ties."""
+    if expected.config.carry == "all":
+        return
+    assert isinstance(found.carried, CarriedCache)
+    assert isinstance(expected.carried, CarriedCache)
+    assert found.carried.lengths == expected.carried.lengths
+    for a, b, length in zip(found.carried.born, expected.carried.born, expected.carried.lengths, strict=True):
+        assert torch.equal(a[..., :length], b[..., :length])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_times_and_spans_come_back(family: str, tmp_path: Path) -> None:
+    going = watched(family, SPLIT, budget=30, pin_prefix=True, horizon=900, max_new_tokens=3, fps=None)
+    found = reloaded(going, tmp_path / "saved").state
+    for field in dataclasses.fields(StreamState):
+        assert getattr(found, field.name) == getattr(going.state, field.name), field.name
+    assert found.pinned > 0
+    assert found.origin_seconds == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_stream_can_be_saved(family: str, tmp_path: Path) -> None:
+    loaded = reloaded(watched(family, 0, budget=30), tmp_path / "saved")
+    loaded.push(some_frames(4))
+    assert_same_stream(loaded, watched(family, 4, budget=30))
+
+
+def test_asking_before_saving_changes_nothing(tmp_path: Path) -> None:
+    asked = watched("internvl", SPLIT, budget=30)
+    asked.ask(QUESTION)
+    assert_same_stream(reloaded(asked, tmp_path / "saved"), watched("internvl", SPLIT, budget=30))
+
+
+def test_saving_leaves_the_stream_alone(tmp_path: Path) -> None:
+    going, other = (watched("internvl", SPLIT, budget=30, carry="random") for _ in range(2))
+    save_stream(going.state, tmp_path / "saved")
+    for session in (going, other):
+        session.push(some_frames(FRAMES)[SPLIT:])
+    assert_same_stream(going, other)
+
+
+def test_a_loaded_stream_and_its_twin_do_not_share_memory(tmp_path: Path) -> None:
+    loaded = reloaded(watched("internvl", SPLIT, budget=30), tmp_path / "saved")
+    loaded.push(some_frames(FRAMES)[SPLIT:])
+    again = load_stream(tmp_path / "saved", loaded.state.geometry)
+    assert again.frames == SPLIT
+    assert_same_stream(Session(loaded.stepper, again), watched("internvl", SPLIT, budget=30))
+
+
+def test_the_folder_holds_safetensors_and_json_and_no_more_than_the_tokens(tmp_path: Path) -> None:
+    session = watched("internvl", SPLIT, budget=30)
+    save_stream(session.state, tmp_path / "new" / "saved")
+    folder = tmp_path / "new" / "saved"
+    assert sorted(path.name for path in folder.iterdir()) == ["stream.json", "stream.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["saved"]
+    json.loads((folder / "stream.json").read_text())
+    with safe_open(folder / "stream.safetensors", "pt") as tensors:
+        assert tensors.get_slice("detailed.0").get_shape()[-2] == session.state.tokens
+    per_token = session.state.geometry.bytes_per_token
+    size = (folder / "stream.safetensors").stat().st_size
+    assert size < per_token * (session.state.tokens + 30) + 30_000
+
+
+# What is refused
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_stream(watched("internvl", 2, budget=30).state, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def geometry() -> Any:
+    return shared_engine("internvl").model.geometry()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kv_heads": 1},
+        {"head_dim": 32},
+        {"dtype": torch.bfloat16},
+        {"devices": (torch.device("cpu"),) * 2},
+        {"streams": 2},
+    ],
+)
+def test_a_model_with_other_keys_is_refused(saved: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="holds keys of") as caught:
+        load_stream(saved, dataclasses.replace(geometry(), **other))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_existing_folder_is_left_alone(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(StateKVError, match="exists already"):
+        save_stream(watched("internvl", 4, budget=30).state, saved)
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("path", ["", "nothing/here"])
+def test_a_folder_without_a_stream_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(StateKVError, match="no saved stream"):
+        load_stream(tmp_path / path, geometry())
+
+
+def _truncate_tensors(folder: Path) -> None:
+    tensors = folder / "stream.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+
+
+def _remove_tensors(folder: Path) -> None:
+    (folder / "stream.safetensors").unlink()
+
+
+def _not_json(folder: Path) -> None:
+    (folder / "stream.json").write_text("{")
+
+
+def _not_an_object(folder: Path) -> None:
+    (folder / "stream.json").write_text("[]")
+
+
+def _edit(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    facts = json.loads((folder / "stream.json").read_text())
+    edit(facts)
+    (folder / "stream.json").write_text(json.dumps(facts))
+
+
+def _of_another_version(folder: Path) -> None:
+    _edit(folder, lambda facts: facts.update(format=99))
+
+
+def _without_geometry(folder: Path) -> None:
+    _edit(folder, lambda facts: facts.pop("geometry"))
+
+
+def _with_an_unknown_setting(folder: Path) -> None:
+    _edit(folder, lambda facts: facts["config"].update(invented=1))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate_tensors,
+        _remove_tensors,
+        _not_json,
+        _not_an_object,
+        _of_another_version,
+        _without_geometry,
+        _with_an_unknown_setting,
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(saved: Path, damage: Callable[[Path], None]) -> None:
+    damage(saved)
+    with pytest.raises(StateKVError) as caught:
+        load_stream(saved, geometry())
+    assert "\n" not in str(caught.value)
+    assert "saved" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["tensors", "facts"])
+def test_nothing_is_left_of_a_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moment: str
+) -> None:
+    state = watched("internvl", 2, budget=30).state
+
+    def half(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        raise error
+
+    def fail(*_: Any) -> NoReturn:
+        raise error
+
+    with monkeypatch.context() as patch:
+        if moment == "tensors":
+            patch.setattr(archive, "save_file", half)
+        else:
+            patch.setattr(archive, "_facts", fail)
+        with pytest.raises((type(error), StateKVError)):
+            save_stream(state, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+    save_stream(state, tmp_path / "saved")
+    assert load_stream(tmp_path / "saved", state.geometry).frames == 2

@@ -1,0 +1,260 @@
+"""Never more than the budget, always whole, always the right keys."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from statekv.cache.carried import CarriedCache
+from statekv.cache.carry import Rule
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.geometry import Geometry
+from statekv.ops import select
+from tests.cache.tokens import check_whole, geometry, keys, values
+
+CARRIES = ["attention", "recent", "sink_recent", "random"]
+
+
+def carried(
+    budget: int, carry: str = "attention", g: Geometry | None = None, sinks: int = 4, seed: int = 0, pinned: int = 0
+) -> CarriedCache:
+    g = g or geometry()
+    rule = Rule(carry, sinks=sinks, seed=seed, pinned=pinned)
+    return CarriedCache(g, budget, rule, DetailedCache(g))
+
+
+def random_scores(cache: CarriedCache, layer: int, seed: int) -> torch.Tensor:
+    shape = (cache.geometry.streams, cache.geometry.kv_heads, cache.lengths[layer])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1000 * layer + seed))
+
+
+def held(cache: CarriedCache, layer: int) -> torch.Tensor:
+    """[streams, kv_heads, length] token numbers in slot order, read off the keys themselves."""
+    key, value = cache.buffers[layer][..., : cache.lengths[layer], :]
+    return check_whole(cache.geometry, layer, key, value)
+
+
+def step(cache: CarriedCache, tokens: int, seed: int = 0, evict: bool = True) -> None:
+    """One step, as the attention layers make it: layer by layer append, attend, evict."""
+    g, start = cache.geometry, cache.detailed.length
+    new = range(start, start + tokens)
+    cache.make_room(tokens)
+    for layer in range(g.layers):
+        before = held(cache, layer)
+        key, value = cache.update(keys(g, layer, new), values(g, layer, new), layer)
+        seen = check_whole(g, layer, key, value)
+        assert torch.equal(seen[..., : before.shape[-1]], before)
+        assert (seen[..., before.shape[-1] :] == torch.tensor(list(new))).all()  # the own keys last, in order
+        if evict:
+            cache.evict(layer, random_scores(cache, layer, seed))
+
+
+def sizes(seed: int, longest: int, steps: int = 40) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randint(1, longest) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize(("budget", "longest"), [(20, 7), (20, 20), (20, 55), (1, 3)])
+@pytest.mark.parametrize("carry", CARRIES)
+def test_stays_within_the_budget_and_whole(carry: str, budget: int, longest: int, streams: int) -> None:
+    cache = carried(budget, carry, geometry(streams=streams), sinks=0 if budget == 1 else 4)
+    total = 0
+    for number, tokens in enumerate(sizes(budget + longest, longest)):
+        total += tokens
+        step(cache, tokens, seed=number)
+        assert cache.length == cache.get_seq_length() == min(total, budget)
+        assert set(cache.lengths) == {cache.length}
+        for layer in range(cache.geometry.layers):
+            tokens_held = held(cache, layer).sort(-1).values
+            assert torch.equal(cache.kept(layer), tokens_held)
+            assert (tokens_held.diff(dim=-1) > 0).all()  # none twice
+    assert cache.detailed.length == total
+    for layer in range(cache.geometry.layers):
+        detailed = check_whole(cache.geometry, layer, cache.detailed.keys(layer), cache.detailed.values(layer))
+        assert (detailed == torch.arange(total)).all()
+
+
+@pytest.mark.parametrize(("budget", "longest"), [(20, 7), (20, 55)])
+def test_keeps_what_a_gather_would(budget: int, longest: int) -> None:
+    """Sets of tokens per layer and head, chosen by hand from the same scores, over many steps."""
+    cache = carried(budget, "attention", geometry(streams=2))
+    expected: dict[tuple[int, int, int], list[int]] = {}
+    for number, tokens in enumerate(sizes(3, longest)):
+        start = cache.detailed.length
+        cache.make_room(tokens)
+        for layer in range(3):
+            new = range(start, start + tokens)
+            cache.update(keys(cache.geometry, layer, new), values(cache.geometry, layer, new), layer)
+            scores = random_scores(cache, layer, number)
+            slots = held(cache, layer)
+            for s in range(2):
+                for h in range(2):
+                    known = expected.get((layer, s, h), [])
+                    assert sorted(slots[s, h].tolist()) == sorted([*known, *new])
+                    ranked = sorted(zip(scores[s, h].tolist(), slots[s, h].tolist(), strict=True), reverse=True)
+                    expected[layer, s, h] = [token for _, token in ranked[:budget]]
+            cache.evict(layer, scores)
+    for (layer, s, h), tokens_kept in expected.items():
+        assert cache.kept(layer)[s, h].tolist() == sorted(tokens_kept)
+    assert len({tuple(sorted(tokens_kept)) for tokens_kept in expected.values()}) == len(expected)
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_addresses_are_constant_once_full(carry: str) -> None:
+    cache = carried(20, carry)
+    for tokens in (7, 7, 7, 9):
+        step(cache, tokens)
+    assert cache.length == 20
+    before = [buffer.data_ptr() for buffer in [*cache.buffers, *cache.born]]
+    nbytes = cache.nbytes
+    for number, tokens in enumerate(sizes(1, 9)):
+        step(cache, tokens, seed=number)
+    assert [buffer.data_ptr() for buffer in [*cache.buffers, *cache.born]] == before
+    assert cache.nbytes == nbytes
+
+
+def test_slots_and_bytes_are_the_budget_and_the_longest_step() -> None:
+    g = geometry(streams=2)
+    cache = carried(20, g=g)
+    longest = 0
+    for tokens in (3, 9, 4, 9, 2, 30, 30, 8):
+        longest = max(longest, tokens)
+        step(cache, tokens)
+        assert cache.slots <= 20 + longest
+    assert cache.slots == 50
+    births = 4 * g.layers * g.streams * g.kv_heads
+    assert cache.nbytes == cache.slots * (g.streams * g.bytes_per_token + births)
+
+
+def test_layers_share_one_block() -> None:
+    cache = carried(20)
+    step(cache, 9)
+    storages = {buffer.untyped_storage().data_ptr() for buffer in cache.buffers}
+    assert len(storages) == 1
+
+
+def test_growing_to_a_large_budget_copies_a_linear_number_of_tokens() -> None:
+    cache = carried(10_000, g=geometry(layers=1))
+    copied = 0
+    while cache.length < 10_000:
+        before, length = cache.buffers[0], cache.length
+        step(cache, 50)
+        if cache.buffers[0].data_ptr() != before.data_ptr():
+            copied += length
+    assert copied <= 2 * 10_000
+
+
+@pytest.mark.parametrize("filled", [0, 1, 3, 6])
+@pytest.mark.parametrize("carry", CARRIES)
+def test_a_peek_leaves_everything_as_it_was(carry: str, filled: int) -> None:
+    def state(cache: CarriedCache) -> list[torch.Tensor]:
+        return [held(cache, layer) for layer in range(3)] + [cache.kept(layer) for layer in range(3)]
+
+    cache, twin = carried(20, carry), carried(20, carry)
+    for number in range(filled):
+        step(cache, 6, seed=number)
+        step(twin, 6, seed=number)
+    length, tokens, before = cache.length, cache.detailed.length, state(cache)
+    step(cache, 33, evict=False)
+    assert cache.length == length + 33
+    cache.crop(length)
+    cache.detailed.crop(tokens)
+    assert cache.length == length
+    for number in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(state(cache), before, strict=True))
+        step(cache, 6, seed=50 + number)
+        step(twin, 6, seed=50 + number)
+        before = state(twin)
+
+
+def test_within_the_budget_nothing_is_touched() -> None:
+    cache = carried(20, "random")
+    step(cache, 12)
+    step(cache, 8)
+    assert all((held(cache, layer) == torch.arange(20)).all() for layer in range(3))
+
+
+@pytest.mark.parametrize("longest", [5, 30])
+def test_recent_carries_exactly_the_newest(longest: int) -> None:
+    cache = carried(12, "recent")
+    for tokens in sizes(0, longest):
+        step(cache, tokens)
+        total = cache.detailed.length
+        newest = torch.arange(max(0, total - 12), total)
+        assert all((cache.kept(layer) == newest).all() for layer in range(3))
+
+
+@pytest.mark.parametrize(("sinks", "pinned"), [(4, 0), (4, 6), (0, 3)])
+@pytest.mark.parametrize("longest", [5, 30])
+def test_sink_recent_carries_exactly_the_first_and_the_newest(longest: int, sinks: int, pinned: int) -> None:
+    cache = carried(12, "sink_recent", sinks=sinks, pinned=pinned)
+    first = max(sinks, pinned)
+    for tokens in sizes(0, longest):
+        step(cache, tokens)
+        total = cache.detailed.length
+        expected = [t for t in range(total) if t < first or t >= total - (12 - first)]
+        assert all((cache.kept(layer) == torch.tensor(expected)).all() for layer in range(3))
+
+
+@pytest.mark.parametrize("carry", ["attention", "random"])
+def test_a_pinned_prefix_survives_every_step(carry: str) -> None:
+    cache = carried(12, carry, pinned=5)
+    for number, tokens in enumerate(sizes(0, 30)):
+        step(cache, tokens, seed=number)
+        first = torch.arange(min(5, cache.detailed.length))
+        assert all((cache.kept(layer)[..., :5] == first).all() for layer in range(3))
+
+
+def after_random_steps(seed: int, g: Geometry, steps: int = 12, budget: int = 32) -> CarriedCache:
+    cache = carried(budget, "random", g, seed=seed)
+    for _ in range(steps):
+        step(cache, 16)
+    return cache
+
+
+def test_random_repeats_itself_with_its_seed() -> None:
+    g = geometry()
+    first, again, other = (after_random_steps(seed, g) for seed in (1, 1, 2))
+    assert all(torch.equal(first.kept(layer), again.kept(layer)) for layer in range(3))
+    assert not any(torch.equal(first.kept(layer), other.kept(layer)) for layer in range(3))
+
+
+def test_random_differs_across_streams_heads_and_layers() -> None:
+    cache = after_random_steps(0, geometry(kv_heads=4, streams=2))
+    rows = [tuple(row) for layer in range(3) for row in cache.kept(layer).flatten(0, 1).tolist()]
+    assert len(set(rows)) == len(rows) == 24
+
+
+def random_shares(steps: int) -> torch.Tensor:
+    """[steps]: how much of each step is still carried after all of them, averaged over 1600 heads."""
+    cache = after_random_steps(0, geometry(layers=1, kv_heads=1600), steps=steps)
+    counts = torch.bincount(cache.kept(0).flatten() // 16, minlength=steps)
+    return counts / (1600 * 16)
+
+
+def test_random_treats_the_tokens_of_one_step_alike() -> None:
+    shares = random_shares(3)  # 32 of 48 stay
+    torch.testing.assert_close(shares, torch.full((3,), 2 / 3), atol=0.02, rtol=0)
+
+
+def test_random_keeps_any_token_of_the_stream_with_equal_chance() -> None:
+    """B keys at random, not a soft recency window: a draw among the carried and the new ones alone would halve old
+    tokens' chances again and again."""
+    shares = random_shares(12)  # 32 of 192 stay
+    torch.testing.assert_close(shares, torch.full((12,), 1 / 6), atol=0.02, rtol=0)
+
+
+def test_evicting_moves_no_more_than_what_arrives() -> None:
+    cache = carried(20)
+    step(cache, 20)
+    cache.make_room(3)
+    g = cache.geometry
+    cache.update(keys(g, 0, range(20, 23)), values(g, 0, range(20, 23)), 0)
+    before = held(cache, 0)
+    scores = random_scores(cache, 0, 5)
+    cache.evict(0, scores)
+    stayed = select.best(scores, 20)[..., :20]
+    assert torch.equal(held(cache, 0)[stayed], before[..., :20][stayed])

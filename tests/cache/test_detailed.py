@@ -1,0 +1,168 @@
+"""Nothing is lost, nothing that grows copies itself, and an answer sees the window it was promised."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.geometry import Geometry
+from tests.cache.tokens import check_whole, geometry, keys, values
+
+
+def feed(cache: DetailedCache, tokens: int) -> list[list[int]]:
+    """Let tokens enter all layers; returns which ones each layer hands out."""
+    g, start = cache.geometry, cache.length
+    new = range(start, start + tokens)
+    seen = []
+    for layer in range(g.layers):
+        key, value = cache.update(keys(g, layer, new), values(g, layer, new), layer)
+        held = check_whole(g, layer, key, value)
+        assert (held == held[0, 0]).all()
+        seen.append(held[0, 0].tolist())
+    assert all(row == seen[0] for row in seen)
+    return seen
+
+
+def addresses(cache: DetailedCache) -> list[int]:
+    return [buffer.data_ptr() for buffer in cache.buffers]
+
+
+@pytest.mark.parametrize("g", [geometry(), geometry(layers=1, kv_heads=1), geometry(streams=2)], ids=str)
+def test_holds_every_token_in_order(g: Geometry) -> None:
+    cache = DetailedCache(g)
+    total = 0
+    for tokens in (1, 255, 1, 3, 700, 40):
+        total += tokens
+        assert feed(cache, tokens)[0] == list(range(total))
+    assert cache.length == cache.get_seq_length() == total
+    for layer in range(g.layers):
+        held = check_whole(g, layer, cache.keys(layer), cache.values(layer))
+        assert (held == torch.arange(total)).all()
+
+
+def test_hands_out_views() -> None:
+    cache = DetailedCache(geometry())
+    g = cache.geometry
+    key, value = cache.update(keys(g, 1, range(5)), values(g, 1, range(5)), 1)
+    assert key.untyped_storage().data_ptr() == cache.buffers[1].untyped_storage().data_ptr()
+    assert value.untyped_storage().data_ptr() == cache.buffers[1].untyped_storage().data_ptr()
+    assert cache.keys(1).untyped_storage().data_ptr() == cache.buffers[1].untyped_storage().data_ptr()
+
+
+def test_growing_copies_a_linear_number_of_tokens() -> None:
+    cache = DetailedCache(geometry(layers=2))
+    steps, tokens, changes, copied = 600, 13, 0, 0
+    for _ in range(steps):
+        before, length = cache.buffers[0], cache.length  # kept alive, so that its address is not given out again
+        feed(cache, tokens)
+        if cache.buffers[0].data_ptr() != before.data_ptr():
+            changes += 1
+            copied += length
+    total = steps * tokens
+    assert 0 < changes <= math.ceil(math.log2(total / 256)) + 1
+    assert copied <= 2 * total
+    assert cache.capacity <= 2 * total
+    assert cache.grown == 2 * (changes - 1)  # the first buffer of each layer copied nothing
+
+
+def test_nothing_moves_after_reserve() -> None:
+    cache = DetailedCache(geometry())
+    feed(cache, 10)
+    cache.reserve(5000)
+    before, grown = addresses(cache), cache.grown
+    while cache.length < 5000:
+        feed(cache, 499)
+    assert cache.length == 5000
+    assert addresses(cache) == before
+    assert cache.grown == grown
+    assert feed(cache, 1)[0] == list(range(5001))
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 256])
+def test_reserving_less_changes_nothing(tokens: int) -> None:
+    cache = DetailedCache(geometry())
+    feed(cache, 10)
+    before = addresses(cache)
+    cache.reserve(tokens)
+    assert addresses(cache) == before
+    assert feed(cache, 1)[0] == list(range(11))
+
+
+def test_crop_copies_nothing_and_is_overwritten() -> None:
+    cache = DetailedCache(geometry())
+    feed(cache, 50)
+    before = addresses(cache)
+    cache.crop(20)
+    assert cache.length == 20
+    assert feed(cache, 10)[0] == list(range(30))
+    assert addresses(cache) == before
+    cache.crop(1000)
+    assert cache.length == 30
+
+
+def test_crop_mends_a_pass_that_broke_off_between_layers() -> None:
+    cache = DetailedCache(geometry())
+    feed(cache, 20)
+    g = cache.geometry
+    cache.update(keys(g, 0, range(20, 25)), values(g, 0, range(20, 25)), 0)
+    assert cache.length == 20
+    cache.crop(20)
+    assert feed(cache, 3) == [list(range(23))] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_bytes_are_the_formula(dtype: torch.dtype, streams: int) -> None:
+    g = geometry(streams=streams, dtype=dtype)
+    cache = DetailedCache(g)
+    assert cache.nbytes == 0
+    cache.reserve(1000)
+    assert cache.nbytes == 1000 * streams * g.bytes_per_token == sum(b.nbytes for b in cache.buffers)
+    assert g.bytes_per_token == 2 * 3 * 2 * 4 * dtype.itemsize
+    unreserved = DetailedCache(g)
+    feed(unreserved, 257)
+    assert unreserved.nbytes == unreserved.capacity * streams * g.bytes_per_token
+
+
+def recalled(recall: str, window: int, sinks: int, asked_at: int, length: int) -> list[int]:
+    """By hand: the tokens that an answer sees."""
+    if recall == "all":
+        return list(range(length))
+    sinks = sinks if recall == "sink_recent" else 0
+    return [t for t in range(length) if t < sinks or t >= asked_at - (window - sinks)]
+
+
+@pytest.mark.parametrize("video", [0, 3, 4, 9, 10, 11, 12, 40])
+@pytest.mark.parametrize(("window", "sinks"), [(10, 4), (10, 0), (10, 9), (1, 0), (1000, 4)])
+@pytest.mark.parametrize("recall", ["all", "recent", "sink_recent"])
+def test_an_answer_sees_its_window(recall: str, window: int, sinks: int, video: int) -> None:
+    cache = DetailedCache(geometry(), recall, window, sinks)
+    for step in range(0, video, 6):
+        assert feed(cache, min(6, video - step))[0] == list(range(cache.length))  # steps see everything
+    cache.begin_answer()
+    for tokens in (5, 1, 1, 20):  # the question, and answer tokens: the window does not move along
+        assert feed(cache, tokens)[0] == recalled(recall, window, sinks, video, cache.length)
+
+
+@pytest.mark.parametrize("recall", ["recent", "sink_recent"])
+def test_crop_ends_the_answer(recall: str) -> None:
+    cache = DetailedCache(geometry(), recall, 10, 4)
+    feed(cache, 40)
+    cache.begin_answer()
+    assert len(feed(cache, 5)[0]) == 15
+    cache.crop(40)
+    assert feed(cache, 6)[0] == list(range(46))
+    cache.begin_answer()
+    assert feed(cache, 1)[0] == recalled(recall, 10, 4, 46, 47)
+
+
+def test_a_window_copies_no_more_than_itself() -> None:
+    cache = DetailedCache(geometry(), "recent", 10)
+    feed(cache, 500)
+    cache.begin_answer()
+    key, _ = cache.update(keys(cache.geometry, 0, range(500, 501)), values(cache.geometry, 0, range(500, 501)), 0)
+    assert key.untyped_storage().data_ptr() == cache.buffers[0].untyped_storage().data_ptr()
+    assert key.shape[-2] == 11

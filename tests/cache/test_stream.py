@@ -1,0 +1,199 @@
+"""One stream's memory: spans, marks, bytes, and the prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from statekv.cache.carried import CarriedCache
+from statekv.cache.stream import Span, StreamState
+from statekv.config import METHODS, Config
+from statekv.errors import ConfigError
+from tests.cache.tokens import check_whole, geometry, keys, values
+
+
+def stream(method: str = "statekv", **settings: Any) -> StreamState:
+    return StreamState(geometry(), Config.of(method, **settings), horizon=1000)
+
+
+def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_seconds: float | None = None) -> None:
+    """Run a segment as the stepper does, with scores that prefer even tokens."""
+    g, new = state.geometry, range(state.tokens, state.tokens + tokens)
+    cache = state.detailed if mode == "answer" else state.carried
+    if isinstance(cache, CarriedCache):
+        cache.make_room(tokens)
+    for layer in range(g.layers):
+        key, _ = cache.update(keys(g, layer, new), values(g, layer, new), layer)
+        if isinstance(cache, CarriedCache) and mode == "carry":
+            token = key[..., 0]
+            cache.evict(layer, token / 1000 + 1 - token % 2)
+    state.position += tokens
+    state.note(kind, tokens, pts_seconds)
+
+
+def carried_tokens(state: StreamState) -> list[list[int]]:
+    """Per layer, the tokens carried by both heads."""
+    cache = state.carried
+    if not isinstance(cache, CarriedCache):
+        return [list(range(cache.length)) for _ in range(3)]
+    for layer in range(3):
+        key, value = cache.buffers[layer][..., : cache.lengths[layer], :]
+        assert torch.equal(check_whole(state.geometry, layer, key, value).sort(-1).values, cache.kept(layer))
+    return [cache.kept(layer)[0, 0].tolist() for layer in range(3)]
+
+
+def test_spans_say_where_and_when() -> None:
+    state = stream(budget=8)
+    enter(state, "prefix", 3)
+    enter(state, "step", 5, pts_seconds=0.5)
+    enter(state, "step", 6, pts_seconds=1.5)
+    assert state.spans == [Span("prefix", 0, 3, None), Span("step", 3, 5, 0.5), Span("step", 8, 6, 1.5)]
+    assert state.tokens == state.position == 14
+    assert state.carried.length == 8
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("entered", [0, 1, 4])
+def test_a_question_leaves_no_trace(method: str, entered: int) -> None:
+    """Peek, question and answer, then back to the mark: as if never asked."""
+    asked, never = stream(method, budget=8), stream(method, budget=8)
+    for state in (asked, never):
+        for number in range(entered):
+            enter(state, "step", 5, pts_seconds=float(number))
+    mark = asked.mark()
+    enter(asked, "step", 3, mode="peek", pts_seconds=9.0)
+    asked.detailed.begin_answer()
+    enter(asked, "question", 4, mode="answer")
+    enter(asked, "token", 1, mode="answer")
+    assert asked.tokens == never.tokens + 8
+    asked.crop_to(mark)
+    for _ in range(3):
+        assert asked.mark() == never.mark()
+        assert (asked.tokens, asked.position, asked.spans) == (never.tokens, never.position, never.spans)
+        assert carried_tokens(asked) == carried_tokens(never)
+        enter(asked, "step", 5)
+        enter(never, "step", 5)
+    key = asked.detailed.keys(1)
+    assert torch.equal(key, never.detailed.keys(1))
+
+
+def test_a_mark_is_made_of_numbers() -> None:
+    state = stream(budget=8)
+    enter(state, "step", 5)
+    enter(state, "step", 5)
+    state.position += 7  # positions of pictures run ahead of tokens
+    mark = state.mark()
+    assert (mark.tokens, mark.position, mark.carried, mark.spans) == (10, 17, 8, 2)
+
+
+@pytest.mark.parametrize("method", ["statekv", "full"])
+def test_going_back_over_a_step_forgets_it(method: str) -> None:
+    """Nothing was evicted yet, so a mark may lie before a step."""
+    state = stream(method, budget=100)
+    enter(state, "step", 5, pts_seconds=0.0)
+    mark = state.mark()
+    enter(state, "step", 5, pts_seconds=1.0)
+    state.crop_to(mark)
+    assert (state.tokens, state.position, len(state.spans)) == (5, 5, 1)
+    assert carried_tokens(state) == [list(range(5))] * 3
+
+
+def test_going_back_over_a_step_forgets_its_frames() -> None:
+    state = stream(budget=100)
+    mark = state.mark()
+    enter(state, "step", 5, pts_seconds=2.0)
+    state.frames, state.origin_seconds = 1, 2.0
+    state.crop_to(mark)
+    assert state.frames == 0
+    assert state.origin_seconds is None
+
+
+def test_carrying_all_is_the_detailed_cache() -> None:
+    state = stream("full", budget=8)
+    assert state.carried is state.detailed
+    enter(state, "step", 20)
+    assert state.carried.length == state.tokens == 20
+    assert state.nbytes == {"carried": 0, "detailed": state.detailed.nbytes}
+
+
+def test_bytes_of_both_memories() -> None:
+    state = stream(budget=8)
+    assert state.nbytes == {"carried": 0, "detailed": 0}
+    enter(state, "step", 20)
+    state.detailed.reserve(1000)
+    g = state.geometry
+    slots = 20  # the longest step alone needs more room than the budget
+    assert state.nbytes == {
+        "carried": slots * (g.bytes_per_token + 4 * g.layers * g.kv_heads),
+        "detailed": 1000 * g.bytes_per_token,
+    }
+
+
+def test_carried_and_detailed_see_the_same_stream() -> None:
+    state = stream(budget=8)
+    carried = state.carried
+    assert isinstance(carried, CarriedCache)
+    assert state.carried is carried
+    assert carried.detailed is state.detailed
+    assert carried.budget == 8
+
+
+@pytest.mark.parametrize(("recall", "expected"), [("all", 31), ("recent", 9), ("sink_recent", 9)])
+def test_recall_uses_the_budget_as_its_window(recall: str, expected: int) -> None:
+    state = stream(budget=8, recall=recall, sinks=2)
+    enter(state, "step", 30)
+    state.detailed.begin_answer()
+    key, _ = state.detailed.update(keys(state.geometry, 0, range(30, 31)), values(state.geometry, 0, range(30, 31)), 0)
+    assert key.shape[-2] == expected
+
+
+@pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
+def test_a_pinned_prefix_stays(carry: str) -> None:
+    state = stream(carry=carry, budget=8, pin_prefix=True)
+    state.expect_prefix(5)
+    enter(state, "prefix", 5)
+    for _ in range(10):
+        enter(state, "step", 7)
+        assert all(tokens[:5] == [0, 1, 2, 3, 4] for tokens in carried_tokens(state))
+    assert state.carried.length == 8
+
+
+def test_an_unpinned_prefix_competes() -> None:
+    state = stream(carry="recent", budget=8)
+    state.expect_prefix(5)
+    enter(state, "prefix", 5)
+    enter(state, "step", 20)
+    assert carried_tokens(state) == [list(range(17, 25))] * 3
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 100])
+def test_a_pinned_prefix_must_leave_room(tokens: int) -> None:
+    state = stream(budget=8, pin_prefix=True)
+    with pytest.raises(ConfigError, match=rf"^budget is 8, .*prefix.* {tokens} tokens \(raise budget above {tokens}"):
+        state.expect_prefix(tokens)
+    assert state.tokens == 0
+
+
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_carrying_all_pins_the_prefix_anyway(tokens: int) -> None:
+    state = stream("full", budget=8, pin_prefix=True)
+    state.expect_prefix(tokens)
+    assert state.carried is state.detailed
+    assert state.nbytes["carried"] == 0
+
+
+def test_random_streams_of_one_seed_are_alike() -> None:
+    states = [stream("random", budget=8, seed=seed) for seed in (1, 1, 2)]
+    for state in states:
+        for _ in range(5):
+            enter(state, "step", 7)
+    assert carried_tokens(states[0]) == carried_tokens(states[1]) != carried_tokens(states[2])
+
+
+def test_free_gives_the_memory_back() -> None:
+    state = stream(budget=8)
+    enter(state, "step", 20)
+    state.free()
+    assert state.nbytes == {"carried": 0, "detailed": 0}

@@ -1,0 +1,60 @@
+"""The text files of a checkpoint folder, in the order of the stock classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from statekv.errors import ModelError
+from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json, read_processor_config
+
+
+def put(folder: Path, **files: object) -> str:
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
+
+
+def test_a_nested_video_processor_comes_first(tmp_path: Path) -> None:
+    folder = put(
+        tmp_path,
+        processor_config={"video_processor": {"from": "nested"}},
+        video_preprocessor_config={"from": "own"},
+        preprocessor_config={"from": "images"},
+    )
+    assert read_processor_config(folder) == {"from": "nested"}
+
+
+def test_then_the_video_processors_own_file_then_the_images(tmp_path: Path) -> None:
+    folder = put(tmp_path, processor_config={"x": 1}, preprocessor_config={"from": "images"})
+    assert read_processor_config(folder) == {"from": "images"}
+    put(tmp_path, video_preprocessor_config={"from": "own"})
+    assert read_processor_config(folder) == {"from": "own"}
+
+
+def test_none_of_them_is_told_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json") as told:
+        read_processor_config(str(tmp_path))
+    assert "-hf" in told.value.hint
+
+
+@pytest.mark.parametrize("text", ["{broken", "", "3", "null", "[1, 2]", "[]", '"text"'])
+def test_what_is_no_json_object_is_told_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json.*no JSON object"):
+        read_processor_config(str(tmp_path))
+
+
+def test_missing_files_are_none_and_texts_are_utf8(tmp_path: Path) -> None:
+    assert read_checkpoint_json(str(tmp_path), "a.json") is None
+    assert read_checkpoint_file(str(tmp_path), "a.jinja") is None
+    (tmp_path / "a.jinja").write_text("视频", encoding="utf-8")
+    assert read_checkpoint_file(str(tmp_path), "a.jinja") == "视频"
+
+
+def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as told:
+        read_processor_config(str(tmp_path / "nothing"), local_files_only=True)
+    assert "\n" not in str(told.value)

@@ -1,0 +1,46 @@
+"""Random queries, keys and values for the tests of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call; the keys lie in the front of a buffer of `capacity` slots, as in the caches."""
+
+    streams: int
+    kv_heads: int
+    group: int
+    queries: int
+    keys: int
+    dim: int
+
+    @property
+    def scale(self) -> float:
+        return float(self.dim**-0.5)
+
+    def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0, slack: int = 0) -> tuple[torch.Tensor, ...]:
+        """Query, key and value; with slack, keys and values are slices of a buffer with so many more slots."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, generator=generator).to(dtype)
+
+        query = normal(self.streams, self.kv_heads * self.group, self.queries, self.dim)
+        buffer = normal(2, self.streams, self.kv_heads, self.keys + slack, self.dim)
+        return query, buffer[0, :, :, : self.keys], buffer[1, :, :, : self.keys]
+
+
+# Q = 1, K = Q, K ≫ Q; groups 1, 2, 7; head sizes 64, 80, 128; one stream and several.
+SHAPES = [
+    Shape(1, 2, 1, 1, 1, 64),
+    Shape(1, 2, 7, 1, 50, 64),
+    Shape(1, 2, 2, 24, 24, 80),
+    Shape(3, 1, 7, 5, 5, 128),
+    Shape(1, 2, 7, 16, 300, 128),
+    Shape(2, 4, 2, 9, 77, 80),
+    Shape(3, 2, 1, 6, 40, 64),
+]

@@ -1,0 +1,145 @@
+"""Defaults, methods, and errors that name the value, the rule and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, Config, check_name
+from statekv.errors import ConfigError
+
+
+def test_the_defaults_are_the_paper() -> None:
+    config = Config()
+    assert config.method == "statekv"
+    assert (config.carry, config.recall, config.budget, config.pin_prefix) == ("attention", "all", 4096, False)
+    assert config == Config.of() == Config.of("statekv")
+
+
+def test_is_frozen_and_can_be_a_key() -> None:
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.budget = 1  # type: ignore[misc]
+    assert len({config, Config(), Config(budget=7)}) == 2
+
+
+@pytest.mark.parametrize(("method", "dials"), sorted(METHODS.items()))
+def test_a_method_is_two_dials(method: str, dials: tuple[str, str]) -> None:
+    config = Config.of(method, budget=99)
+    assert (config.carry, config.recall, config.budget) == (*dials, 99)
+    assert config.method == method
+    assert config == Config(carry=dials[0], recall=dials[1], budget=99)
+
+
+def test_methods_are_different_and_known() -> None:
+    assert len(set(METHODS.values())) == len(METHODS)
+    assert all(carry in CARRIES and recall in RECALLS for carry, recall in METHODS.values())
+
+
+def test_other_dials_have_both_names() -> None:
+    assert Config(carry="random", recall="recent").method == "random+recent"
+
+
+def test_a_dial_set_by_hand_wins() -> None:
+    assert Config.of("streaming_llm", recall="all").method == "sink_recent+all"
+
+
+def test_with_changes_only_what_it_names() -> None:
+    config = Config(budget=10, fps=None, seed=3, carry="recent")
+    changed = config.with_(budget=20)
+    assert changed == Config(budget=20, fps=None, seed=3, carry="recent")
+    assert config.budget == 10
+    assert config.with_() == config
+
+
+def test_none_takes_a_limit_away() -> None:
+    config = Config(budget=10, max_frames=5, horizon=9, fps=2.0)
+    assert config.with_(max_frames=None, horizon=None, fps=None) == Config(budget=10, fps=None)
+
+
+def test_another_method_replaces_both_dials_and_nothing_else() -> None:
+    config = Config(carry="recent", recall="recent", budget=10, seed=4)
+    assert config.with_("full") == Config(carry="all", recall="all", budget=10, seed=4)
+    assert config.with_(None, budget=11).carry == "recent"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"carry": "best"}, ["carry 'best'", *CARRIES]),
+        ({"recall": "retrieve"}, ["recall 'retrieve'", *RECALLS]),
+        ({"layout": "chat"}, ["layout 'chat'", *LAYOUTS]),
+        ({"kernel": "cuda"}, ["kernel 'cuda'", *KERNELS]),
+        ({"budget": 0}, ["budget is 0", "at least 1"]),
+        ({"budget": -5}, ["budget is -5", "at least 1"]),
+        ({"budget": 2.5}, ["budget is 2.5", "whole number"]),
+        ({"budget": "4096"}, ["budget is '4096'", "whole number"]),
+        ({"budget": True}, ["budget is True", "whole number"]),
+        ({"max_frames": 0}, ["max_frames is 0", "at least 1"]),
+        ({"horizon": 0}, ["horizon is 0", "at least 1"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
+        ({"prefetch": 0}, ["prefetch is 0", "at least 1"]),
+        ({"sinks": -1}, ["sinks is -1", "at least 0"]),
+        ({"seed": -1}, ["seed is -1", "at least 0"]),
+        ({"fps": 0}, ["fps is 0", "above 0"]),
+        ({"fps": -1.5}, ["fps is -1.5", "above 0"]),
+        ({"fps": float("nan")}, ["fps is nan", "above 0"]),
+        ({"fps": "2"}, ["fps is '2'"]),
+        ({"carry": "sink_recent", "budget": 4}, ["sinks is 4", "budget of 4", "raise budget or lower sinks"]),
+        ({"recall": "sink_recent", "budget": 9, "sinks": 10}, ["sinks is 10", "budget of 9"]),
+    ],
+    ids=str,
+)
+def test_errors_name_value_rule_and_way_out(settings: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**settings)
+    text = str(caught.value)
+    assert all(part in text for part in named)
+    assert "\n" not in text
+    assert caught.value.hint
+    with pytest.raises(ConfigError):  # the same rules hold on the other ways in
+        Config().with_(**settings)
+
+
+def test_a_wrong_type_is_not_told_to_be_larger() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(budget=4096.0)  # type: ignore[arg-type]
+    assert caught.value.hint != "raise budget"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": 1, "max_frames": 1, "horizon": 1, "max_new_tokens": 1, "prefetch": 1, "sinks": 0, "seed": 0},
+        {"fps": None, "max_frames": None, "horizon": None},
+        {"fps": 29.97},
+        {"budget": 4, "sinks": 4},  # sinks say nothing while no dial uses them
+        {"budget": 4, "sinks": 3, "carry": "sink_recent"},
+    ],
+    ids=str,
+)
+def test_the_edges_are_allowed(settings: dict[str, Any]) -> None:
+    config = Config(**settings)
+    assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_an_unknown_method_lists_the_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.of("stateKV")
+    assert "method 'stateKV'" in str(caught.value)
+    assert all(method in caught.value.hint for method in METHODS)
+
+
+def test_an_unknown_setting_lists_the_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.of(bugdet=3)
+    assert "'bugdet'" in str(caught.value)
+    assert all(field.name in caught.value.hint for field in dataclasses.fields(Config))
+
+
+def test_check_name_returns_for_known_names() -> None:
+    check_name("letter", "b", ("a", "b"))
+    with pytest.raises(ConfigError, match=r"^unknown letter 'c' \(known: a, b\)$"):
+        check_name("letter", "c", ["a", "b"])

@@ -1,0 +1,261 @@
+"""`statekv.generate`: the stock model's answer, and the user's model left as found."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import statekv
+from statekv.errors import ConfigError, ModelError
+from tests.talk import (
+    QUESTION,
+    TOLERANCE,
+    UNLIMITED,
+    Answer,
+    assert_same_answer,
+    inputs_of,
+    stock_answer,
+    stock_ids,
+    stock_model,
+)
+from tests.tiny import FAMILIES, Tiny, tiny, video
+
+CONVERSATIONS: dict[str, tuple[str | torch.Tensor, ...]] = {
+    "one video": (video(4), QUESTION),
+    "an odd number of frames": (video(5), QUESTION),
+    "two videos": (video(3), "and then", video(3, seed=1), QUESTION),
+    "two videos side by side": (video(2), video(2, seed=1), QUESTION),
+    "an image": (video(1)[0], QUESTION),
+    "two images": (video(1)[0], "and", video(2)[1], QUESTION),
+    "an image and a video": ("Look:", video(1)[0], "then", video(4, seed=2), QUESTION),
+    "a video and an image": (video(2), video(1)[0], QUESTION),
+    "text alone": (QUESTION,),
+}
+BUDGETS = pytest.mark.parametrize("settings", [UNLIMITED, {"budget": 100_000}], ids=["carry=all", "carry=attention"])
+
+
+def generated(made: Tiny, inputs: dict[str, Any], **settings: Any) -> Answer:
+    settings = {"max_new_tokens": 6, **settings}
+    out = statekv.generate(made.model, **inputs, return_dict_in_generate=True, output_logits=True, **settings)
+    return Answer(out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.logits))  # type: ignore[union-attr, arg-type]
+
+
+@BUDGETS
+@pytest.mark.parametrize("content", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_stock_generate(family: str, content: tuple[str | torch.Tensor, ...], settings: dict[str, Any]) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, *content)
+    assert_same_answer(generated(made, inputs, **settings), stock_answer(made, inputs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_result_is_stocks_sequences(family: str) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, video(4), QUESTION)
+    found = statekv.generate(made.model, **inputs, **UNLIMITED, max_new_tokens=6)
+    expected = stock_ids(made, inputs, max_new_tokens=6, do_sample=False)
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_left_changes_nothing(family: str) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, video(4), QUESTION)
+    padded = dict(inputs)
+    padded["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (7, 0), value=made.tokenizer.pad_token_id)
+    padded["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (7, 0))
+    if "mm_token_type_ids" in inputs:
+        padded["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (7, 0))
+    found, plain = generated(made, padded, budget=16), generated(made, inputs, budget=16)
+    assert found.tokens == plain.tokens
+    assert torch.equal(found.logits, plain.logits)
+    whole = statekv.generate(made.model, **padded, budget=16, max_new_tokens=2)
+    assert isinstance(whole, torch.Tensor)
+    assert torch.equal(whole[:, : padded["input_ids"].shape[1]], padded["input_ids"])
+
+
+def test_dynamic_ntk_is_scaled_for_the_horizon() -> None:
+    """Stock scales for the longest position so far: the prompt's length, when the first token is chosen."""
+    made = tiny("internvl", max_position_embeddings=32)
+    inputs = inputs_of(made, video(5), QUESTION)
+    length = inputs["input_ids"].shape[1]
+    expected = stock_answer(made, inputs, max_new_tokens=1)
+    found = generated(made, inputs, max_new_tokens=1, horizon=length, **UNLIMITED)
+    assert_same_answer(found, expected)
+    other = generated(made, inputs, max_new_tokens=1, horizon=20 * length, **UNLIMITED)
+    assert not torch.allclose(other.logits, expected.logits, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"do_sample": True, "temperature": 0.8},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "top_p": 0.6},
+        {"repetition_penalty": 0.1},  # favours the words of the prompt
+    ],
+    ids=lambda parameters: list(parameters)[-1],
+)
+def test_generation_parameters_mean_what_they_mean_in_stock(family: str, parameters: dict[str, Any]) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, video(4), QUESTION)
+    torch.manual_seed(3)
+    expected = stock_ids(made, inputs, max_new_tokens=12, **parameters)
+    torch.manual_seed(3)
+    found = statekv.generate(made.model, **inputs, **UNLIMITED, max_new_tokens=12, **parameters)
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["argument", "generation_config", "model"])
+def test_ends_at_an_end_token_wherever_it_is_said(family: str, way: str) -> None:
+    made = tiny(family)
+    inputs = inputs_of(made, video(4), QUESTION)
+    end = stock_answer(made, inputs).tokens[3]
+    arguments: dict[str, Any] = {}
+    if way == "argument":
+        arguments["eos_token_id"] = end
+    elif way == "generation_config":
+        arguments["generation_config"] = GenerationConfig(eos_token_id=end, pad_token_id=0)
+    else:
+        made.model.generation_config.eos_token_id = [end, 1]
+    expected = stock_ids(made, inputs, max_new_tokens=12, **copy.deepcopy(arguments))
+    found = statekv.generate(made.model, **inputs, **UNLIMITED, max_new_tokens=12, **arguments)
+    assert isinstance(found, torch.Tensor)
+    assert found[0, -1] == end
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_max_new_tokens_of_a_generation_config(family: str) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, video(2), QUESTION)
+    found = statekv.generate(made.model, **inputs, generation_config=GenerationConfig(max_new_tokens=3))
+    assert isinstance(found, torch.Tensor)
+    assert found.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("budget", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_budget_changes_the_logits(family: str, budget: int) -> None:
+    made = stock_model(family)
+    inputs = inputs_of(made, video(6), QUESTION)
+    found, again = (generated(made, inputs, budget=budget).logits[0] for _ in range(2))
+    assert torch.equal(found, again)
+    assert not torch.allclose(found, stock_answer(made, inputs).logits[0], atol=1e-2)
+
+
+def settings_of(model: Any) -> list[Any]:
+    """Everything that a call could have changed without changing a weight."""
+    rotary = model.model.language_model.rotary_emb
+    configs = [model.config, model.config.text_config, model.config.vision_config]
+    configs += [module.config for module in model.modules() if hasattr(module, "config")]
+    return [
+        [config._attn_implementation for config in configs],
+        (rotary.rope_type, rotary.inv_freq.tolist(), rotary.original_inv_freq.tolist()),
+        sorted(name for module in model.modules() for name in vars(module)),
+        model.training,
+        model.generation_config.to_dict(),
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_left_as_found(family: str, implementation: str) -> None:
+    made = tiny(family, max_position_embeddings=64)
+    made.model.set_attn_implementation(implementation)
+    inputs = inputs_of(made, video(6), QUESTION)
+    stock_answer(made, inputs)  # transformers notes what it has hooked, and stretches dynamic NTK for good
+    before, rotary = settings_of(made.model), made.model.model.language_model.rotary_emb.inv_freq
+    generated(made, inputs, budget=16)
+    assert settings_of(made.model) == before
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    hook = made.model.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        generated(made, inputs, budget=16)
+    hook.remove()
+    assert settings_of(made.model) == before
+    assert made.model.model.language_model.rotary_emb.inv_freq is rotary
+    fresh = tiny(family, max_position_embeddings=64)
+    fresh.model.set_attn_implementation(implementation)
+    stock_answer(fresh, inputs)
+    assert_same_answer(stock_answer(made, inputs), stock_answer(fresh, inputs))
+
+
+def test_two_conversations_are_refused() -> None:
+    made = stock_model("internvl")
+    inputs: dict[str, Any] = {
+        name: torch.cat([tensor] * 2) for name, tensor in inputs_of(made, video(2), QUESTION).items()
+    }
+    with pytest.raises(ModelError, match="2 conversations"):
+        statekv.generate(made.model, **inputs)
+
+
+@pytest.mark.parametrize("hidden", [[-1], [5], [5, 6]])
+def test_a_mask_that_hides_more_than_padding_in_front_is_refused(hidden: list[int]) -> None:
+    made = stock_model("qwen3_vl")
+    inputs = inputs_of(made, video(2), QUESTION)
+    inputs["attention_mask"][0, hidden] = 0
+    with pytest.raises(ModelError, match="left only"):
+        statekv.generate(made.model, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"num_beams": 3}, "num_beams"),
+        ({"bugdet": 5}, "bugdet"),
+        ({"streamer": object()}, "streamer"),
+        ({"method": "statekw"}, "statekw"),
+        ({"budget": 0}, "budget"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, Any], told: str) -> None:
+    made = stock_model("internvl")
+    with pytest.raises(ConfigError, match=told):
+        statekv.generate(made.model, **inputs_of(made, video(2), QUESTION), **arguments)
+
+
+def test_inputs_that_make_no_sense_are_refused() -> None:
+    made = stock_model("qwen3_vl")
+    inputs = inputs_of(made, video(4), QUESTION)
+    with pytest.raises(ConfigError, match="input_ids"):
+        statekv.generate(made.model, pixel_values_videos=inputs["pixel_values_videos"])
+    end = int((inputs["input_ids"][0] == made.config.video_token_id).nonzero().max()) + 2
+    with pytest.raises(ModelError, match="ends with a picture"):
+        statekv.generate(made.model, **{**inputs, "input_ids": inputs["input_ids"][:, :end], "attention_mask": None})
+
+
+@pytest.mark.parametrize("wrong", ["too many pictures", "too few pictures", "no pictures"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_and_placeholders_that_do_not_match_are_refused(family: str, wrong: str) -> None:
+    made = stock_model(family)
+    few, many = (inputs_of(made, video(frames), QUESTION) for frames in (2, 4))
+    inputs = {
+        "too many pictures": {**many, "input_ids": few["input_ids"]},
+        "too few pictures": {**few, "input_ids": many["input_ids"]},
+        "no pictures": {"input_ids": many["input_ids"]},
+    }[wrong]
+    inputs.pop("attention_mask", None)
+    with pytest.raises(ModelError):
+        statekv.generate(made.model, **inputs, max_new_tokens=1)
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear"):
+        statekv.generate(torch.nn.Linear(2, 2), input_ids=torch.zeros(1, 3, dtype=torch.long))
