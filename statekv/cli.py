@@ -149,11 +149,13 @@ def ask(
 def demo(
     videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 10,
     frames: Annotated[int, typer.Option(help="Frames of each video, at one a second.", min=20)] = 512,
-    budget: Annotated[int | None, typer.Option(help="Carried tokens; a tenth of a video's if left out.", min=1)] = None,
+    budget: Annotated[int | None, typer.Option(help="Carried tokens; a tenth of a video's if left out.")] = None,
     folder: Annotated[Path, typer.Option(help="Where videos and picture go.")] = Path("statekv-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> None:
     """Write synthetic videos, question them with every method, show accuracy, time and memory side by side."""
+    if budget is not None:
+        Config.of("streaming_llm", budget=budget)  # the strictest of the methods
     engine = statekv.load("demo")
     from statekv.demo.compare import compare
     from statekv.demo.picture import check_drawing, draw_step_times

@@ -10,8 +10,12 @@ from types import FrameType
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Hold back KeyboardInterrupt until the block is done; a second Ctrl-C gets through at once."""
+def deferred_interrupts(second_gets_through: bool = False) -> Iterator[None]:
+    """Hold back KeyboardInterrupt until the block is done.
+
+    Args:
+        second_gets_through: for blocks that may hang, such as a read from a network: a second Ctrl-C ends them.
+    """
     # None: a handler that Python did not install and could not put back.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
@@ -20,7 +24,7 @@ def deferred_interrupts() -> Iterator[None]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         nonlocal caught
-        if caught:
+        if caught and second_gets_through:
             raise KeyboardInterrupt
         caught = True
 

@@ -14,40 +14,10 @@ from statekv.decoding import Sampling
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
 from statekv.interrupts import deferred_interrupts
 from statekv.models.base import Segment
+from statekv.progress import Progress, Seconds
 from statekv.stepper import Stepper, memory_limit
 from statekv.streaming_text import StreamingText
 from statekv.video.frame import Frame
-
-
-@dataclass
-class Seconds:
-    """Where the time went, in seconds. On a GPU the host runs ahead, so that waiting shows up where it ends."""
-
-    decode: float = 0.0
-    vision: float = 0.0
-    prefill: float = 0.0
-    answer: float = 0.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Sent after each step.
-
-    Attributes:
-        step: number of the step, from 1.
-        frames: pictures so far.
-        pts_seconds: time of the newest one.
-        step_seconds: how long the language model took.
-        carried: tokens that go on to the next step.
-        tokens: tokens in the detailed cache.
-    """
-
-    step: int
-    frames: int
-    pts_seconds: float
-    step_seconds: float
-    carried: int
-    tokens: int
 
 
 @dataclass
@@ -69,6 +39,7 @@ class Session:
     seconds: Seconds = field(default_factory=Seconds)
     steps: int = 0
     _waiting: list[Frame] = field(default_factory=list)
+    _drawn: Frame | None = None  # read from the source, but not yet pushed
     _broken: str = ""
     _closed: bool = False
     _answering: bool = False
@@ -95,12 +66,14 @@ class Session:
         if self.source is None:
             raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
         while True:
-            began = time.perf_counter()
-            with deferred_interrupts():  # an interrupted source could not go on
-                frame = next(self.source, None)
-            self.seconds.decode += time.perf_counter() - began
-            if frame is None:
+            if self._drawn is None:
+                began = time.perf_counter()
+                with deferred_interrupts(second_gets_through=True):  # an interrupted source could not go on
+                    self._drawn = next(self.source, None)
+                self.seconds.decode += time.perf_counter() - began
+            if self._drawn is None:
                 return
+            frame, self._drawn = self._drawn, None
             self.push([frame], on_step)
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
@@ -109,7 +82,7 @@ class Session:
         """Let frames enter; they become part of the stream as soon as a step is full.
 
         Raises:
-            ConfigError: not a frame, or one of another size than its partner in the step; the stream is as it was.
+            ConfigError: not a frame, or one of another size than its partner in the step; those before it have entered.
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
@@ -205,8 +178,7 @@ class Session:
                 for segment in entering:
                     self.stepper.prefill(self.state, segment)
         except BaseException as error:
-            self._waiting = frames[:-1]
-            self._step_failed(error, mark.tokens)
+            self._step_failed(error, frames, mark.tokens)
             self.state.crop_to(mark)
             raise
         took = time.perf_counter() - seen
@@ -215,11 +187,13 @@ class Session:
         carried, tokens = self.state.carried.length, self.state.tokens
         return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens)
 
-    def _step_failed(self, error: BaseException, tokens: int) -> None:
-        # Layers in front of the failure have carried the step already, those behind it have not. Errors that are
-        # raised before the first layer leave nothing behind.
-        if isinstance(error, MemoryLimitError) or not isinstance(error, StateKVError):
-            self._broken = f"a step failed after {tokens} tokens ({type(error).__name__})"
+    def _step_failed(self, error: BaseException, frames: list[Frame], tokens: int) -> None:
+        if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
+            # Raised before the first layer: nothing has changed, earlier frames go on waiting for a partner.
+            self._waiting = frames[:-1]
+            return
+        # Layers in front of the failure have carried the step already, those behind it have not.
+        self._broken = f"a step failed after {tokens} tokens ({type(error).__name__})"
 
     def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[str]:
         self._check_askable()

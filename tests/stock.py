@@ -3,13 +3,15 @@
 They need torchvision, whose compiled half may belong to another build of torch. Its Python half then fails at
 import, because it describes two operators that were never declared; declaring them is enough for everything
 that processors use. With such a torchvision installed, transformers cannot even import a model;
-`tests/__init__.py` therefore declares them before anything else happens.
+`tests/__init__.py` therefore declares them before anything else happens, and `make test` installs torchvision into a
+folder of its own, where only the tests find it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+
+
+def find_torchvision() -> None:
+    """Put the folder that `make test` installs torchvision into behind the other places to import from."""
+    folder = str(Path(sys.prefix) / "stock")
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 @functools.cache
@@ -52,7 +61,7 @@ def video_processor(family: str, values: dict[str, Any]) -> Any:
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-    classes = {"internvl": InternVLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
+    classes: dict[str, Any] = {"internvl": InternVLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
     return classes[family].from_dict(values)
 
 

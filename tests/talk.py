@@ -103,8 +103,10 @@ class Recorder(Stepper):
 
     last: Answer
 
-    def answer(self, state: StreamState, question: Segment, sampling: Sampling) -> Iterator[tuple[int, torch.Tensor]]:
-        found = list(super().answer(state, question, sampling))
+    def answer(
+        self, state: StreamState, question: Segment, sampling: Sampling, prompt: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        found = list(super().answer(state, question, sampling, prompt))
         self.last = Answer([token for token, _ in found], torch.cat([logits for _, logits in found]))
         yield from found
 

@@ -158,7 +158,8 @@ def test_settings_are_checked_before_the_model_is_loaded(film: Path, monkeypatch
 @pytest.mark.parametrize("horizon", ["40", "112"])  # in the middle of the video; in the question
 def test_a_stream_past_its_horizon(film: Path, horizon: str) -> None:
     line = refused("ask", film, COUNT, "--horizon", horizon)
-    assert f"RoPE is scaled for {horizon} (open the stream with a horizon above" in line
+    assert "as far as RoPE reaches for this stream" in line
+    assert f"a horizon above {horizon}" in line
 
 
 # Questions

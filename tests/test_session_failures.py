@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from statekv.errors import MemoryLimitError, StateKVError
-from statekv.session import Progress, Session
+from statekv.progress import Progress
+from statekv.session import Session
 from statekv.video.frame import Frame
 from statekv.video.writer import write_video
 from tests.talk import (
@@ -226,12 +227,13 @@ def test_ctrl_c_in_an_answer_leaves_the_stream_whole(family: str) -> None:
 
 
 def test_frames_of_two_sizes_in_one_step_are_refused_by_name() -> None:
-    session = shared_engine("qwen3_vl").open(**UNLIMITED)
-    session.push(some_frames(2))
-    expected = session.ask(QUESTION)
+    session, other = (shared_engine("qwen3_vl").open(**UNLIMITED) for _ in range(2))
+    for stream in (session, other):
+        stream.push(some_frames(2))
+    other.push(frames_of(video(1)))
     with pytest.raises(StateKVError, match="size"):
         session.push([*frames_of(video(1)), *frames_of(video(1, height=64, width=64))])
-    assert session.ask(QUESTION) == expected
+    assert session.ask(QUESTION) == other.ask(QUESTION)
 
 
 def test_a_size_that_changes_between_steps_is_fine_for_internvl() -> None:

@@ -14,13 +14,9 @@ from tests import stock
 from tests.tiny import FAMILIES, Tiny, tiny, video
 
 
-def _inputs(
-    model: Tiny, frames: torch.Tensor, question: str = "What happens in the video?"
-) -> dict[str, Any]:
+def _inputs(model: Tiny, frames: torch.Tensor, question: str = "What happens in the video?") -> dict[str, Any]:
     content = [{"type": "video", "video": ""}, {"type": "text", "text": question}]
-    text = model.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
+    text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     metadata = {"total_num_frames": len(frames), "fps": 1.0, "frames_indices": list(range(len(frames)))}
     return dict(
         model.processor(
@@ -35,8 +31,10 @@ def _inputs(
 
 def _generate(model: Tiny, frames: torch.Tensor) -> list[int]:
     inputs = _inputs(model, frames)
-    out = model.model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    return out[0, inputs["input_ids"].shape[1] :].tolist()
+    generate: Any = model.model.generate
+    out = generate(**inputs, max_new_tokens=16, do_sample=False)
+    found: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,13 +71,12 @@ def test_seeds_and_speed(family: str) -> None:
 def test_a_saved_folder_loads_as_a_checkpoint(family: str, tmp_path: Path) -> None:
     model = tiny(family, max_position_embeddings=512)
     folder = model.save(tmp_path / "checkpoint")
-    loaded = Tiny(
-        family, AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    )
+    loaded = Tiny(family, AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     assert loaded.config.text_config.max_position_embeddings == 512
     assert loaded.model.dtype == torch.float32
     saved, read = model.model.state_dict(), loaded.model.state_dict()
-    assert saved.keys() == read.keys() and all(torch.equal(saved[key], read[key]) for key in saved)
+    assert saved.keys() == read.keys()
+    assert all(torch.equal(saved[key], read[key]) for key in saved)
     assert loaded.model.generation_config.eos_token_id == model.tokenizer.eos_token_id
     text = "<|im_start|>user\nWhat is it?<|im_end|>"
     assert loaded.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]

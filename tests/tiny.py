@@ -183,7 +183,7 @@ def tiny(family: str, seed: int = 0, max_position_embeddings: int = 4096) -> Tin
     model = build(tokenizer, max_position_embeddings).eval()
     _randomise(model, seed)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=_id(tokenizer, "<|im_end|>"), pad_token_id=tokenizer.pad_token_id
     )
     return Tiny(family, model, tokenizer)
 
@@ -205,7 +205,7 @@ def _internvl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) 
     config = InternVLConfig(
         vision_config={**vision, "attention_bias": True, "image_size": [32, 32], "patch_size": [8, 8]},
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_token_id=_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=4,
         tie_word_embeddings=False,
     )
@@ -219,13 +219,19 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) 
     config = Qwen3VLConfig(
         vision_config={**vision, **pieces},
         text_config={"head_dim": 16, "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=_id(tokenizer, "<|image_pad|>"),
+        video_token_id=_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=False,
     )
     return Qwen3VLForConditionalGeneration(config)
+
+
+def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> dict[str, Any]:
@@ -237,7 +243,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> d
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": max_position_embeddings,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "eos_token_id": _id(tokenizer, "<|im_end|>"),
         "bos_token_id": None,
         "tie_word_embeddings": False,
     }
@@ -275,7 +281,7 @@ def _tokenizer(family: str) -> PreTrainedTokenizerBase:
     vocab, merges = _bpe()
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocab),
-        merges=list(merges),
+        merges=list(merges),  # type: ignore[arg-type]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=_INTERNVL_TOKENS if family == "internvl" else {},

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from statekv.demo.render import render
-from statekv.demo.world import FIRST_TEST_SEED, Question, Story, questions, write_story
+from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Question, Story, questions, write_story
 from training.model import PICTURE, TOKENS_PER_FRAME
 
 IGNORE = -100
@@ -25,9 +25,13 @@ _STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels [B·F, 3, P, P] · input_ids, positions, labels [B, L] int64 · mask [1, 1, L, L] bool (True = may see)."""
+    """pixels [B·F, 3, P, P] · input_ids, positions, labels [B, L] int64 · mask [1, 1, L, L] bool (True = may see).
+
+    shown: [B·F, 2] int64, colour and shape of the card in each picture, behind the last name where there is none.
+    """
 
     pixels: torch.Tensor
+    shown: torch.Tensor
     input_ids: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
@@ -37,23 +41,24 @@ class Batch:
 class BatchMaker:
     """Makes batches out of a seed; nothing is stored, the world is endless."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions_per_clip: int = 5) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions_per_clip: int = 8) -> None:
         self.tokenizer = tokenizer
         self.questions_per_clip = questions_per_clip
 
     def make(self, rng: np.random.Generator, clips: int, frames: int) -> Batch:
         """A batch of `clips` clips of `frames` frames, in one prompt layout; deterministic in `rng`."""
         layout = "release" if rng.random() < 0.2 else "hf"
-        pixels, videos, positions, asked = [], [], [], []
+        pixels, shown, videos, positions, asked = [], [], [], [], []
         for _ in range(clips):
             story = write_story(int(rng.integers(FIRST_TEST_SEED)), float(frames))
             pixels.append(render(story, np.arange(frames, dtype=np.float64), PICTURE))
+            shown.append(_shown(story, frames))
             first_label = 1 if rng.random() < 0.5 else int(rng.integers(1, 999 - frames))
             video, owner = self._video_tokens(layout, frames, first_label)
             videos.append(video)
             positions.append(_positions(rng, owner))
             asked.append([self._ask(q, layout, first_label) for q in self._choose(rng, story, layout)])
-        return self._assemble(np.stack(pixels), np.stack(videos), np.stack(positions), asked)
+        return self._assemble(np.stack(pixels), np.concatenate(shown), np.stack(videos), np.stack(positions), asked)
 
     def _video_tokens(self, layout: str, frames: int, first_label: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens of the frames and, for each token, the number of the frame it belongs to."""
@@ -90,6 +95,7 @@ class BatchMaker:
     def _assemble(
         self,
         pixels: NDArray[np.uint8],
+        shown: NDArray[np.int64],
         videos: NDArray[np.int64],
         positions: NDArray[np.int64],
         asked: list[list[tuple[list[int], list[int]]]],
@@ -108,6 +114,7 @@ class BatchMaker:
         frames = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         return Batch(
             (frames - _MEAN) / _STD,
+            torch.from_numpy(shown),
             torch.from_numpy(np.concatenate([videos, ids.reshape(clips, -1)], 1)),
             torch.from_numpy(np.concatenate([positions, tail], 1)),
             torch.from_numpy(np.concatenate([np.full_like(videos, IGNORE), labels.reshape(clips, -1)], 1)),
@@ -115,10 +122,20 @@ class BatchMaker:
         )
 
 
+def _shown(story: Story, frames: int) -> NDArray[np.int64]:
+    """[F, 2]: colour and shape in each frame, as indices."""
+    found = np.tile(np.array([len(COLORS), len(SHAPES)]), (frames, 1))
+    times = np.arange(frames)
+    for card in story.cards:
+        visible = (times >= card.start_seconds) & (times < card.end_seconds)
+        found[visible] = COLORS.index(card.color), SHAPES.index(card.shape)
+    return found
+
+
 def _positions(rng: np.random.Generator, owner: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Plain positions for half of the clips; for the rest a random start and random gaps between frames."""
+    """Plain positions for most clips; for the rest a random start and random gaps between frames."""
     plain = np.arange(len(owner))
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         return plain
     frames, length = int(owner[-1]) + 1, len(owner)
     spare = LONGEST_SPAN - length - 64

@@ -64,7 +64,9 @@ def load_stream(folder: str | os.PathLike[str], geometry: Geometry) -> StreamSta
         state.spans = [Span(**span) for span in facts["spans"]]
         _restore(state, load_file(source / "stream.safetensors"), facts["pinned"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
-        raise StateKVError(f"{source} holds no whole saved stream", "name a folder that save_stream wrote") from None
+        raise StateKVError(
+            f"{source} holds no saved stream, or a damaged one", "name a folder that save_stream wrote"
+        ) from None
     return state
 
 

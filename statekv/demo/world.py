@@ -18,7 +18,8 @@ KINDS = ("color", "shape", "first", "after", "count", "when")
 # Seeds below are for training, seeds from here on for testing: the two never meet.
 FIRST_TEST_SEED = 1_000_000_000
 
-_SHORTEST_CARD, _LONGEST_CARD = 1.3, 3.4  # seconds; longer than a second, so that 1 frame/s never misses a card
+_SHORTEST_CARD, _LONGEST_CARD = 1.05, 3.4  # seconds; over a second, so that 1 frame/s never misses a card
+_SECONDS_PER_CARD = 1.5  # room that a short video must have for each
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def write_story(seed: int, duration_seconds: float, max_cards: int = len(COLORS)
 
 def most_cards(duration_seconds: float) -> int:
     """Cards that fit in a video of this length."""
-    return min(len(COLORS), max(1, int(duration_seconds / 3.5)))
+    return min(len(COLORS), max(1, int(duration_seconds / _SECONDS_PER_CARD)))
 
 
 def frame_of(card: Card, fps: float) -> int:

@@ -13,7 +13,7 @@ from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.errors import ModelError
-from statekv.models.attention import NAME, Pass, attention_hook, hooked
+from statekv.models.attention import NAME, Pass, attention_hook, attention_left_as_found, take_attention
 from statekv.ops.naive import attention_with_key_scores
 from tests.tiny import FAMILIES, tiny
 
@@ -65,7 +65,7 @@ def test_called_from_outside_it_refuses() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hooked_touches_the_language_model_alone_and_restores_it(family: str, implementation: str) -> None:
+def test_taking_it_touches_the_language_model_alone_and_restores_it(family: str, implementation: str) -> None:
     model: Any = tiny(family).model
     model.set_attn_implementation(implementation)
     before = [(module, module.config._attn_implementation) for module in model.modules() if hasattr(module, "config")]
@@ -73,7 +73,8 @@ def test_hooked_touches_the_language_model_alone_and_restores_it(family: str, im
     def inside() -> list[str]:
         return [module.config._attn_implementation for module, _ in before]
 
-    with hooked(model):
+    with attention_left_as_found(model):
+        take_attention(model)
         assert {
             module.config._attn_implementation
             for module in model.model.language_model.layers[0].children()
@@ -81,11 +82,18 @@ def test_hooked_touches_the_language_model_alone_and_restores_it(family: str, im
         } == {NAME}
         assert set(inside()) == {NAME, implementation}
         assert model.config.vision_config._attn_implementation == implementation
-        with hooked(model):
+        take_attention(model)
+        with attention_left_as_found(model):
             pass
         assert set(inside()) == {NAME, implementation}
     assert inside() == [found for _, found in before]
-    with pytest.raises(ZeroDivisionError), hooked(model):
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with attention_left_as_found(model):
+            take_attention(model)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert inside() == [found for _, found in before]
     assert NAME in AttentionInterface().valid_keys()

@@ -34,7 +34,7 @@ def test_features_stand_where_the_placeholders_are() -> None:
     assert filled.dtype == torch.float64
     assert not embeds.any()
     for wrong in (1, 3):
-        with pytest.raises(ModelError, match=f"2 placeholders for {wrong} vision"):
+        with pytest.raises(ModelError, match=f"placeholders for 2 vision features, the pictures make {wrong}"):
             fill_placeholders(embeds, spots, torch.zeros(wrong, 3))
 
 

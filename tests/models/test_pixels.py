@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 
 from statekv.errors import ModelError, VideoError
-from statekv.models import pixels
+from statekv.models import checkpoint, pixels
 from statekv.models.pixels import InternVLRecipe, Qwen3VLRecipe, patchify, qwen3_vl_size, resize_and_normalise
 from tests import stock
 
@@ -65,9 +65,7 @@ def test_frames_that_lie_channels_last_in_memory_give_the_same_pixels() -> None:
     video = frames(2, 240, 321)
     recipe = InternVLRecipe.from_dict(INTERNVL)
     lying = video.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert torch.equal(
-        resize_and_normalise(lying, 448, 448, recipe), resize_and_normalise(video, 448, 448, recipe)
-    )
+    assert torch.equal(resize_and_normalise(lying, 448, 448, recipe), resize_and_normalise(video, 448, 448, recipe))
     one = resize_and_normalise(lying[1:], 448, 448, recipe)
     assert torch.equal(one, resize_and_normalise(video, 448, 448, recipe)[1:])
 
@@ -145,7 +143,8 @@ def test_qwen3_vl_single_frame_counts_as_its_padded_pair() -> None:
     recipe = Qwen3VLRecipe.from_dict(QWEN)
     assert qwen3_vl_size(240, 320, 1, recipe) == qwen3_vl_size(240, 320, 2, recipe)
     flat, grid = patchify(torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 32, 32), recipe)
-    assert grid == (1, 2, 2) and flat.shape == (4, 3 * 2 * 16 * 16)
+    assert grid == (1, 2, 2)
+    assert flat.shape == (4, 3 * 2 * 16 * 16)
 
 
 def test_qwen3_vl_refuses_a_ribbon() -> None:
@@ -153,7 +152,7 @@ def test_qwen3_vl_refuses_a_ribbon() -> None:
         qwen3_vl_size(64, 64 * 201, 4, Qwen3VLRecipe.from_dict(QWEN))
 
 
-@pytest.mark.parametrize("family, recipe", [("internvl", InternVLRecipe), ("qwen3_vl", Qwen3VLRecipe)])
+@pytest.mark.parametrize(("family", "recipe"), [("internvl", InternVLRecipe), ("qwen3_vl", Qwen3VLRecipe)])
 def test_missing_and_null_keys_take_the_stock_defaults(family: str, recipe: Any) -> None:
     defaults = stock.video_processor(family, {})
     ours = recipe.from_dict({"size": None, "resample": None, "image_mean": None})
@@ -170,7 +169,7 @@ def test_missing_and_null_keys_take_the_stock_defaults(family: str, recipe: Any)
 
 
 @pytest.mark.parametrize(
-    "wrong, told",
+    ("wrong", "told"),
     [
         ({"do_center_crop": True}, "do_center_crop=True"),
         ({"do_resize": False}, "do_resize=False"),
@@ -192,15 +191,11 @@ def test_frames_that_were_scaled_already_are_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_the_float_path_of_other_processors_equals_torchvisions(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_float_path_of_other_processors_equals_torchvisions(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     functional = stock.tv_functional()
     monkeypatch.setattr(functional._geometry, "_do_native_uint8_resize_on_cpu", lambda _: False)
     video = frames(2, 101, 77)
-    expected = functional.resize(
-        video, [64, 128], interpolation=functional.InterpolationMode(mode), antialias=True
-    )
+    expected = functional.resize(video, [64, 128], interpolation=functional.InterpolationMode(mode), antialias=True)
     assert torch.equal(pixels._resize_as_floats(video, 64, 128, mode), expected)
 
 
@@ -215,32 +210,33 @@ def test_the_json_is_found_in_stock_order(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
 
     with pytest.raises(ModelError, match="no processor_config"):
-        pixels.read_processor_config(str(tmp_path))
-    for name, values in [
+        checkpoint.read_processor_config(str(tmp_path))
+    files: list[tuple[str, dict[str, Any]]] = [
         ("preprocessor_config.json", {"resample": 1}),
         ("video_preprocessor_config.json", {"resample": 2}),
         ("processor_config.json", {"video_processor": {"resample": 3}}),
-    ]:
+    ]
+    for name, values in files:
         write(name, values)
         expected = values.get("video_processor", values)
-        assert pixels.read_processor_config(str(tmp_path)) == expected
+        assert checkpoint.read_processor_config(str(tmp_path)) == expected
     write("processor_config.json", {"image_seq_length": 256})
-    assert pixels.read_processor_config(str(tmp_path)) == {"resample": 2}
+    assert checkpoint.read_processor_config(str(tmp_path)) == {"resample": 2}
     (tmp_path / "video_preprocessor_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="no JSON object"):
-        pixels.read_processor_config(str(tmp_path))
+        checkpoint.read_processor_config(str(tmp_path))
 
 
 def test_an_unknown_checkpoint_is_refused() -> None:
     with pytest.raises(ModelError, match="no/such-checkpoint"):
-        pixels.read_processor_config("no/such-checkpoint", local_files_only=True)
+        checkpoint.read_processor_config("no/such-checkpoint", local_files_only=True)
 
 
 def test_a_hub_failure_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("we could not connect\nto the hub")
 
-    monkeypatch.setattr(pixels, "cached_file", fail)
+    monkeypatch.setattr(checkpoint, "cached_file", fail)
     with pytest.raises(ModelError, match="cannot read some/model: we could not connect") as caught:
-        pixels.read_processor_config("some/model")
+        checkpoint.read_processor_config("some/model")
     assert "\n" not in str(caught.value)

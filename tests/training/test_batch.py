@@ -19,7 +19,7 @@ from training import batch as batching
 from training.batch import IGNORE, Batch, BatchMaker
 from training.model import TOKENS_PER_FRAME, build_model
 from training.tokenizer import CHAT_TEMPLATE, build_tokenizer
-from training.train import loss_of
+from training.train import CardHeads, loss_of
 
 CLIPS, FRAMES, QUESTIONS = 3, 6, 4
 
@@ -186,7 +186,7 @@ def test_the_loss_of_one_question_does_not_change_with_another() -> None:
         labels = torch.full_like(other.labels, IGNORE)
         mine = slice(video + question * block, video + (question + 1) * block)
         labels[:, mine] = other.labels[:, mine]
-        return loss_of(model, dataclasses.replace(other, labels=labels))
+        return loss_of(model, CardHeads(model), dataclasses.replace(other, labels=labels))[0]
 
     ids = batch.input_ids.clone()
     ids[:, video + block : video + 2 * block] = 1000

@@ -22,7 +22,7 @@ from training.batch import BatchMaker
 from training.export import export
 from training.model import build_model
 from training.tokenizer import build_tokenizer
-from training.train import CURRICULUM, clip_length, learning_rate, loss_of, train
+from training.train import CURRICULUM, CardHeads, clip_length, learning_rate, loss_of, train
 
 STEPS = 3
 
@@ -36,7 +36,7 @@ def _threads() -> Iterator[None]:
 
 def run(out: Path, stop: int = 0, seed: int = 1) -> dict[str, torch.Tensor]:
     """Train on four clips a step; the weights."""
-    train(out, STEPS, seed=seed, peak=1e-3, frames_per_step=8, threads=torch.get_num_threads(), stop=stop)
+    train(out, None, STEPS, seed=seed, peak=1e-3, frames_per_step=8, threads=torch.get_num_threads(), stop=stop)
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["step"] == (stop or STEPS)
     weights: dict[str, torch.Tensor] = state["model"]
@@ -92,14 +92,15 @@ def test_the_loss_falls_on_a_batch_seen_again() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).train()
     batch = BatchMaker(tokenizer).make(np.random.default_rng(0), clips=2, frames=2)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    heads = CardHeads(model)
+    optimiser = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=2e-3)
     losses = []
     for _ in range(8):
-        loss = loss_of(model, batch)
+        answers, cards = loss_of(model, heads, batch)
         optimiser.zero_grad()
-        loss.backward()
+        (answers + cards).backward()
         optimiser.step()
-        losses.append(loss.item())
+        losses.append(answers.item())
     assert losses[0] > 5
     assert losses[-1] < 0.6 * losses[0]
 
@@ -111,10 +112,11 @@ def test_attention_in_float32_is_attention() -> None:
     model = build_model(tokenizer).eval()
     batch = BatchMaker(tokenizer).make(np.random.default_rng(0), clips=2, frames=3)
     with torch.no_grad():
-        expected = loss_of(model, batch)
+        heads = CardHeads(model)
+        expected = loss_of(model, heads, batch)
         AttentionInterface.register("float32", training_module.attention_in_float32)
         model.set_attn_implementation("float32")
-        torch.testing.assert_close(loss_of(model, batch), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss_of(model, heads, batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clips_grow_with_training() -> None:

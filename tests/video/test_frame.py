@@ -11,7 +11,7 @@ def test_holds_pixels_and_times():
     frame = Frame(torch.zeros(3, 4, 6, dtype=torch.uint8), 1.5, 0.04)
     assert (frame.pts_seconds, frame.duration_seconds) == (1.5, 0.04)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        frame.pts_seconds = 2.0
+        frame.pts_seconds = 2.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (1, 3, 4, 6), (1, 4, 6), (3, 0, 6)])

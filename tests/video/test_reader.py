@@ -208,7 +208,12 @@ def test_dropped_frames_are_never_converted(clip, monkeypatch):
 
     converted = []
     original = reader._rgb
-    monkeypatch.setattr(reader, "_rgb", lambda picture: converted.append(picture.pts) or original(picture))
+
+    def counted(picture):
+        converted.append(picture.pts)
+        return original(picture)
+
+    monkeypatch.setattr(reader, "_rgb", counted)
     assert len(list(read_frames(clip, fps=5))) == len(converted) == 6
 
 
@@ -224,7 +229,8 @@ def test_a_thread_decodes_only_if_asked_to(clip, ahead):
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_memory_is_flat(tmp_path, ahead):
     path = write_clip(tmp_path / "clip.mp4", range(200))
-    alive, most, count = weakref.WeakSet(), 0, 0
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = count = 0
     for frame in read_frames(path, ahead=ahead):
         alive.add(frame.data)
         count += 1

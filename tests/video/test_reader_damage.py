@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import warnings
+from types import TracebackType
 
 import pytest
 
@@ -169,7 +170,7 @@ def test_the_warning_comes_after_the_last_frame_on_the_consumers_thread(noisy, t
         with pytest.raises(VideoWarning) as caught:
             next(stream)
     functions = []
-    trace = caught.tb
+    trace: TracebackType | None = caught.tb
     while trace is not None:
         functions.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
