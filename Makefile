@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/statekv demo
@@ -20,6 +20,9 @@ check: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/typer statekv.cli utils docs --name statekv --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) statekv-demo .pytest_cache .mypy_cache .ruff_cache

@@ -101,7 +101,7 @@ def batches(
     for step in range(start, stop):
         rng = np.random.default_rng([seed, step])
         frames = clip_length(rng, step / steps)
-        clips = max(4, min(64, frames_per_step // frames))
+        clips = max(4, min(36, frames_per_step // frames))
         yield step, frames, maker.make(rng, clips, frames)
 
 

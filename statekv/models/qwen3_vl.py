@@ -112,14 +112,14 @@ class Qwen3VL(VideoModel):
         return Segment(
             "step",
             row,
-            fill_placeholders(self.embed(row), spots, torch.cat(tuple(seen.pooler_output))),
+            fill_placeholders(self.embed(row), spots, _joined(seen.pooler_output)),
             positions,
             following,
             frames,
             pts_seconds,
             {
                 "visual_pos_masks": spots,
-                "deepstack_visual_embeds": [torch.cat(tuple(feature)) for feature in seen.deepstack_features],
+                "deepstack_visual_embeds": [_joined(feature) for feature in seen.deepstack_features],
             },
         )
 
@@ -140,6 +140,11 @@ class Qwen3VL(VideoModel):
             text_positions(after, rest, device),
         ]
         return torch.cat(pieces, dim=-1), after + rest
+
+
+def _joined(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """[n, hidden]; transformers splits features by picture, but up to 5.15 left those of deepstack in one piece."""
+    return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))
 
 
 def _pieces(

@@ -141,7 +141,8 @@ def test_items_handed_on_are_not_kept():
     class Item:
         pass
 
-    alive, reached = weakref.WeakSet(), [threading.Event() for _ in range(52)]
+    alive: weakref.WeakSet[Item] = weakref.WeakSet()
+    reached = [threading.Event() for _ in range(52)]
 
     def source():
         for index in range(50):
