@@ -59,14 +59,17 @@ def test_a_film_is_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_pieces_do_not_show_in_the_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very pixels that go to the encoder; the encoder itself is no judge, it amplifies a single bit."""
     monkeypatch.setattr(render, "_noise", lambda seed, times, shape, sigma: np.zeros(shape, np.float32))
+    written: list[list[np.ndarray]] = []
+    monkeypatch.setattr(film, "write_video", lambda path, frames, fps: written.append(list(frames)))
     story = next(s for s in (write_story(seed, 24.0) for seed in range(100)) if len(s.cards) == 4)
-    write_film(story, tmp_path / "whole.mp4")
-    monkeypatch.setattr(film, "_PIECE", 7)
-    write_film(story, tmp_path / "pieces.mp4")
-    whole, pieces = decoded(tmp_path / "whole.mp4"), decoded(tmp_path / "pieces.mp4")
-    assert len(whole) == len(pieces) == 48
-    assert np.abs(whole.astype(int) - pieces).max() <= 2
+    for piece in (film._PIECE, 7):
+        monkeypatch.setattr(film, "_PIECE", piece)
+        write_film(story, tmp_path / "film.mp4")
+    whole, pieces = (np.stack(frames) for frames in written)
+    assert len(whole) == 48
+    assert np.array_equal(whole, pieces)
 
 
 def test_a_long_film_is_rendered_piece_by_piece_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
