@@ -148,7 +148,7 @@ def test_answers_are_those_of_the_story(monkeypatch: pytest.MonkeyPatch) -> None
     clips = [clip for seed in range(40) for clip in clips_of(make(seed, frames=16))]
     kinds = set()
     for story, clip in zip(stories, clips, strict=True):
-        right = {q.text: q for seed in range(30) for q in questions(story, np.random.default_rng(seed), per_kind=4)}
+        right = {q.text: q for seed in range(60) for q in questions(story, np.random.default_rng(seed), per_kind=8)}
         first = 1
         if clip.layout == "hf":
             first = int(decode(clip.video).split("frame")[1].split(":")[0])
@@ -206,7 +206,7 @@ def test_questions_go_on_where_the_video_ends() -> None:
             assert positions == list(range(start, start + len(positions)))
 
 
-def test_positions_are_whole_frames_apart_and_half_of_them_plain() -> None:
+def test_positions_are_whole_frames_apart_and_most_of_them_plain() -> None:
     plain = 0
     for clip in some_clips():
         steps = np.diff(clip.video_positions)
@@ -215,7 +215,7 @@ def test_positions_are_whole_frames_apart_and_half_of_them_plain() -> None:
         inside = np.flatnonzero(np.isin(clip.video[1:], [tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")]))
         assert (steps[inside] == 1).all()
         assert max(max(positions) for positions in clip.positions) < 32768
-    assert 0.3 < plain / len(some_clips()) < 0.7
+    assert 0.55 < plain / len(some_clips()) < 0.85
 
 
 @pytest.mark.parametrize("layout", ["hf", "release"])
