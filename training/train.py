@@ -7,21 +7,20 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, InternVLForConditionalGeneration
 
-from statekv.demo.world import COLORS, SHAPES
 from training.batch import IGNORE, Batch, BatchMaker
+from training.heads import SUMMARY_LAYER, Heads
 from training.model import build_model
 from training.tokenizer import build_tokenizer
 
 # (share of the steps, fewest frames, most frames): clips grow with training; started long, the model stays at the
 # answer prior.
-CURRICULUM = ((0.12, 2, 6), (0.22, 4, 10), (0.24, 8, 24), (0.24, 16, 64), (0.18, 32, 192))
+CURRICULUM = ((0.18, 2, 8), (0.17, 6, 16), (0.27, 12, 48), (0.38, 32, 160))
 
 
 def attention_in_float32(
@@ -49,45 +48,25 @@ def clip_length(rng: np.random.Generator, progress: float) -> int:
     return round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
-class CardHeads(torch.nn.Module):
-    """Colour and shape of the card in a picture, read linearly off its vision tokens; thrown away after training.
-
-    The answers alone teach the vision tower slowly: a step has hundreds of pictures, but few questions about a shape.
-    """
-
-    def __init__(self, model: InternVLForConditionalGeneration) -> None:
-        super().__init__()
-        embedding: Any = model.get_input_embeddings()
-        width = embedding.embedding_dim * model.config.image_seq_length
-        self.color = torch.nn.Linear(width, len(COLORS) + 1)
-        self.shape = torch.nn.Linear(width, len(SHAPES) + 1)
-
-    def forward(self, pictures: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """[n, tokens, hidden] and [n, 2] → the mean cross-entropy of both."""
-        flat = pictures.flatten(1)
-        color, shape = self.color(flat).float(), self.shape(flat).float()
-        return F.cross_entropy(color, shown[:, 0]) + F.cross_entropy(shape, shown[:, 1])
-
-
-def loss_of(
-    model: InternVLForConditionalGeneration, heads: CardHeads, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy over the answers' tokens, and that of the cards in the pictures."""
-    inner = model.model
-    embeds = inner.get_input_embeddings()(batch.input_ids)
+def loss_of(model: InternVLForConditionalGeneration, heads: Heads, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy over the answers' tokens, and that of the readings (`training.heads`)."""
+    inner, embedding = model.model, model.model.get_input_embeddings()
+    embeds = embedding(batch.input_ids)
     pictures = inner.get_image_features(batch.pixels, return_dict=True).pooler_output
     spots = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
     embeds = embeds.masked_scatter(spots, pictures.to(embeds.dtype))
     bias = torch.zeros(batch.mask.shape).masked_fill(~batch.mask, -1e9)
-    hidden = inner.language_model(
+    found = inner.language_model(
         inputs_embeds=embeds,
         attention_mask=bias,
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
+        output_hidden_states=True,
+    )
     answered = batch.labels != IGNORE
-    answers = F.cross_entropy(model.lm_head(hidden[answered]).float(), batch.labels[answered])
-    return answers, heads(pictures, batch.shown)
+    answers = F.cross_entropy(model.lm_head(found.last_hidden_state[answered]).float(), batch.labels[answered])
+    closing = found.hidden_states[SUMMARY_LAYER][batch.input_ids == heads.closing_id]
+    return answers, heads(pictures, closing, embedding.weight, batch)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -101,7 +80,7 @@ def batches(
     for step in range(start, stop):
         rng = np.random.default_rng([seed, step])
         frames = clip_length(rng, step / steps)
-        clips = max(4, min(36, frames_per_step // frames))
+        clips = max(3, min(36, frames_per_step // frames))
         yield step, frames, maker.make(rng, clips, frames)
 
 
@@ -114,13 +93,15 @@ def train(
     model = build_model(tokenizer).train()
     AttentionInterface.register("float32", attention_in_float32)
     model.set_attn_implementation("float32")
-    heads = CardHeads(model)
+    heads = Heads(model, tokenizer)
     both = torch.nn.ModuleList([model, heads])
     optimiser = torch.optim.AdamW(both.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     out.mkdir(parents=True, exist_ok=True)
     saved, start = out / "state.pt", 0
     if init is not None and not saved.exists():
-        model.load_state_dict(torch.load(init / "state.pt", weights_only=True)["model"])
+        begun = torch.load(init / "state.pt", weights_only=True)
+        model.load_state_dict(begun["model"])
+        heads.load_state_dict(begun["heads"])
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
@@ -133,16 +114,16 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
-            answers, cards = loss_of(model, heads, batch)
+            answers, readings = loss_of(model, heads, batch)
         optimiser.zero_grad(set_to_none=True)
-        (answers + 0.3 * cards).backward()
+        (answers + 0.3 * readings).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimiser.step()
-        losses.append((answers.item(), cards.item()))
+        losses.append((answers.item(), readings.item()))
         if (step + 1) % 50 == 0:
             pace = (time.perf_counter() - began) / (step + 1 - start)
-            answer_loss, card_loss = np.mean(losses[-50:], axis=0)
-            told = f"answers {answer_loss:.4f} cards {card_loss:.4f}"
+            answer_loss, reading_loss = np.mean(losses[-50:], axis=0)
+            told = f"answers {answer_loss:.4f} readings {reading_loss:.4f}"
             print(f"step {step + 1} frames {frames} {told} {pace:.3f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == (stop or steps):
             state = {

@@ -13,15 +13,17 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from statekv.demo.render import render
-from statekv.demo.world import FIRST_TEST_SEED, Story, questions, write_story
+from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, questions, write_story
 from statekv.models.prompt import Layout, Prompt, internvl_step, internvl_tokens
 from training import batch as batching
-from training.batch import IGNORE, Batch, BatchMaker
+from training.batch import IGNORE, LONG_CLIP, Batch, BatchMaker
+from training.heads import Heads
 from training.model import TOKENS_PER_FRAME, build_model
 from training.tokenizer import CHAT_TEMPLATE, build_tokenizer
-from training.train import CardHeads, loss_of
+from training.train import loss_of
 
 CLIPS, FRAMES, QUESTIONS = 3, 6, 4
+NAMES = (("color", COLORS), ("shape", SHAPES))
 
 
 @functools.cache
@@ -121,6 +123,39 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[Story]:
     return stories
 
 
+def test_what_each_picture_shows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stories = _recorded(monkeypatch)
+    batch = make(1, frames=16)
+    shown, new = batch.shown.view(CLIPS, 16, 2).tolist(), batch.new.view(CLIPS, 16).tolist()
+    for clip, story in enumerate(stories):
+        seen: set[str] = set()
+        for time in range(16):
+            cards = [card for card in story.cards if card.start_seconds <= time < card.end_seconds]
+            color, shape = (names.index(getattr(cards[0], kind)) if cards else len(names) for kind, names in NAMES)
+            assert shown[clip][time] == [color, shape]
+            assert new[clip][time] == any(card.color not in seen for card in cards)
+            seen |= {card.color for card in cards}
+
+
+def test_numbers_of_frames_are_those_of_their_labels() -> None:
+    layouts = set()
+    for seed in range(30):
+        batch = make(seed, clips=2)
+        for ids, numbers in zip(batch.input_ids, batch.numbers.view(2, -1), strict=True):
+            labels = [int(part.split(":")[0]) for part in decode(ids.tolist()).split("\nframe")[1:]]
+            layouts.add(bool(labels))
+            expected = [decode([int(token)]) for token in numbers] if labels else []
+            assert expected == [str(label) for label in labels]
+            assert labels or (numbers == IGNORE).all()
+    assert layouts == {True, False}
+
+
+def test_long_clips_are_asked_twice_as_much() -> None:
+    short, long = make(1, frames=LONG_CLIP - 1), make(1, frames=LONG_CLIP)
+    asked = [(batch.labels == tokenizer().eos_token_id).sum(dim=1).tolist() for batch in (short, long)]
+    assert asked == [[QUESTIONS] * CLIPS, [2 * QUESTIONS] * CLIPS]
+
+
 def test_training_never_sees_a_test_story(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = _recorded(monkeypatch)
     for seed in range(100):
@@ -186,7 +221,7 @@ def test_the_loss_of_one_question_does_not_change_with_another() -> None:
         labels = torch.full_like(other.labels, IGNORE)
         mine = slice(video + question * block, video + (question + 1) * block)
         labels[:, mine] = other.labels[:, mine]
-        return loss_of(model, CardHeads(model), dataclasses.replace(other, labels=labels))[0]
+        return loss_of(model, Heads(model, tokenizer()), dataclasses.replace(other, labels=labels))[0]
 
     ids = batch.input_ids.clone()
     ids[:, video + block : video + 2 * block] = 1000

@@ -20,9 +20,10 @@ from training import export as exporting
 from training import train as training_module
 from training.batch import BatchMaker
 from training.export import export
+from training.heads import Heads
 from training.model import build_model
 from training.tokenizer import build_tokenizer
-from training.train import CURRICULUM, CardHeads, clip_length, learning_rate, loss_of, train
+from training.train import CURRICULUM, clip_length, learning_rate, loss_of, train
 
 STEPS = 3
 
@@ -92,13 +93,13 @@ def test_the_loss_falls_on_a_batch_seen_again() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).train()
     batch = BatchMaker(tokenizer).make(np.random.default_rng(0), clips=2, frames=2)
-    heads = CardHeads(model)
+    heads = Heads(model, tokenizer)
     optimiser = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=2e-3)
     losses = []
     for _ in range(8):
-        answers, cards = loss_of(model, heads, batch)
+        answers, readings = loss_of(model, heads, batch)
         optimiser.zero_grad()
-        (answers + cards).backward()
+        (answers + readings).backward()
         optimiser.step()
         losses.append(answers.item())
     assert losses[0] > 5
@@ -112,7 +113,7 @@ def test_attention_in_float32_is_attention() -> None:
     model = build_model(tokenizer).eval()
     batch = BatchMaker(tokenizer).make(np.random.default_rng(0), clips=2, frames=3)
     with torch.no_grad():
-        heads = CardHeads(model)
+        heads = Heads(model, tokenizer)
         expected = loss_of(model, heads, batch)
         AttentionInterface.register("float32", training_module.attention_in_float32)
         model.set_attn_implementation("float32")
@@ -154,7 +155,7 @@ def test_the_exported_folder_loads_and_answers(exported: Path) -> None:
     engine = statekv.load(str(exported), budget=20)
     with engine.open() as session:
         session.push(some_frames(4))
-        assert isinstance(session.ask("how many cards?", max_new_tokens=4), str)
+        assert isinstance(session.ask("how many readings?", max_new_tokens=4), str)
         assert session.state.carried.length == 20
     engine.close()
 
