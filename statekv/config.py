@@ -10,7 +10,7 @@ from statekv.errors import ConfigError
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
 RECALLS = ("all", "recent", "sink_recent")
 LAYOUTS = ("hf", "release")
-KERNELS = ("auto", "naive", "blocked")
+KERNELS = ("auto", "naive", "blocked", "triton")
 
 METHODS = {
     "statekv": ("attention", "all"),
@@ -36,9 +36,12 @@ class Config:
         max_frames: frames at most, spread over the video; None sets no cap.
         horizon: positions that RoPE is scaled for; None: the video's length where it is known, else the trained length.
         max_new_tokens: longest answer, in tokens.
-        kernel: implementation of attention with key scores: auto, naive, blocked.
+        kernel: implementation of attention with key scores: auto, naive, blocked, triton.
+        score_every: score keys with every n-th query of a step, counted from its last; 1, all, is the method.
         seed: of carry="random" and of sampled answers.
         prefetch: frames decoded ahead of the model.
+        vision_batch: steps whose pictures pass the vision tower together while a source is watched.
+        graph: on CUDA, replay recorded steps once the carried cache is full.
 
     Raises:
         ConfigError: a value outside its range, or an unknown name.
@@ -55,21 +58,25 @@ class Config:
     horizon: int | None = None
     max_new_tokens: int = 128
     kernel: str = "auto"
+    score_every: int = 1
     seed: int = 0
     prefetch: int = 8
+    vision_batch: int = 8
+    graph: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("carry", CARRIES), ("recall", RECALLS), ("layout", LAYOUTS), ("kernel", KERNELS)):
             check_name(name, getattr(self, name), known)
-        for name in ("budget", "max_frames", "horizon", "max_new_tokens", "prefetch"):
+        for name in ("budget", "max_frames", "horizon", "max_new_tokens", "score_every", "prefetch", "vision_batch"):
             _check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "seed"):
             _check_count(name, getattr(self, name), least=0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
         _check_rate(self.fps)
-        if not isinstance(self.pin_prefix, bool):
-            raise ConfigError(f"pin_prefix is {self.pin_prefix!r}, but must be True or False", "leave it out for False")
+        for name, value in (("pin_prefix", self.pin_prefix), ("graph", self.graph)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}, but must be True or False", "leave it out for the default")
         if "sink_recent" in (self.carry, self.recall) and self.sinks >= self.budget:
             raise ConfigError(
                 f"sinks is {self.sinks} with a budget of {self.budget}, but the sinks count towards the budget",

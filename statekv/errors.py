@@ -41,6 +41,10 @@ class VideoWarning(UserWarning):
     """Something about the video that the user should know, but that does not stop the work."""
 
 
+class SpeedWarning(UserWarning):
+    """Something that makes the work slower than it could be, but not wrong."""
+
+
 def explained(error: Exception) -> Exception:
     """The error of a failed import, or what to do about it where a broken torchvision is behind it."""
     cause: BaseException | None = error

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 
+from statekv.ahead import Ahead
 from statekv.cache.stream import StreamState
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
 from statekv.interrupts import deferred_interrupts
 from statekv.models.base import Segment
 from statekv.progress import Progress, Seconds
-from statekv.stepper import Stepper, memory_limit
+from statekv.stepper import Stepper, memory_limit, room_for_answers
 from statekv.streaming_text import StreamingText
 from statekv.video.frame import Frame
+
+_LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
 
 
 @dataclass
@@ -39,10 +43,12 @@ class Session:
     seconds: Seconds = field(default_factory=Seconds)
     steps: int = 0
     _waiting: list[Frame] = field(default_factory=list)
-    _drawn: Frame | None = None  # read from the source, but not yet pushed
     _broken: str = ""
     _closed: bool = False
     _answering: bool = False
+
+    def __post_init__(self) -> None:
+        self._ahead = Ahead(self.stepper.model, self.state, self.seconds)
 
     @property
     def frames(self) -> int:
@@ -65,15 +71,7 @@ class Session:
         self._check_growing()
         if self.source is None:
             raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
-        while True:
-            if self._drawn is None:
-                began = time.perf_counter()
-                with deferred_interrupts(second_gets_through=True):  # an interrupted source could not go on
-                    self._drawn = next(self.source, None)
-                self.seconds.decode += time.perf_counter() - began
-            if self._drawn is None:
-                return
-            frame, self._drawn = self._drawn, None
+        while (frame := self._ahead.draw(self.source, self._waiting)) is not None:
             self.push([frame], on_step)
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
@@ -155,6 +153,7 @@ class Session:
         self.source = None
         self._closed = True
         self._waiting.clear()
+        self._ahead.forget()
         self.state.free()
 
     def __enter__(self) -> Session:
@@ -172,7 +171,7 @@ class Session:
         try:
             with torch.inference_mode(), memory_limit():
                 began = time.perf_counter()
-                entering = self.stepper.model.enter(frames, self.state)
+                entering = self.stepper.model.enter(self._ahead.take(frames), self.state)
                 seen = time.perf_counter()
                 self.seconds.vision += seen - began
                 for segment in entering:
@@ -184,8 +183,21 @@ class Session:
         took = time.perf_counter() - seen
         self.seconds.prefill += took
         self.steps += 1
+        if self.steps == 1:
+            self._reserve()
         carried, tokens = self.state.carried.length, self.state.tokens
         return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens)
+
+    def _reserve(self) -> None:
+        """Where the video's length is known, the detailed cache is allocated once."""
+        state = self.state
+        if state.frames_expected is None:
+            return
+        steps = -(-state.frames_expected // self.stepper.model.frames_per_step)
+        longest = state.spans[-1].length + _LABEL_GROWTH
+        # A video too long for the memory is watched as far as it goes.
+        with suppress(MemoryLimitError), memory_limit():
+            state.detailed.reserve(state.tokens + (steps - 1) * longest + room_for_answers(state.config))
 
     def _step_failed(self, error: BaseException, frames: list[Frame], tokens: int) -> None:
         if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
@@ -225,7 +237,8 @@ class Session:
         segment = model.question(question, self.state)
         if not self._waiting:
             return segment
-        for waiting in model.enter(self._waiting, self.state):
+        (seen,) = model.look([self._waiting], self.state.frames_expected)
+        for waiting in model.enter(seen, self.state):
             self.stepper.prefill(self.state, waiting, "peek")
         return model.question(question, self.state)
 

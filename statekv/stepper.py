@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.static import StaticStep
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import HorizonError, MemoryLimitError
+from statekv.graphs import StepGraphs
 from statekv.models.attention import Pass, take_attention
 from statekv.models.base import Segment, VideoModel
+from statekv.ops import implementation
 
 # carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
 # answer: sees what an answer sees.
@@ -35,10 +40,12 @@ class Stepper:
 
     Args:
         model: maker of segments, and the weights.
+        graphs: what replays steps; None: CUDA graphs on a CUDA device.
     """
 
-    def __init__(self, model: VideoModel) -> None:
+    def __init__(self, model: VideoModel, graphs: StepGraphs | None = None) -> None:
         self.model = model
+        self.graphs = StepGraphs() if graphs is None else graphs
 
     def open(
         self,
@@ -54,11 +61,17 @@ class Stepper:
             horizon: positions to scale RoPE for; None: the trained length.
             frames_expected: frames of the whole video, where known.
             room: positions below the horizon that steps leave to questions; None: enough for most.
+
+        Raises:
+            ConfigError: the kernel that was asked for cannot run here.
         """
+        geometry = self.model.geometry()
+        if config.carry == "attention":  # a kernel that cannot run is told before the work
+            implementation(config.kernel, geometry.devices[0], geometry.dtype, geometry.head_dim)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
-        return StreamState(self.model.geometry(), config, horizon, frames_expected, room)
+        return StreamState(geometry, config, horizon, frames_expected, room)
 
     @torch.inference_mode()
     def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
@@ -87,30 +100,52 @@ class Stepper:
             state.expect_prefix(segment.length)
         if segment.kind == "question":
             state.detailed.begin_answer()
-        cache = state.detailed if mode == "answer" else state.carried
-        evicting = None
         take_attention(self.model.model)
         with self.model.rope.held(state.horizon), memory_limit():
-            if isinstance(cache, CarriedCache):
-                cache.make_room(segment.length)
-                full = cache.length + segment.length > cache.budget
-                evicting = cache if full and mode == "carry" else None
-            scored = evicting is not None and state.config.carry == "attention"
-            run = Pass(evicting, scored, state.config.kernel)
-            hidden: torch.Tensor = self.model.language_model(
-                inputs_embeds=segment.embeds,
-                position_ids=segment.positions,
-                past_key_values=cache,
-                use_cache=True,
-                statekv_pass=run,
-                **segment.extras,
-            ).last_hidden_state
+            hidden = self._run(state, segment, mode)
         state.position = segment.next_position
         state.note(segment.kind, segment.length, segment.pts_seconds)
         if mode == "carry":
             state.frames += segment.frames
             if state.origin_seconds is None:
                 state.origin_seconds = segment.pts_seconds
+        return hidden
+
+    def _run(self, state: StreamState, segment: Segment, mode: Mode) -> torch.Tensor:
+        forward = partial(self._forward, config=state.config)
+        cache = state.detailed if mode == "answer" else state.carried
+        evicting = False
+        if isinstance(cache, CarriedCache):
+            cache.make_room(segment.length)
+            evicting = mode == "carry" and cache.length + segment.length > cache.budget
+            if evicting and state.config.graph and self.graphs.fits(cache, segment):
+                return self.graphs.step(cache, segment, partial(forward, evicting=True))
+        return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
+
+    def _forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        extras: dict[str, Any],
+        cache: CarriedCache | DetailedCache | StaticStep,
+        *,
+        evicting: bool,
+        config: Config,
+    ) -> torch.Tensor:
+        run = Pass(
+            evicting=cache if evicting and not isinstance(cache, DetailedCache) else None,
+            scored=evicting and config.carry == "attention",
+            kernel=config.kernel,
+            score_every=config.score_every,
+        )
+        hidden: torch.Tensor = self.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            statekv_pass=run,
+            **extras,
+        ).last_hidden_state
         return hidden
 
     @torch.inference_mode()
@@ -136,14 +171,20 @@ class Stepper:
         Yields:
             Each token, end of turn included, with the logits [streams, vocabulary] that it was chosen from.
         """
-        segment, chosen = question, question.ids if prompt is None else prompt
-        for _ in range(sampling.max_new_tokens):
+        segment, prompt = question, question.ids if prompt is None else prompt
+        asked = prompt.shape[1]
+        chosen = prompt.new_empty(prompt.shape[0], asked + sampling.max_new_tokens)
+        chosen[:, :asked] = prompt
+        longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
+        with memory_limit():
+            state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
+        for number in range(sampling.max_new_tokens):
             logits = self.logits(self.prefill(state, segment, "answer"))
-            token = sampling.choose(chosen, logits)  # [streams]
+            token = sampling.choose(chosen[:, : asked + number], logits)  # [streams]
             yield int(token), logits
             if int(token) in sampling.end_tokens or state.position >= state.horizon:
                 return
-            chosen = torch.cat([chosen, token[:, None]], dim=1)
+            chosen[:, asked + number] = token
             segment = self.model.token(token, state)
 
 

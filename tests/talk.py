@@ -90,6 +90,12 @@ def stock_ids(made: Tiny, inputs: dict[str, Any], **parameters: Any) -> torch.Te
     return found
 
 
+def entering(model: VideoModel, frames: Sequence[Frame], state: StreamState) -> list[Segment]:
+    """Segments of one step."""
+    (seen,) = model.look([frames], state.frames_expected)
+    return model.enter(seen, state)
+
+
 def frames_of(pictures: torch.Tensor, fps: float = 1.0, start_seconds: float = 0.0) -> list[Frame]:
     return [Frame(picture, start_seconds + index / fps, 1 / fps) for index, picture in enumerate(pictures)]
 

@@ -15,6 +15,7 @@ def test_the_defaults_are_the_paper() -> None:
     config = Config()
     assert config.method == "statekv"
     assert (config.carry, config.recall, config.budget, config.pin_prefix) == ("attention", "all", 4096, False)
+    assert config.score_every == 1
     assert config == Config.of() == Config.of("statekv")
 
 
@@ -78,6 +79,9 @@ def test_another_method_replaces_both_dials_and_nothing_else() -> None:
         ({"budget": "4096"}, ["budget is '4096'", "whole number"]),
         ({"budget": True}, ["budget is True", "whole number"]),
         ({"max_frames": 0}, ["max_frames is 0", "at least 1"]),
+        ({"score_every": 0}, ["score_every is 0", "at least 1"]),
+        ({"vision_batch": 0}, ["vision_batch is 0", "at least 1"]),
+        ({"graph": "off"}, ["graph is 'off'", "True or False"]),
         ({"horizon": 0}, ["horizon is 0", "at least 1"]),
         ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
         ({"prefetch": 0}, ["prefetch is 0", "at least 1"]),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, StateKVError
 from statekv.progress import Progress
 from statekv.session import Session
 from statekv.video.frame import Frame
+from statekv.video.writer import write_video
 from tests.talk import (
     QUESTION,
     assert_same_stream,
@@ -20,7 +23,7 @@ from tests.talk import (
     shared_engine,
     some_frames,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, video
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -248,6 +251,26 @@ def test_memory_is_flat(family: str) -> None:
     assert [buffer.data_ptr() for buffer in detailed.buffers] == addresses
     assert detailed.grown == 0
     assert all(addresses == carried[10] for addresses in carried[10:])
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_video_of_known_length_gets_its_memory_at_once(
+    family: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 900 GiB")
+
+    if not fits:
+        monkeypatch.setattr(DetailedCache, "reserve", refuse)
+    write_video(tmp_path / "clip.mp4", video(60), fps=1)
+    with shared_engine(family).open(tmp_path / "clip.mp4", budget=20) as session:
+        session.watch()
+        state = session.state
+        assert session.frames == 60
+        assert state.tokens > 300
+        assert session.ask(QUESTION)
+        assert not fits or state.detailed.grown == state.geometry.layers
 
 
 @EVERY_FAMILY

@@ -12,7 +12,7 @@ from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.stepper import Stepper, memory_limit
-from tests.talk import QUESTION, shared_engine, some_frames
+from tests.talk import QUESTION, entering, shared_engine, some_frames
 from tests.tiny import FAMILIES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -24,7 +24,7 @@ def fed(stepper: Stepper, frames: int = 4, **settings: Any) -> StreamState:
     pictures, per_step = some_frames(frames), stepper.model.frames_per_step
     with torch.inference_mode():
         for start in range(0, frames, per_step):
-            for segment in stepper.model.enter(pictures[start : start + per_step], state):
+            for segment in entering(stepper.model, pictures[start : start + per_step], state):
                 stepper.prefill(state, segment)
     return state
 
@@ -82,7 +82,7 @@ def test_modes_differ_in_what_they_see_and_leave(family: str) -> None:
     state = fed(stepper, budget=8)
     mark = state.mark()
     with torch.inference_mode():
-        segment = stepper.model.enter(some_frames(2, seed=4)[: stepper.model.frames_per_step], state)[0]
+        segment = entering(stepper.model, some_frames(2, seed=4)[: stepper.model.frames_per_step], state)[0]
     found = {}
     for mode in ("peek", "answer"):
         found[mode] = stepper.prefill(state, segment, mode)  # type: ignore[arg-type]

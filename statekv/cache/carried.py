@@ -85,14 +85,22 @@ class CarriedCache(Cache):
             scores: [streams, kv_heads, length] key scores; None for rules that ignore them.
         """
         length = self.lengths[layer]
-        if length <= self.budget:
-            return
+        if length > self.budget:
+            self.replace(layer, scores, length)
+            self.lengths[layer] = self.budget
+
+    def replace(self, layer: int, scores: torch.Tensor | None, length: int) -> None:
+        """Make the first `budget` slots of a layer hold the best of its first `length` keys, in place."""
         born = self.born[layer][:, :, :length]
         kept = select.best(self.rule(scores, born, layer), self.budget)
         source, target = select.moves(kept, self.budget)
         select.apply_moves(self.buffers[layer], source, target)
         born.scatter_(-1, target, born.gather(-1, source))
-        self.lengths[layer] = self.budget
+
+    @property
+    def full(self) -> bool:
+        """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
+        return self.lengths == [self.budget] * self.geometry.layers
 
     def kept(self, layer: int) -> torch.Tensor:
         """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries."""

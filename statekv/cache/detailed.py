@@ -54,6 +54,20 @@ class DetailedCache(Cache):
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie; these change only when a buffer grows."""
+        return tuple(buffer.data_ptr() for buffer in self.buffers)
+
+    def make_room(self, tokens: int) -> None:
+        """Before a step of `tokens` tokens: have room for each of them, by doubling where there is none."""
+        for layer, length in enumerate(self.lengths):
+            self._make_room(layer, length + tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Take note of tokens that were written behind the last ones of every layer."""
+        self.lengths = [length + tokens for length in self.lengths]
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that no later append copies anything."""
         for layer in range(self.geometry.layers):
@@ -63,8 +77,7 @@ class DetailedCache(Cache):
         """Write keys and values [streams, kv_heads, T, head_dim] behind those of the layer."""
         start = self.lengths[layer]
         stop = start + key.shape[-2]
-        if stop > self.buffers[layer].shape[-2]:
-            self._grow(layer, max(stop, 2 * self.buffers[layer].shape[-2], _FIRST_CAPACITY))
+        self._make_room(layer, stop)
         self.buffers[layer][0, :, :, start:stop] = key
         self.buffers[layer][1, :, :, start:stop] = value
         self.lengths[layer] = stop
@@ -110,6 +123,11 @@ class DetailedCache(Cache):
         if self.recall == "all" or self._answering_from is None:
             return 0
         return max(0, self._answering_from - (self.window - self.sinks))
+
+    def _make_room(self, layer: int, tokens: int) -> None:
+        capacity = self.buffers[layer].shape[-2]
+        if tokens > capacity:
+            self._grow(layer, max(tokens, 2 * capacity, _FIRST_CAPACITY))
 
     def _grow(self, layer: int, tokens: int) -> None:
         old = self.buffers[layer]

@@ -129,7 +129,8 @@ def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResu
     spent: list[list[float]] = [[] for _ in sessions]
     for frame in read_frames(path, fps=1.0, ahead=8):
         with torch.inference_mode():
-            entering = model.enter([frame], sessions[0].state)
+            (seen,) = model.look([[frame]])
+            entering = model.enter(seen, sessions[0].state)
             for session, times in zip(sessions, spent, strict=True):
                 began = time.perf_counter()
                 for segment in entering:

@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.static import StaticStep
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
 from statekv.ops.plain import attention
@@ -26,11 +27,13 @@ class Pass:
         evicting: the cache to shrink after each layer; None where nothing is evicted.
         scored: whether the eviction needs key scores.
         kernel: implementation of attention with key scores.
+        score_every: score with every n-th query.
     """
 
-    evicting: CarriedCache | None
+    evicting: CarriedCache | StaticStep | None
     scored: bool
     kernel: str
+    score_every: int = 1
 
 
 def attention_hook(
@@ -63,7 +66,9 @@ def attention_hook(
         )
     scores = None
     if statekv_pass.scored:
-        mixed, scores = attention_with_key_scores(query, key, value, scale=scaling, impl=statekv_pass.kernel)
+        mixed, scores = attention_with_key_scores(
+            query, key, value, scale=scaling, every=statekv_pass.score_every, impl=statekv_pass.kernel
+        )
     else:
         mixed = attention(query, key, value, scale=scaling)
     if statekv_pass.evicting is not None:

@@ -49,6 +49,28 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The pictures of one step after the vision tower, not yet part of any stream.
+
+    Attributes:
+        frames: 1 … frames_per_step pictures.
+        features: [n, hidden], one for each placeholder.
+        deepstack: features [n, hidden] for the first layers of families that have them.
+        grid: rows and columns of patches.
+    """
+
+    frames: tuple[Frame, ...]
+    features: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...] = ()
+    grid: tuple[int, int] = (0, 0)
+
+    @property
+    def pts_seconds(self) -> float:
+        """Time of the first picture."""
+        return self.frames[0].pts_seconds
+
+
+@dataclass(frozen=True)
 class Texts:
     """A checkpoint's own way of writing: needed to feed frames and questions, not for ready-made inputs."""
 
@@ -131,11 +153,23 @@ class VideoModel(ABC):
         """Take over what the checkpoint's video processor does to pixels."""
 
     @abstractmethod
-    def enter(self, frames: Sequence[Frame], state: StreamState) -> list[Segment]:
+    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+        """Send the pictures of several steps through the vision tower together.
+
+        Args:
+            steps: 1 … frames_per_step pictures for each step; fewer are filled up as the stock processor does.
+            frames_expected: frames of the whole video where that is known; some families size pictures by it.
+
+        Returns:
+            One for each step, in order; no step's depends on another's but by rounding.
+        """
+
+    @abstractmethod
+    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
         """Segments of one step; the first step of a stream brings the prompt's prefix along.
 
         Args:
-            frames: 1 … frames_per_step pictures; fewer than that are filled up as the stock processor does.
+            seen: what `look` made of the step's pictures.
             state: the stream that they enter; it is not changed.
         """
 
@@ -162,9 +196,30 @@ class VideoModel(ABC):
 
     def text(self, kind: str, ids: Sequence[int] | torch.Tensor, position: int) -> Segment:
         """A segment without pictures."""
-        row = torch.as_tensor(ids, device=self.model.device).view(1, -1)
+        row = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device).view(1, -1)
         length = row.shape[1]
         return Segment(kind, row, self.embed(row), self.text_positions(position, length), position + length)
+
+    def embed_picture(
+        self, ids: Sequence[int], token: int, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, slice]:
+        """Text with one picture in it: ids [1, T], embeds [1, T, hidden], and where the picture lies.
+
+        Args:
+            ids: known to the host, so that nothing has to wait for the device.
+            token: the placeholders' id; they stand in one run.
+            features: [n, hidden].
+
+        Raises:
+            ModelError: there are more or fewer placeholders than features.
+        """
+        check_placeholders(ids.count(token), len(features))
+        first = ids.index(token)
+        spot = slice(first, first + len(features))
+        row = torch.tensor([ids], device=self.model.device)
+        embeds = self.embed(row)
+        embeds[:, spot] = features.to(embeds)
+        return row, embeds, spot
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[streams, T] → [streams, T, hidden]."""
@@ -188,16 +243,6 @@ class VideoModel(ABC):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
 
 
-def fill_placeholders(embeds: torch.Tensor, spots: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Put vision features [n, hidden] where `spots` [streams, T] is True.
-
-    Raises:
-        ModelError: their numbers differ.
-    """
-    check_placeholders(int(spots.sum()), features.shape[0])
-    return embeds.masked_scatter(spots.unsqueeze(-1), features.to(embeds))
-
-
 def check_placeholders(placeholders: int, features: int) -> None:
     """Raise a ModelError unless the text has room for exactly the pictures that came with it."""
     if placeholders != features:
@@ -207,9 +252,9 @@ def check_placeholders(placeholders: int, features: int) -> None:
         )
 
 
-def runs(ids: torch.Tensor, tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, token) of each unbroken run of one of `tokens` in ids [T]."""
-    found = [(i, token) for i, token in enumerate(ids.tolist()) if token in tokens]
+def runs(ids: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, token) of each unbroken run of one of `tokens`."""
+    found = [(i, token) for i, token in enumerate(ids) if token in tokens]
     start = 0
     for k, (i, token) in enumerate(found):
         ends = k + 1 == len(found) or found[k + 1] != (i + 1, token)

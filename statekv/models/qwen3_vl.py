@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Segment, VideoModel, check_placeholders, fill_placeholders, runs
+from statekv.models.base import Seen, Segment, VideoModel, check_placeholders, runs
 from statekv.models.pixels import Qwen3VLRecipe, patchify, qwen3_vl_size, resize_and_normalise
 from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
 from statekv.ops.rope import grid_positions, text_positions
@@ -18,6 +18,24 @@ from statekv.video.frame import Frame
 # The size of pictures follows from the number of frames. Where that is unknown, as in a live stream, they get the
 # size that the processor gives to its longest video (its max_frames).
 _FRAMES_IF_UNKNOWN = 768
+
+
+Modality = Literal["image", "video"]
+
+
+class _Everywhere:
+    """Stands for the mask of vision tokens and selects all tokens.
+
+    Deepstack adds features to the tokens that a mask selects, and selecting by a mask makes the host wait for the
+    device in every layer. Features that are zero beside the picture may be added to all tokens as well.
+    """
+
+    def to(self, *_: object) -> slice:
+        """What transformers indexes with, whatever the device."""
+        return slice(None)
+
+
+EVERYWHERE = _Everywhere()
 
 
 class Qwen3VL(VideoModel):
@@ -38,24 +56,28 @@ class Qwen3VL(VideoModel):
     def text_positions(self, start: int, length: int) -> torch.Tensor:
         return text_positions(start, length, self.model.device)
 
-    def enter(self, frames: Sequence[Frame], state: StreamState) -> list[Segment]:
-        height, width = frames[0].data.shape[-2:]
-        size = qwen3_vl_size(height, width, state.frames_expected or _FRAMES_IF_UNKNOWN, self.recipe)
-        pixels = torch.stack([frame.data for frame in frames]).to(self.model.device)
-        patches, (_, rows, columns) = patchify(resize_and_normalise(pixels, *size, self.recipe), self.recipe)
-        origin = frames[0].pts_seconds if state.origin_seconds is None else state.origin_seconds
-        first_seconds, last_seconds = frames[0].pts_seconds - origin, frames[-1].pts_seconds - origin
+    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+        made = [self._patches(frames, frames_expected) for frames in steps]
+        thw = [(1, rows, columns) for _, (rows, columns) in made]
+        features, deepstack = self._see(torch.cat([patches for patches, _ in made]), thw, "video")
+        return [
+            Seen(tuple(frames), features[i], tuple(layer[i] for layer in deepstack), grid)
+            for i, (frames, (_, grid)) in enumerate(zip(steps, made, strict=True))
+        ]
+
+    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+        origin = seen.pts_seconds if state.origin_seconds is None else state.origin_seconds
+        first_seconds, last_seconds = (seen.frames[i].pts_seconds - origin for i in (0, -1))
         prompt = self.prompts[state.config.layout]
-        text = qwen3_vl_step(first_seconds, last_seconds, rows * columns // self.recipe.merge_size**2, prompt.tokens)
-        grid, time = (1, rows, columns), frames[0].pts_seconds
+        text = qwen3_vl_step(first_seconds, last_seconds, len(seen.features), prompt.tokens)
         if state.frames:
-            return [self._picture(prompt.step_ids(text), patches, grid, state.position, "video", len(frames), time)]
+            return [self._picture(prompt.step_ids(text), seen, self.video_token_id, state.position, seen.pts_seconds)]
         entering: list[Segment] = []
         if head := prompt.head_ids(text):
             entering.append(self.text("prefix", head, state.position))
         position = entering[-1].next_position if entering else state.position
         first = prompt.first_step_ids(text)
-        return [*entering, self._picture(first, patches, grid, position, "video", len(frames), time)]
+        return [*entering, self._picture(first, seen, self.video_token_id, position, seen.pts_seconds)]
 
     def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
         rows, columns = qwen3_vl_size(height, width, frames, self.recipe)
@@ -66,7 +88,7 @@ class Qwen3VL(VideoModel):
         return len(prompt.head_ids(qwen3_vl_step(0, 0, 1, prompt.tokens))) + steps * (words + side)
 
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
-        ids: torch.Tensor = inputs["input_ids"][0]
+        ids: list[int] = inputs["input_ids"][0].tolist()
         config = self.model.config
         sources = {
             config.image_token_id: (inputs.get("pixel_values"), inputs.get("image_grid_thw")),
@@ -74,7 +96,7 @@ class Qwen3VL(VideoModel):
         }
         for token, (patches, _) in sources.items():
             given = 0 if patches is None else len(patches) // config.vision_config.spatial_merge_size**2
-            check_placeholders(int((ids == token).sum()), given)
+            check_placeholders(ids.count(token), given)
         pictures = {token: _pieces(*source) for token, source in sources.items()}
         done, position = 0, 0
         for start, stop, token in runs(ids, list(pictures)):
@@ -83,57 +105,54 @@ class Qwen3VL(VideoModel):
                 yield prefix
                 done, position = start - 1, prefix.next_position
             patches, grid = next(pictures[token])
-            modality = "video" if token == config.video_token_id else "image"
+            modality: Modality = "video" if token == config.video_token_id else "image"
+            (features,), deepstack = self._see(patches, [(1, *grid)], modality)
+            seen = Seen((), features, tuple(layer for (layer,) in deepstack), grid)
             # The picture's end token still belongs to the step.
-            step = self._picture(ids[done : stop + 1], patches, grid, position, modality, 1, None)
+            step = self._picture(ids[done : stop + 1], seen, token, position, None)
             yield step
             done, position = stop + 1, step.next_position
         yield self.text("question", ids[done:], position)
 
-    def _picture(
-        self,
-        ids: Sequence[int] | torch.Tensor,
-        patches: torch.Tensor,
-        grid: tuple[int, int, int],
-        position: int,
-        modality: str,
-        frames: int,
-        pts_seconds: float | None,
-    ) -> Segment:
-        row = torch.as_tensor(ids, device=self.model.device).view(1, -1)
-        token = self.model.config.video_token_id if modality == "video" else self.model.config.image_token_id
-        spots = row == token
-        thw = torch.tensor([grid], device=self.model.device)
-        if modality == "video":
-            seen = self.model.model.get_video_features(patches, thw, return_dict=True)
-        else:
-            seen = self.model.model.get_image_features(patches, thw, return_dict=True)
-        positions, following = self._positions(spots[0], grid, position)
-        return Segment(
-            "step",
-            row,
-            fill_placeholders(self.embed(row), spots, _joined(seen.pooler_output)),
-            positions,
-            following,
-            frames,
-            pts_seconds,
-            {
-                "visual_pos_masks": spots,
-                "deepstack_visual_embeds": [_joined(feature) for feature in seen.deepstack_features],
-            },
-        )
+    def _patches(self, frames: Sequence[Frame], frames_expected: int | None) -> tuple[torch.Tensor, tuple[int, int]]:
+        height, width = frames[0].data.shape[-2:]
+        size = qwen3_vl_size(height, width, frames_expected or _FRAMES_IF_UNKNOWN, self.recipe)
+        pixels = torch.stack([frame.data for frame in frames]).to(self.model.device)
+        patches, (_, rows, columns) = patchify(resize_and_normalise(pixels, *size, self.recipe), self.recipe)
+        return patches, (rows, columns)
 
-    def _positions(self, spots: torch.Tensor, grid: tuple[int, int, int], start: int) -> tuple[torch.Tensor, int]:
+    def _see(
+        self, patches: torch.Tensor, grids: Sequence[tuple[int, int, int]], modality: Modality
+    ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """Features [n, hidden] of each picture, and those of each deepstack layer, by picture again."""
+        thw = torch.tensor(grids, device=self.model.device)
+        model = self.model.model
+        see = model.get_video_features if modality == "video" else model.get_image_features
+        seen = see(patches, thw, return_dict=True)
+        merged = self.model.config.vision_config.spatial_merge_size**2
+        sizes = [rows * columns // merged for _, rows, columns in grids]
+        deepstack = [list(_joined(layer).split(sizes)) for layer in seen.deepstack_features]
+        return list(_joined(seen.pooler_output).split(sizes)), deepstack
+
+    def _picture(self, ids: Sequence[int], seen: Seen, token: int, position: int, pts_seconds: float | None) -> Segment:
+        row, embeds, spot = self.embed_picture(ids, token, seen.features)
+        positions, following = self._positions(len(ids), spot.start, seen.grid, position)
+        deep = [torch.zeros_like(embeds) for _ in seen.deepstack]
+        for place, features in zip(deep, seen.deepstack, strict=True):
+            place[:, spot] = features.to(place)
+        extras = {"visual_pos_masks": EVERYWHERE, "deepstack_visual_embeds": deep}
+        return Segment("step", row, embeds, positions, following, max(1, len(seen.frames)), pts_seconds, extras)
+
+    def _positions(self, length: int, first: int, grid: tuple[int, int], start: int) -> tuple[torch.Tensor, int]:
         """[3, 1, T] for words, one picture and words again, and the position that follows.
 
         A picture takes as many positions as its longer side has merged patches (transformers' get_rope_index).
         """
         merge = self.model.config.vision_config.spatial_merge_size
-        rows, columns = grid[1] // merge, grid[2] // merge
-        first = int(spots.nonzero()[0])
+        rows, columns = grid[0] // merge, grid[1] // merge
         after = start + first + max(rows, columns)
-        rest = spots.shape[0] - first - rows * columns
-        device = spots.device
+        rest = length - first - rows * columns
+        device = self.model.device
         pieces = [
             text_positions(start, first, device),
             grid_positions(start + first, rows, columns, device),
@@ -147,14 +166,12 @@ def _joined(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))
 
 
-def _pieces(
-    patches: torch.Tensor | None, grids: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, tuple[int, int, int]]]:
-    """Each temporal patch of each picture or video: its flat patches [h · w, d] and its grid (1, h, w)."""
+def _pieces(patches: torch.Tensor | None, grids: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    """Each temporal patch of each picture or video: its flat patches [h · w, d] and its grid (h, w)."""
     if patches is None or grids is None:
         return
     done = 0
     for t, h, w in grids.tolist():
         for _ in range(t):
-            yield patches[done : done + h * w], (1, h, w)
+            yield patches[done : done + h * w], (h, w)
             done += h * w

@@ -32,7 +32,7 @@ class RopeScope:
         self.kind = str(rotary.rope_type)
         self.trained_length = int(config.max_position_embeddings)
         self._config = config
-        self._known: dict[int, torch.Tensor] = {}
+        self._known: dict[tuple[int, torch.device], torch.Tensor] = {}
         if self.kind == "longrope":
             raise ModelError("the checkpoint's RoPE is 'longrope', which changes with the length", "use another one")
 
@@ -41,19 +41,20 @@ class RopeScope:
         if self.kind != "dynamic":
             found: torch.Tensor = self.rotary.inv_freq
             return found
-        if horizon not in self._known:
+        device = self.rotary.inv_freq.device
+        if (horizon, device) not in self._known:
             parameters = self._config.rope_parameters
             dim = getattr(self._config, "head_dim", None) or (
                 self._config.hidden_size // self._config.num_attention_heads
             )
-            self._known[horizon] = dynamic_ntk_frequencies(
+            self._known[horizon, device] = dynamic_ntk_frequencies(
                 theta=parameters["rope_theta"],
                 dim=int(dim * parameters.get("partial_rotary_factor", 1.0)),
                 trained_length=self.trained_length,
                 factor=parameters["factor"],
                 horizon=horizon,
-            )
-        return self._known[horizon].to(self.rotary.inv_freq.device)
+            ).to(device)
+        return self._known[horizon, device]
 
     @contextmanager
     def held(self, horizon: int) -> Iterator[None]:

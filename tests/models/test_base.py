@@ -8,8 +8,9 @@ import torch
 from statekv.errors import ModelError
 from statekv.models import FAMILIES as KNOWN
 from statekv.models import adapter
-from statekv.models.base import Segment, fill_placeholders, runs
-from tests.talk import shared_engine, stock_model
+from statekv.models.base import Segment, runs
+from statekv.video.frame import Frame
+from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import FAMILIES, tiny
 
 
@@ -24,18 +25,50 @@ from tests.tiny import FAMILIES, tiny
     ],
 )
 def test_runs_of_placeholders(ids: list[int], expected: list[tuple[int, int, int]]) -> None:
-    assert list(runs(torch.tensor(ids, dtype=torch.long), [8, 9])) == expected
+    assert list(runs(ids, [8, 9])) == expected
 
 
+@torch.inference_mode()
 def test_features_stand_where_the_placeholders_are() -> None:
-    embeds, spots = torch.zeros(1, 4, 3, dtype=torch.float64), torch.tensor([[False, True, True, False]])
-    filled = fill_placeholders(embeds, spots, torch.tensor([[1.0] * 3, [2.0] * 3]))
-    assert filled[0, :, 0].tolist() == [0, 1, 2, 0]
-    assert filled.dtype == torch.float64
-    assert not embeds.any()
+    model = shared_engine("internvl").model
+    hidden = model.text_config.hidden_size
+    ids, token = [5, 9, 9, 6], 9
+    row, embeds, spot = model.embed_picture(
+        ids, token, torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, hidden)
+    )
+    assert (row.tolist(), spot) == ([ids], slice(1, 3))
+    assert embeds.dtype == torch.float32
+    assert embeds[0, 1:3, 0].tolist() == [1, 2]
+    assert torch.equal(embeds[:, ::3], model.embed(torch.tensor([[5, 6]])))
     for wrong in (1, 3):
         with pytest.raises(ModelError, match=f"placeholders for 2 vision features, the pictures make {wrong}"):
-            fill_placeholders(embeds, spots, torch.zeros(wrong, 3))
+            model.embed_picture(ids, token, torch.zeros(wrong, hidden))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_looking_at_several_steps_is_looking_at_each(family: str) -> None:
+    model = shared_engine(family).model
+    frames, size = some_frames(6), model.frames_per_step
+    steps = [frames[i : i + size] for i in range(0, 6, size)]
+    together = model.look(steps)
+    assert [list(seen.frames) for seen in together] == steps
+    for seen, step in zip(together, steps, strict=True):
+        (alone,) = model.look([step])
+        assert seen.grid == alone.grid
+        for mine, other in zip((seen.features, *seen.deepstack), (alone.features, *alone.deepstack), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_pictures_of_several_sizes_can_be_looked_at_together(family: str) -> None:
+    model = shared_engine(family).model
+    size = model.frames_per_step
+    steps = [[Frame(torch.full((3, *shape), 90, dtype=torch.uint8), 0.0)] * size for shape in ((40, 56), (64, 32))]
+    for seen, step in zip(model.look(steps), steps, strict=True):
+        (alone,) = model.look([step])
+        torch.testing.assert_close(seen.features, alone.features, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

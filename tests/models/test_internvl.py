@@ -8,7 +8,7 @@ import torch
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.models.base import Segment
-from tests.talk import QUESTION, inputs_of, shared_engine, some_frames, stock_model
+from tests.talk import QUESTION, entering, inputs_of, shared_engine, some_frames, stock_model
 from tests.tiny import video
 
 
@@ -22,10 +22,10 @@ def entered(count: int, layout: str = "hf") -> list[Segment]:
     found: list[Segment] = []
     with torch.inference_mode():
         for frame in some_frames(count):
-            entering = engine.model.enter([frame], state)
-            for segment in entering:
+            step = entering(engine.model, [frame], state)
+            for segment in step:
                 engine.stepper.prefill(state, segment)
-            found += entering
+            found += step
         found.append(engine.model.question(QUESTION, state))
     return found
 
@@ -85,7 +85,7 @@ def test_both_doors_give_the_same_embeddings() -> None:
 def test_entering_changes_nothing_in_the_stream() -> None:
     state = stream()
     with torch.inference_mode():
-        first, again = (shared_engine("internvl").model.enter(some_frames(1), state) for _ in range(2))
+        first, again = (entering(shared_engine("internvl").model, some_frames(1), state) for _ in range(2))
     assert [segment.ids.tolist() for segment in first] == [segment.ids.tolist() for segment in again]
     assert (state.tokens, state.position, state.frames, state.spans) == (0, 0, 0, [])
 

@@ -11,7 +11,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.models.base import Segment
 from tests.byhand import joined
-from tests.talk import QUESTION, frames_of, inputs_of, shared_engine, stock_model
+from tests.talk import QUESTION, entering, frames_of, inputs_of, shared_engine, stock_model
 from tests.tiny import video
 
 
@@ -25,10 +25,10 @@ def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
     frames, found = frames_of(video(count), fps=fps), []
     with torch.inference_mode():
         for start in range(0, count, 2):
-            entering = engine.model.enter(frames[start : start + 2], state)
-            for segment in entering:
+            step = entering(engine.model, frames[start : start + 2], state)
+            for segment in step:
                 engine.stepper.prefill(state, segment)
-            found += entering
+            found += step
         found.append(engine.model.question(QUESTION, state))
     return found
 
@@ -97,17 +97,20 @@ def test_vision_of_one_step_is_that_of_the_whole_video() -> None:
             inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
         )
     steps = entered(6)[1:-1]
-    seen = torch.cat([step.embeds[step.extras["visual_pos_masks"]] for step in steps])
+    spots = [step.ids == made.config.video_token_id for step in steps]
+    seen = torch.cat([step.embeds[spot] for step, spot in zip(steps, spots, strict=True)])
     torch.testing.assert_close(seen, joined(whole.pooler_output), atol=1e-5, rtol=1e-5)
     for layer, feature in enumerate(whole.deepstack_features):
-        mine = torch.cat([step.extras["deepstack_visual_embeds"][layer] for step in steps])
+        deep = [step.extras["deepstack_visual_embeds"][layer] for step in steps]
+        mine = torch.cat([found[spot] for found, spot in zip(deep, spots, strict=True)])
+        assert not any(found[~spot].any() for found, spot in zip(deep, spots, strict=True))
         torch.testing.assert_close(mine, joined(feature), atol=1e-5, rtol=1e-5)
 
 
 def test_entering_changes_nothing_in_the_stream() -> None:
     state = stream()
     with torch.inference_mode():
-        first, again = (shared_engine("qwen3_vl").model.enter(frames_of(video(2)), state) for _ in range(2))
+        first, again = (entering(shared_engine("qwen3_vl").model, frames_of(video(2)), state) for _ in range(2))
     assert [segment.ids.tolist() for segment in first] == [segment.ids.tolist() for segment in again]
     assert (state.tokens, state.position, state.frames, state.spans) == (0, 0, 0, [])
 
@@ -122,7 +125,7 @@ def test_a_known_number_of_frames_sets_the_size_as_in_stock() -> None:
         engine.model.recipe = type(recipe)(**{**vars(recipe), "shortest_edge": 16384})  # type: ignore[attr-defined]
         try:
             with torch.inference_mode():
-                sizes.append(engine.model.enter(frames_of(video(2)), state)[-1].length)
+                sizes.append(entering(engine.model, frames_of(video(2)), state)[-1].length)
         finally:
             engine.model.recipe = recipe  # type: ignore[attr-defined]
     assert sizes[0] > sizes[1]

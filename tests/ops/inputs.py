@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
+
+CPU = torch.device("cpu")
+
+
+class Ways(TypedDict, total=False):
+    """How attention is asked for, beside its tensors."""
+
+    lengths: torch.Tensor
+    causal: bool
+    every: int
 
 
 @dataclass(frozen=True)
@@ -22,16 +33,30 @@ class Shape:
     def scale(self) -> float:
         return float(self.dim**-0.5)
 
-    def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0, slack: int = 0) -> tuple[torch.Tensor, ...]:
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, seed: int = 0, slack: int = 0, device: torch.device = CPU
+    ) -> tuple[torch.Tensor, ...]:
         """Query, key and value; with slack, keys and values are slices of a buffer with so many more slots."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, generator=generator).to(dtype)
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
 
         query = normal(self.streams, self.kv_heads * self.group, self.queries, self.dim)
         buffer = normal(2, self.streams, self.kv_heads, self.keys + slack, self.dim)
         return query, buffer[0, :, :, : self.keys], buffer[1, :, :, : self.keys]
+
+    def lengths(self, device: torch.device = CPU) -> torch.Tensor:
+        """[streams] int32: as many slots in use as there may be, and fewer from stream to stream."""
+        used = [max(self.queries, self.keys - 1 - 9 * stream) for stream in range(self.streams)]
+        return torch.tensor(used, dtype=torch.int32, device=device)
+
+
+def spoil(tensors: tuple[torch.Tensor, ...], lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same tensors, with NaN in the slots that are not in use."""
+    query, key, value = tensors
+    unused = (torch.arange(key.shape[2], device=key.device) >= lengths[:, None])[:, None, :, None]
+    return query, key.masked_fill(unused, float("nan")), value.masked_fill(unused, float("nan"))
 
 
 # Q = 1, K = Q, K ≫ Q; groups 1, 2, 7; head sizes 64, 80, 128; one stream and several.

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from statekv.ops import blocked, naive, plain, select
-from tests.ops.inputs import SHAPES, Shape
+from tests.ops.inputs import SHAPES, Shape, Ways, spoil
 
-# Bytes of a block: one row, a few rows, several heads at once, the shipped size.
-BLOCKS = [1, 1500, 9000, blocked._BLOCK_BYTES]
+# Bytes of a thread's block: one row, a few rows, several heads at once, the shipped size.
+BLOCKS = [1, 1500, 9000, blocked._BLOCK_BYTES["cpu"]]
+WAYS: dict[str, Ways] = {"every other": {"every": 2}, "not causal": {"causal": False, "every": 3}}
 
 
 @pytest.fixture(params=BLOCKS)
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blocked, "_BLOCK_BYTES", request.param)
+    monkeypatch.setitem(blocked._BLOCK_BYTES, "cpu", request.param)
     return int(request.param)
 
 
@@ -31,24 +32,70 @@ def test_float32_equals_the_definition(shape: Shape, slack: int) -> None:
     torch.testing.assert_close(scores, scores_naive, atol=1e-5, rtol=1e-5)
 
 
-def test_small_blocks_split_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = SHAPES[5]  # 8 head rows of 18 queries, 77 keys
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("shape", SHAPES[3:6], ids=str)
+def test_all_ways_equal_the_definition(shape: Shape, ragged: bool, ways: Ways) -> None:
+    inputs = shape.tensors(slack=3)
+    if ragged:
+        ways = {**ways, "lengths": shape.lengths()}
+        inputs = spoil(inputs, ways["lengths"])
+    mixed, scores = blocked.attention_with_key_scores(*inputs, scale=shape.scale, **ways)
+    mixed_naive, scores_naive = naive.attention_with_key_scores(*inputs, scale=shape.scale, **ways)
+    torch.testing.assert_close(mixed, mixed_naive, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, scores_naive, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threads", "bytes_", "block"),
+    [
+        (1, 1, (1, 1)),
+        (1, 1500, (1, 4)),  # four rows of 77 keys fit; 18 rows make five pieces of at most four
+        (1, 9000, (1, 18)),
+        (1, 1 << 20, (8, 18)),
+        (2, 1500, (2, 4)),  # a head for each thread
+        (3, 1500, (3, 4)),
+        (16, 1500, (8, 9)),  # more threads than heads
+    ],
+)
+def test_blocks_fit(threads: int, bytes_: int, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[5]  # 8 pairs of stream and head, 18 rows each, 77 keys
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setitem(blocked._BLOCK_BYTES, "cpu", bytes_)
     calls: list[tuple[int, ...]] = []
     softmax = torch.softmax
 
-    def spy(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    def spy(logits: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
         calls.append(tuple(logits.shape))
-        return softmax(logits, dim)
+        return softmax(logits, dim, out=out)
 
     monkeypatch.setattr(torch, "softmax", spy)
-    seen = []
-    for size in BLOCKS:
-        calls.clear()
-        monkeypatch.setattr(blocked, "_BLOCK_BYTES", size)
-        blocked.attention_with_key_scores(*shape.tensors(), scale=1.0)
-        assert all(math.prod(call) * 4 <= max(size, 4 * shape.keys) for call in calls)
-        seen.append((calls[0][:2], len(calls)))
-    assert seen == [((1, 1), 144), ((1, 4), 40), ((1, 18), 8), ((8, 18), 1)]
+    blocked.attention_with_key_scores(*shape.tensors(), scale=1.0)
+    assert calls[0][:2] == block
+    assert sum(math.prod(call) for call in calls) == 8 * 18 * 77
+    most = max(threads * bytes_, 4 * shape.keys * block[0])  # never less than a row of each head
+    assert all(4 * math.prod(call) <= most for call in calls)
+
+
+def test_streams_that_have_used_up_as_many_slots_are_cut_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[6]
+    widths: list[int] = []
+    softmax = torch.softmax
+
+    def spy(logits: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
+        widths.append(logits.shape[-1])
+        return softmax(logits, dim, out=out)
+
+    monkeypatch.setattr(torch, "softmax", spy)
+    lengths = torch.full((3,), 25, dtype=torch.int32)
+    query, key, value = spoil(shape.tensors(), lengths)
+    mixed, scores = blocked.attention_with_key_scores(query, key, value, scale=1.0, lengths=lengths)
+    assert set(widths) == {25}
+    expected = blocked.attention_with_key_scores(query, key[:, :, :25], value[:, :, :25], scale=1.0)
+    assert torch.equal(mixed, expected[0])
+    assert torch.equal(scores[..., :25], expected[1])
+    assert (scores[..., 25:] == 0).all()
 
 
 @pytest.mark.usefixtures("block_bytes")

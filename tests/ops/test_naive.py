@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from statekv.ops.naive import attention_with_key_scores
-from tests.ops.inputs import SHAPES, Shape
+from tests.ops.inputs import SHAPES, Shape, spoil
 
 TINY = [Shape(1, 1, 1, 1, 1, 2), Shape(1, 1, 1, 4, 4, 2), Shape(2, 2, 3, 3, 7, 4), Shape(1, 3, 2, 1, 5, 2)]
 
 
 def by_hand(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    lengths: list[int] | None = None,
+    causal: bool = True,
+    every: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     streams, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -25,11 +31,13 @@ def by_hand(
         for h in range(heads):
             g = h // (heads // kv_heads)
             for i in range(queries):
-                seen = range(keys - queries + i + 1)  # everything before the step, and the own keys up to itself
+                used = keys if lengths is None else lengths[s]
+                # Everything before the step, and the own keys up to itself.
+                seen = range(used - queries + i + 1 if causal else used)
                 weights = [math.exp(scale * sum(q[s][h][i][d] * k[s][g][j][d] for d in range(dim))) for j in seen]
                 for j in seen:
                     share = weights[j] / sum(weights)
-                    scores[s, g, j] += share
+                    scores[s, g, j] += share if (queries - 1 - i) % every == 0 else 0
                     for d in range(dim):
                         mixed[s, h, i, d] += share * v[s][g][j][d]
     return mixed, scores
@@ -42,6 +50,21 @@ def test_equals_the_formula_in_loops(shape: Shape) -> None:
     mixed_by_hand, scores_by_hand = by_hand(query, key, value, 0.7)
     torch.testing.assert_close(mixed, mixed_by_hand)
     torch.testing.assert_close(scores, scores_by_hand)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, [6, 4]])
+def test_every_way_equals_the_formula_in_loops(lengths: list[int] | None, causal: bool, every: int) -> None:
+    shape = TINY[2]
+    inputs = shape.tensors()
+    in_use = None
+    if lengths is not None:
+        in_use = torch.tensor(lengths, dtype=torch.int32)
+        inputs = spoil(inputs, in_use)
+    found = attention_with_key_scores(*inputs, scale=0.7, lengths=in_use, causal=causal, every=every)
+    query, key, value = inputs
+    torch.testing.assert_close(found, by_hand(query, key, value, 0.7, lengths, causal, every))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,0 +1,84 @@
+"""A real transformers model of any size with random weights, in seconds: what a step costs does not depend on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLConfig
+from transformers.initialization import no_init_weights
+
+from statekv.bench.fits import check_fits
+from statekv.bench.sizes import Size
+from statekv.models.base import VideoModel
+from statekv.models.loading import wrap_model
+
+_SPREAD = 0.02  # standard deviation of the weights, as transformers starts them
+
+
+def build(size: Size, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> VideoModel:
+    """A model of this size as the stepper takes it; its vision tower is a stub, its texts are missing.
+
+    Args:
+        size: of the language model.
+        device: where it lives; `meta` gives shapes alone.
+        dtype: of all weights.
+        layers: the first so many decoder layers; None: all.
+
+    Raises:
+        ConfigError: more layers than there are.
+        MemoryLimitError: it does not fit.
+    """
+    size = size.with_layers(layers)
+    weights = (size.parameters + size.vocabulary_parameters) * dtype.itemsize
+    check_fits(f"{size.name} with {size.layers} layers", weights, device, "try fewer layers or a half dtype")
+    config = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[size.family](size)
+    with device, no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model = model.eval().requires_grad_(False)
+    model.tie_weights()
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.normal_(std=_SPREAD)
+        else:
+            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return wrap_model(model)
+
+
+def _internvl(size: Size) -> Any:
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
+    if size.rope_factor is not None:
+        rope |= {"rope_type": "dynamic", "factor": size.rope_factor}
+    return InternVLConfig(
+        vision_config=vision,
+        text_config={"model_type": "qwen2", "rope_parameters": rope, **_text(size)},
+        tie_word_embeddings=size.tied,
+    )
+
+
+def _qwen3_vl(size: Size) -> Any:
+    vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": size.hidden}
+    sixteenth = size.head_dim // 16
+    sections = [3 * sixteenth, 5 * sixteenth // 2, 5 * sixteenth // 2]  # time, height and width share the rotated pairs
+    rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": sections, "mrope_interleaved": True}
+    return Qwen3VLConfig(
+        vision_config={**vision, "deepstack_visual_indexes": [0]},
+        text_config={"head_dim": size.head_dim, "rope_parameters": rope, **_text(size)},
+        tie_word_embeddings=size.tied,
+    )
+
+
+def _text(size: Size) -> dict[str, Any]:
+    return {
+        "vocab_size": size.vocab,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "max_position_embeddings": size.trained_length,
+        "tie_word_embeddings": size.tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

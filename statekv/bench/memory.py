@@ -1,0 +1,155 @@
+"""Bytes of both caches against the formula, bytes copied while they grow, and the peak memory of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from statekv.bench.allocation import CopiedBytes, peak_bytes
+from statekv.bench.build import build
+from statekv.bench.fits import check_fits
+from statekv.bench.picture import Panel
+from statekv.bench.rows import Row
+from statekv.bench.sizes import Size, size_of
+from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.geometry import Geometry
+from statekv.cache.stream import StreamState
+from statekv.config import Config
+from statekv.stepper import Stepper
+
+_MEBI = 2**20
+_HOLDS, _COPIED, _CARRIES = "detailed holds", "detailed copied", "carried holds"
+_VOCABULARY = 64  # tokens of the model whose step is looked at: a step reads no more than its own
+
+
+def detailed_rows(name: str, dtype: torch.dtype, steps: Iterable[int]) -> list[Row]:
+    """Fill a detailed cache of real size, shapes alone, and look at it after some numbers of steps.
+
+    Returns:
+        For each number of steps, in MiB: what the cache holds (the floor is the formula, tokens times bytes of one) and
+        what was copied to fill it (the floor is each token once, the reference a concatenation at every step).
+    """
+    size, rows = size_of(name), []
+    geometry = _geometry(size, dtype)
+    cache = DetailedCache(geometry)
+    own = torch.empty(1, size.kv_heads, size.tokens_per_step, size.head_dim, dtype=dtype, device="meta")
+    copied, done = CopiedBytes(), 0
+    for count in sorted(steps):
+        with copied:
+            for _ in range(count - done):
+                for layer in range(size.layers):
+                    cache.append(own, own, layer)
+        done = count
+        tokens = geometry.bytes_per_token * cache.length / _MEBI
+        setting = _setting(name, dtype) | {"steps": count}
+        concatenated, grown = tokens * (count + 1) / 2, f"grown {cache.grown // size.layers} times"
+        rows += [
+            Row("memory", _HOLDS, setting, "MiB", (cache.nbytes / _MEBI,), tokens),
+            Row("memory", _COPIED, setting, "MiB", (copied.total / _MEBI,), tokens, concatenated, grown),
+        ]
+    return rows
+
+
+def carried_row(name: str, dtype: torch.dtype, budget: int) -> Row:
+    """Fill a carried cache of real size, shapes alone, until it evicts.
+
+    Returns:
+        What it holds in MiB, the record of births included; the floor is the formula, without that record.
+    """
+    size = size_of(name)
+    geometry = _geometry(size, dtype)
+    state = _filled(geometry, budget, size.tokens_per_step)
+    floor = geometry.bytes_per_token * (budget + size.tokens_per_step)
+    setting = _setting(name, dtype) | {"budget": budget}
+    return Row("memory", _CARRIES, setting, "MiB", (state.nbytes["carried"] / _MEBI,), floor / _MEBI)
+
+
+def peak_rows(
+    name: str, device: torch.device, dtype: torch.dtype, budgets: Iterable[int], layers: int = 2
+) -> list[Row]:
+    """Step the first layers of a model's real width with a full carried cache; behind the second, none adds to it.
+
+    Returns:
+        For each budget, the plain step's peak in MiB above weights and caches; the floor is what the MLP must hold at
+        once: its two inner activations, its input and the residual.
+
+    Raises:
+        MemoryLimitError: weights or caches do not fit.
+    """
+    size, rows = replace(size_of(name, layers), vocab=_VOCABULARY), []
+    floor = size.tokens_per_step * 2 * (size.intermediate + size.hidden) * dtype.itemsize
+    remark = "" if device.type == "cuda" else "of tensors, not inside of kernels"
+    for budget in budgets:
+        needed = 4 * size.kv_bytes_per_token(dtype) * budget  # random keys and values, and both caches
+        check_fits(f"a budget of {budget} tokens in {layers} layers", needed, device, "lower budgets")
+    stepper = Stepper(build(size, device, dtype))
+    for budget in budgets:
+        step = _step(stepper, size, budget)
+        step()  # whatever is made once is made here
+        found, setting = peak_bytes(step, device), _setting(name, dtype) | {"budget": budget}
+        rows.append(Row("memory", "a step's peak", setting, "MiB", (found / _MEBI,), floor / _MEBI, remark=remark))
+    return rows
+
+
+def _step(stepper: Stepper, size: Size, budget: int) -> Callable[[], object]:
+    """A step of a stream that carries `budget` random keys and has room for some steps more."""
+    tokens, geometry = size.tokens_per_step, stepper.model.geometry()
+    state = stepper.open(Config(budget=budget, graph=False), horizon=2 * budget + 16 * tokens)
+    state.detailed.reserve(budget + 4 * tokens)
+    carried = state.carried
+    assert isinstance(carried, CarriedCache)
+    carried.make_room(budget + tokens)
+    shape = (2, 1, size.kv_heads, budget, size.head_dim)
+    keys, values = torch.randn(shape, dtype=geometry.dtype, device=geometry.devices[0])
+    for layer in range(size.layers):
+        carried.update(keys, values, layer)
+    state.position = budget
+    return lambda: stepper.prefill(state, stepper.model.text("step", [0] * tokens, state.position))
+
+
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    """Bytes held and copied against steps, a panel per model."""
+    return [
+        Panel(str(model), "steps", "GiB", _lines([row for row in rows if row.setting["model"] == model]), True, True)
+        for model in dict.fromkeys(row.setting["model"] for row in rows)
+    ]
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    steps = sorted({float(row.setting["steps"]) for row in rows if "steps" in row.setting})
+    for row in rows:
+        if row.subject in (_HOLDS, _COPIED):
+            point = float(row.setting["steps"])
+            lines.setdefault(row.subject, []).append((point, row.median / 1024))
+            if row.reference is not None:
+                lines.setdefault("torch.cat would copy", []).append((point, row.reference / 1024))
+        elif row.subject == _CARRIES:
+            full = float(row.setting["budget"]) / size_of(str(row.setting["model"])).tokens_per_step
+            line = [(step, row.median / 1024) for step in steps if step >= full]
+            lines[f"{_CARRIES}, B = {row.setting['budget']}"] = line
+    return {name: line for name, line in lines.items() if line}
+
+
+def _filled(geometry: Geometry, budget: int, tokens: int) -> StreamState:
+    state = StreamState(geometry, Config(budget=budget), horizon=2**31)
+    carried = state.carried
+    assert isinstance(carried, CarriedCache)
+    own = torch.empty(1, geometry.kv_heads, tokens, geometry.head_dim, dtype=geometry.dtype, device="meta")
+    for _ in range(budget // tokens + 2):
+        carried.make_room(tokens)
+        for layer in range(geometry.layers):
+            keys, _ = carried.update(own, own, layer)
+            carried.evict(layer, keys[..., 0].float())
+    return state
+
+
+def _geometry(size: Size, dtype: torch.dtype) -> Geometry:
+    return Geometry(size.kv_heads, size.head_dim, dtype, (torch.device("meta"),) * size.layers)
+
+
+def _setting(name: str, dtype: torch.dtype) -> dict[str, str | int | float]:
+    return {"model": name, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,164 @@
+"""Time per step against step number: rising for `full`, flat for `statekv`, one line per budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from statekv.bench.build import build
+from statekv.bench.fill import fill_carried, fill_detailed, stand
+from statekv.bench.fits import check_fits, refusal
+from statekv.bench.floor import segment_flops
+from statekv.bench.pace import alternate_within
+from statekv.bench.picture import Panel
+from statekv.bench.rows import Row
+from statekv.bench.sizes import Size
+from statekv.bench.steps import products_alone, random_step, stride
+from statekv.cache.carried import CarriedCache
+from statekv.cache.stream import StreamState
+from statekv.config import Config
+from statekv.stepper import Stepper, room_for_answers
+
+FULL, PRODUCTS = "full", "products alone"
+_VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure on one model.
+
+    Attributes:
+        size: of the language model.
+        steps: step numbers, from 1.
+        budgets: of `statekv`; `full` is always there.
+        tokens: of a step.
+        runs: timed steps of each method at each number.
+        seconds: what one method may take at one number in all; slower ones get fewer runs.
+        plain: also step `statekv` without CUDA graphs.
+    """
+
+    size: Size
+    steps: tuple[int, ...]
+    budgets: tuple[int, ...]
+    tokens: int
+    runs: int
+    seconds: float
+    plain: bool = False
+
+    @property
+    def methods(self) -> list[Config]:
+        """`full`, and `statekv` at each budget."""
+        graphs = (True, False) if self.plain else (True,)
+        bounded = (Config.of("statekv", budget=budget, graph=graph) for budget in self.budgets for graph in graphs)
+        return [Config.of(FULL), *bounded]
+
+    def cache_bytes(self, step: int, dtype: torch.dtype) -> int:
+        """What the detailed cache, shared by all methods, and the carried ones hold after a step."""
+        carried = sum(method.budget + self.tokens for method in self.methods if method.carry != "all")
+        return (step * self.tokens + carried) * self.size.kv_bytes_per_token(dtype)
+
+    def seen(self, method: Config, step: int) -> int:
+        """Keys before a step's own that it attends to."""
+        past = (step - 1) * self.tokens
+        return past if method.carry == "all" else min(past, method.budget)
+
+
+def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, rate: float) -> list[Row]:
+    """Time every method at every step number, all in turns.
+
+    Args:
+        plan: see `Plan`.
+        device, dtype: of weights and caches.
+        rate: the machine's FLOP/s in this dtype.
+
+    Returns:
+        A row of a step's products with weights alone, for comparison, then a row per step number and method, in ms;
+        where the caches do not fit in memory it has no samples and a remark.
+
+    Raises:
+        MemoryLimitError: the weights or the nearest step's caches do not fit.
+    """
+    # A step starts from embeddings: the vocabulary takes no part in it, and its memory is better spent on keys.
+    stepper = Stepper(build(replace(plan.size, vocab=_VOCABULARY), device, dtype))
+    near = min(plan.steps)
+    hint = "try lower budgets, fewer layers or a half dtype"
+    check_fits(f"{plan.size.name} at step {near}", plan.cache_bytes(near, dtype), device, hint)
+    remarks = {step: refusal("its caches", plan.cache_bytes(step, dtype), device) for step in plan.steps}
+    reached = [step for step, remark in remarks.items() if not remark]
+    states = _fill(stepper, plan, max(reached))
+    calls = {
+        _name(state.config, step): _call(stepper, state, plan.tokens, step) for step in reached for state in states
+    }
+    calls[PRODUCTS] = products_alone(stepper.model, plan.tokens)
+    seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
+    rows = [_products_row(plan, seconds[PRODUCTS], dtype, rate)]
+    for step in plan.steps:
+        reference = None
+        for method in plan.methods:
+            samples = tuple(1000 * second for second in seconds.get(_name(method, step), []))
+            setting = _setting(plan, dtype) | _moment(method, step)
+            floor = 1000 * segment_flops(plan.size, plan.tokens, plan.seen(method, step)) / rate
+            rows.append(Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step]))
+            if samples and method.method == FULL:
+                reference = rows[-1].median
+    return rows
+
+
+def panels(rows: Iterable[Row]) -> list[Panel]:
+    """Time per step against step number: a panel per model, a line per method and budget."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.samples and row.subject != PRODUCTS:
+            budget = row.setting.get("budget")
+            line = row.subject if budget is None else f"{row.subject}, B = {budget}"
+            line += ", no graph" if "graph" in row.setting else ""
+            lines = found.setdefault(f"{row.setting['model']}, {row.setting['layers']} layers", {})
+            lines.setdefault(line, []).append((float(row.setting["step"]), row.median))
+    return [Panel(title, "step", "ms per step", lines, log_x=True, log_y=True) for title, lines in found.items()]
+
+
+def _fill(stepper: Stepper, plan: Plan, farthest: int) -> list[StreamState]:
+    """A stream per method, filled as far as the farthest step's beginning; all share one detailed cache."""
+    positions = farthest * stride(stepper.model, plan.tokens)
+    states = [stepper.open(method, positions + room_for_answers(method)) for method in plan.methods]
+    shared = states[0].detailed
+    fill_detailed(shared, (farthest - 1) * plan.tokens, plan.tokens)
+    for state in states[1:]:
+        state.detailed = shared
+        assert isinstance(state.carried, CarriedCache)
+        fill_carried(state.carried, plan.tokens)
+    return states
+
+
+def _call(stepper: Stepper, state: StreamState, tokens: int, step: int) -> Callable[[], object]:
+    """Stand before a step and take it; standing there is a matter of microseconds."""
+    segment = random_step(stepper.model, tokens, step)
+    past, position = (step - 1) * tokens, (step - 1) * stride(stepper.model, tokens)
+
+    def call() -> object:
+        stand(state, past, position)
+        return stepper.prefill(state, segment)
+
+    return call
+
+
+def _name(method: Config, step: int) -> str:
+    return f"{method.method} {method.budget} {method.graph} {step}"
+
+
+def _products_row(plan: Plan, seconds: Iterable[float], dtype: torch.dtype, rate: float) -> Row:
+    samples = tuple(1000 * second for second in seconds)
+    floor = 2000 * plan.size.parameters * plan.tokens / rate
+    return Row("prefill", PRODUCTS, _setting(plan, dtype), "ms", samples, floor)
+
+
+def _setting(plan: Plan, dtype: torch.dtype) -> dict[str, str | int | float]:
+    kind = str(dtype).removeprefix("torch.")
+    return {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind, "tokens": plan.tokens}
+
+
+def _moment(method: Config, step: int) -> dict[str, str | int | float]:
+    budget: dict[str, str | int | float] = {} if method.carry == "all" else {"budget": method.budget}
+    return {"step": step, **budget, **({} if method.graph else {"graph": "no"})}

@@ -1,0 +1,51 @@
+"""Options and arguments, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS
+
+Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
+Questions = Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)]
+Model = Annotated[str, typer.Option(help="A hub id, a folder, or demo.")]
+Method = Annotated[str | None, typer.Option(help=f"One of: {', '.join(METHODS)}.")]
+Budget = Annotated[int, typer.Option(help="Tokens carried per layer and KV head.")]
+Fps = Annotated[float, typer.Option(help="Frames per second at most.")]
+MaxFrames = Annotated[int | None, typer.Option(help="Frames at most, spread over the video.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Carry = Annotated[str | None, typer.Option(help=f"Keys that go on: {', '.join(CARRIES)}.")]
+Recall = Annotated[str | None, typer.Option(help=f"Keys that answers see: {', '.join(RECALLS)}.")]
+Sinks = Annotated[int, typer.Option(help="First tokens that sink_recent keeps.")]
+PinPrefix = Annotated[bool, typer.Option("--pin-prefix", help="Always carry the prompt's prefix.")]
+LayoutName = Annotated[str, typer.Option(help=f"Prompt layout: {', '.join(LAYOUTS)}.")]
+Horizon = Annotated[int | None, typer.Option(help="Positions that RoPE is scaled for.")]
+Kernel = Annotated[str, typer.Option(help=f"Attention with key scores: {', '.join(KERNELS)}.")]
+ScoreEvery = Annotated[int, typer.Option(help="Score keys with every n-th query only.")]
+VisionBatch = Annotated[int, typer.Option(help="Steps whose pictures pass the vision tower together.")]
+Graph = Annotated[bool, typer.Option(help="On CUDA, replay recorded steps.")]
+Seed = Annotated[int, typer.Option(help="Of carry random.")]
+VideoStream = Annotated[int | None, typer.Option(help="Which video stream of the file, from 0.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, for example auto.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer.")]
+
+Csv = Annotated[
+    Path | None,
+    typer.Option("--csv", help="Rows are appended here; by default in benchmarks/results or statekv-bench."),
+]
+Picture = Annotated[Path | None, typer.Option(help="PNG to write; by default beside the rows.")]
+Runs = Annotated[int, typer.Option(help="Timed runs of each candidate, taken in turns.", min=1)]
+Sizes = Annotated[
+    str | None, typer.Option("--models", help="Language models in real size, with commas; all if left out.")
+]
+Budgets = Annotated[str, typer.Option(help="Carried tokens, with commas.")]
+BenchDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
+BenchDtype = Annotated[str, typer.Option("--dtype", help="auto: bfloat16 on CUDA, else float32.")]
+Peer = Annotated[Path | None, typer.Option(help="A Python file with flash_attn_with_key_scores; it is run.")]
