@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import finalize
@@ -31,7 +32,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return held.peak
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode, ABC):
     """Sees the result of every operation on tensors inside a `with`."""
 
     def __init__(self) -> None:
@@ -44,9 +45,9 @@ class _Watch(TorchDispatchMode):
         self.see(func.overloadpacket, args, found)
         return found
 
+    @abstractmethod
     def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
         """Called after each operation."""
-        raise NotImplementedError
 
 
 class HeldBytes(_Watch):

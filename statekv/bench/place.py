@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from statekv.errors import ConfigError
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from statekv.models.loading import read_device, read_dtype
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -19,14 +17,7 @@ def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     Raises:
         ConfigError: an unknown dtype, or a device that is not there.
     """
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(name)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}", "use cpu") from None
-    if dtype == "auto":
-        return found, torch.bfloat16 if found.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}", f"known: auto, {', '.join(_DTYPES)}")
-    return found, _DTYPES[dtype]
+    found, kind = read_device(device), read_dtype(dtype)
+    if not isinstance(kind, torch.dtype):
+        kind = torch.bfloat16 if found.type == "cuda" else torch.float32
+    return found, kind

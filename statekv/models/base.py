@@ -53,7 +53,7 @@ class Seen:
     """The pictures of one step after the vision tower, not yet part of any stream.
 
     Attributes:
-        frames: 1 … frames_per_step pictures.
+        frames: 1 … frames_per_step pictures; none where only a processor's pixels are known.
         features: [n, hidden], one for each placeholder.
         deepstack: features [n, hidden] for the first layers of families that have them.
         grid: rows and columns of patches.
@@ -65,9 +65,9 @@ class Seen:
     grid: tuple[int, int] = (0, 0)
 
     @property
-    def pts_seconds(self) -> float:
-        """Time of the first picture."""
-        return self.frames[0].pts_seconds
+    def pts_seconds(self) -> float | None:
+        """Time of the first picture, where that is known."""
+        return self.frames[0].pts_seconds if self.frames else None
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,12 @@ class VideoModel(ABC):
         """
 
     @abstractmethod
-    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
-        """Segments of one step; the first step of a stream brings the prompt's prefix along.
+    def label(self, seen: Seen, state: StreamState) -> str:
+        """The text around one step's pictures, placeholders included."""
 
-        Args:
-            seen: what `look` made of the step's pictures.
-            state: the stream that they enter; it is not changed.
-        """
+    @abstractmethod
+    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+        """A step out of its text, with one picture in it, and what the vision tower made of that picture."""
 
     @abstractmethod
     def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
@@ -180,6 +179,20 @@ class VideoModel(ABC):
     @abstractmethod
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece."""
+
+    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+        """Segments of one step; the first step of a stream brings the prompt's prefix along.
+
+        Args:
+            seen: what `look` made of the step's pictures.
+            state: the stream that they enter; it is not changed.
+        """
+        prompt, text = self.prompts[state.config.layout], self.label(seen, state)
+        if state.frames:
+            return [self.picture(prompt.step_ids(text), seen, state.position)]
+        head = prompt.head_ids(text)
+        prefix = [self.text("prefix", head, state.position)] if head else []
+        return [*prefix, self.picture(prompt.first_step_ids(text), seen, state.position + len(head))]
 
     def question(self, text: str, state: StreamState) -> Segment:
         """The question and the answer's header, at the stream's next position.

@@ -37,21 +37,17 @@ class InternVL(VideoModel):
             pixels = torch.cat([self._pixels(picture[None]) for picture in pictures])
         return [Seen((frame,), found) for frame, found in zip(frames, self._features(pixels), strict=True)]
 
-    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
-        layout = state.config.layout
-        prompt = self.prompts[layout]
-        text = self._label(state.frames, layout)
-        if state.frames:
-            return [self._picture(prompt.step_ids(text), seen.features, state.position, seen.pts_seconds)]
-        entering: list[Segment] = []
-        if head := prompt.head_ids(text):
-            entering.append(self.text("prefix", head, state.position))
-        position = entering[-1].next_position if entering else state.position
-        return [*entering, self._picture(prompt.first_step_ids(text), seen.features, position, seen.pts_seconds)]
+    def label(self, seen: Seen, state: StreamState) -> str:
+        return self._numbered(state.frames, state.config.layout)
+
+    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+        row, embeds, _ = self.embed_picture(ids, self.video_token_id, seen.features)
+        following = position + len(ids)
+        return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, seen.pts_seconds)
 
     def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
         prompt = self.prompts[layout]
-        first, longest = self._label(0, layout), self._label(max(frames, 1), layout)
+        first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
         return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
 
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
@@ -67,12 +63,12 @@ class InternVL(VideoModel):
             patches = (stop - start) // self.model.config.image_seq_length
             features = self._features(inputs["pixel_values"][patch : patch + patches]).flatten(0, 1)
             # The picture's end token still belongs to the step.
-            step = self._picture(ids[done : stop + 1], features, position, None)
+            step = self.picture(ids[done : stop + 1], Seen((), features), position)
             yield step
             done, patch, position = stop + 1, patch + patches, step.next_position
         yield self.text("question", ids[done:], position)
 
-    def _label(self, index: int, layout: str) -> str:
+    def _numbered(self, index: int, layout: str) -> str:
         prompt = self.prompts[layout]
         return internvl_step(index, self.model.config.image_seq_length, prompt.tokens, prompt.layout)
 
@@ -84,8 +80,3 @@ class InternVL(VideoModel):
         """[n, 3, H, W] → [n, tokens, hidden]"""
         found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return found
-
-    def _picture(self, ids: Sequence[int], features: torch.Tensor, position: int, pts_seconds: float | None) -> Segment:
-        row, embeds, _ = self.embed_picture(ids, self.video_token_id, features)
-        following = position + len(ids)
-        return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, pts_seconds)

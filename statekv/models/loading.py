@@ -45,7 +45,7 @@ def load_model(
     config = _read_config(source, name_or_path, trust_remote_code, hub)
     family = adapter(config.model_type)
     texts = _read_texts(source, trust_remote_code, hub)
-    dtype, place = _dtype(dtype), _device(device)
+    dtype, place = read_dtype(dtype), read_device(device)
     if dtype == "auto" and device_map is None and place.type == "cpu":
         dtype = torch.float32
     weights: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
@@ -110,7 +110,12 @@ def _read_weights(source: str, name: str, settings: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype from its name; "auto" stays.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:
@@ -118,7 +123,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return _DTYPES[dtype]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def read_device(device: str | torch.device) -> torch.device:
+    """A device that is there; "auto" takes CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -65,19 +65,22 @@ class Qwen3VL(VideoModel):
             for i, (frames, (_, grid)) in enumerate(zip(steps, made, strict=True))
         ]
 
-    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
-        origin = seen.pts_seconds if state.origin_seconds is None else state.origin_seconds
-        first_seconds, last_seconds = (seen.frames[i].pts_seconds - origin for i in (0, -1))
-        prompt = self.prompts[state.config.layout]
-        text = qwen3_vl_step(first_seconds, last_seconds, len(seen.features), prompt.tokens)
-        if state.frames:
-            return [self._picture(prompt.step_ids(text), seen, self.video_token_id, state.position, seen.pts_seconds)]
-        entering: list[Segment] = []
-        if head := prompt.head_ids(text):
-            entering.append(self.text("prefix", head, state.position))
-        position = entering[-1].next_position if entering else state.position
-        first = prompt.first_step_ids(text)
-        return [*entering, self._picture(first, seen, self.video_token_id, position, seen.pts_seconds)]
+    def label(self, seen: Seen, state: StreamState) -> str:
+        first, last = seen.frames[0].pts_seconds, seen.frames[-1].pts_seconds
+        origin = first if state.origin_seconds is None else state.origin_seconds
+        return qwen3_vl_step(
+            first - origin, last - origin, len(seen.features), self.prompts[state.config.layout].tokens
+        )
+
+    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+        token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
+        row, embeds, spot = self.embed_picture(ids, token, seen.features)
+        positions, following = self._positions(len(ids), spot.start, seen.grid, position)
+        deep = [torch.zeros_like(embeds) for _ in seen.deepstack]
+        for place, features in zip(deep, seen.deepstack, strict=True):
+            place[:, spot] = features.to(place)
+        extras = {"visual_pos_masks": EVERYWHERE, "deepstack_visual_embeds": deep}
+        return Segment("step", row, embeds, positions, following, max(1, len(seen.frames)), seen.pts_seconds, extras)
 
     def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
         rows, columns = qwen3_vl_size(height, width, frames, self.recipe)
@@ -109,7 +112,7 @@ class Qwen3VL(VideoModel):
             (features,), deepstack = self._see(patches, [(1, *grid)], modality)
             seen = Seen((), features, tuple(layer for (layer,) in deepstack), grid)
             # The picture's end token still belongs to the step.
-            step = self._picture(ids[done : stop + 1], seen, token, position, None)
+            step = self.picture(ids[done : stop + 1], seen, position)
             yield step
             done, position = stop + 1, step.next_position
         yield self.text("question", ids[done:], position)
@@ -133,15 +136,6 @@ class Qwen3VL(VideoModel):
         sizes = [rows * columns // merged for _, rows, columns in grids]
         deepstack = [list(_joined(layer).split(sizes)) for layer in seen.deepstack_features]
         return list(_joined(seen.pooler_output).split(sizes)), deepstack
-
-    def _picture(self, ids: Sequence[int], seen: Seen, token: int, position: int, pts_seconds: float | None) -> Segment:
-        row, embeds, spot = self.embed_picture(ids, token, seen.features)
-        positions, following = self._positions(len(ids), spot.start, seen.grid, position)
-        deep = [torch.zeros_like(embeds) for _ in seen.deepstack]
-        for place, features in zip(deep, seen.deepstack, strict=True):
-            place[:, spot] = features.to(place)
-        extras = {"visual_pos_masks": EVERYWHERE, "deepstack_visual_embeds": deep}
-        return Segment("step", row, embeds, positions, following, max(1, len(seen.frames)), pts_seconds, extras)
 
     def _positions(self, length: int, first: int, grid: tuple[int, int], start: int) -> tuple[torch.Tensor, int]:
         """[3, 1, T] for words, one picture and words again, and the position that follows.

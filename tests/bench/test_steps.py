@@ -30,15 +30,16 @@ def test_internvl_counts_every_token() -> None:
     assert random_step(small(INTERNVL), 8, 3).positions.tolist() == [list(range(16, 24))]
 
 
-def test_qwen_steps_are_made_as_the_adapter_makes_them() -> None:
+def test_qwen_steps_are_made_as_the_adapter_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a 4 x 4 picture with 2 words behind it: the same positions, and extras of the same shapes."""
     model = small(QWEN3_VL)
     assert isinstance(model, Qwen3VL)
     step = random_step(model, 18, 2)
+    monkeypatch.setattr(model.model.config, "video_token_id", 3)  # a small model's vocabulary ends before the real one
     merge = model.model.config.vision_config.spatial_merge_size
     features = torch.zeros(16, QWEN3_VL.hidden)
     seen = Seen((), features, (features,) * 3, (4 * merge, 4 * merge))
-    own = model._picture([3] * 16 + [1, 2], seen, 3, 6, None)
+    own = model.picture([3] * 16 + [1, 2], seen, 6)
     assert torch.equal(step.positions, own.positions)
     assert step.next_position == own.next_position == 12
     assert step.extras["visual_pos_masks"] is own.extras["visual_pos_masks"]
