@@ -182,7 +182,7 @@ def told(rows: list[Row], method: str) -> str:
 
 
 # Under what the shipped weights reach, so that a fault in the pipeline shows. The goal is 0.95 (docs/log.md).
-FLOOR = 0.85
+FLOOR = 0.93
 
 
 def test_it_answers_questions_about_unseen_films(rows: list[Row]) -> None:

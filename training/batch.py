@@ -20,6 +20,7 @@ from training.model import PICTURE, TOKENS_PER_FRAME
 IGNORE = -100
 LONGEST_SPAN = 32768  # positions
 LONG_CLIP = 24  # frames
+WHEN_ALONE = 0.4  # share of the clips that are asked for frames' numbers only: the hardest kind, and an exact one
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -31,12 +32,19 @@ class Batch:
     shown: [B·F, 2] int64, colour and shape of the card in each picture, behind the last name where there is none.
     new: [B·F] bool, whether the picture is the first with its card.
     numbers: [B·F] int64, the token of each frame's number, IGNORE where the layout has none.
+    so_far: [B·F] int64, how many cards have appeared up to each frame, its own included.
+    last, before_last: [B·F, 2] int64, colour and shape of the newest of these cards and of the one before it.
+    last_number: [B·F] int64, the number's token of the frame in which the newest of them appeared, or IGNORE.
     """
 
     pixels: torch.Tensor
     shown: torch.Tensor
     new: torch.Tensor
     numbers: torch.Tensor
+    so_far: torch.Tensor
+    last: torch.Tensor
+    before_last: torch.Tensor
+    last_number: torch.Tensor
     input_ids: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
@@ -49,7 +57,7 @@ class BatchMaker:
     Long clips come few at a time and are asked twice as many questions.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions_per_clip: int = 8) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions_per_clip: int = 10) -> None:
         self.tokenizer = tokenizer
         self.questions_per_clip = questions_per_clip
 
@@ -57,13 +65,12 @@ class BatchMaker:
         """A batch of `clips` clips of `frames` frames, in one prompt layout; deterministic in `rng`."""
         layout = "release" if rng.random() < 0.2 else "hf"
         each = self.questions_per_clip * (2 if frames >= LONG_CLIP else 1)
-        pixels, shown, numbers, videos, positions, asked = [], [], [], [], [], []
+        pixels, frame_labels, videos, positions, asked = [], [], [], [], []
         for _ in range(clips):
             story = write_story(int(rng.integers(FIRST_TEST_SEED)), float(frames))
             pixels.append(render(story, np.arange(frames, dtype=np.float64), PICTURE))
-            shown.append(_shown(story, frames))
             first_label = 1 if rng.random() < 0.6 else int(rng.integers(1, 999 - frames))
-            numbers.append(self._numbers(layout, frames, first_label))
+            frame_labels.append(_label_frames(story, self._numbers(layout, frames, first_label)))
             video, owner = self._video_tokens(layout, frames, first_label)
             videos.append(video)
             positions.append(_positions(rng, owner))
@@ -71,8 +78,7 @@ class BatchMaker:
         ids, labels = self._blocks(asked, each)
         return _assemble(
             np.stack(pixels),
-            np.concatenate(shown),
-            np.concatenate(numbers),
+            {name: np.concatenate([labels[name] for labels in frame_labels]) for name in frame_labels[0]},
             np.stack(videos),
             np.stack(positions),
             ids,
@@ -98,7 +104,11 @@ class BatchMaker:
         return np.concatenate(encoded).astype(np.int64), owner
 
     def _choose(self, rng: np.random.Generator, story: Story, layout: str, count: int) -> list[Question]:
-        pool = [q for q in questions(story, rng, per_kind=3) if layout == "hf" or q.kind != "when"]
+        pool = questions(story, rng, per_kind=6)
+        if layout != "hf":
+            pool = [question for question in pool if question.kind != "when"]
+        elif rng.random() < WHEN_ALONE:
+            pool = [question for question in pool if question.kind == "when"]
         shuffled = [pool[i] for i in rng.permutation(len(pool))]
         # One of each kind first, then the kind that is hardest to learn, then whatever is left.
         firsts = {question.kind: question for question in reversed(shuffled)}
@@ -135,8 +145,7 @@ class BatchMaker:
 
 def _assemble(
     pixels: NDArray[np.uint8],
-    shown: NDArray[np.int64],
-    numbers: NDArray[np.int64],
+    frame_labels: dict[str, NDArray[np.int64]],
     videos: NDArray[np.int64],
     positions: NDArray[np.int64],
     ids: NDArray[np.int64],
@@ -148,26 +157,36 @@ def _assemble(
     tail = np.broadcast_to(tail, ids.shape).reshape(clips, -1)
     frames = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     return Batch(
-        (frames - _MEAN) / _STD,
-        torch.from_numpy(shown[:, :2]),
-        torch.from_numpy(shown[:, 2]).bool(),
-        torch.from_numpy(numbers),
-        torch.from_numpy(np.concatenate([videos, ids.reshape(clips, -1)], 1)),
-        torch.from_numpy(np.concatenate([positions, tail], 1)),
-        torch.from_numpy(np.concatenate([np.full_like(videos, IGNORE), labels.reshape(clips, -1)], 1)),
-        _block_mask(length, each, block),
+        pixels=(frames - _MEAN) / _STD,
+        input_ids=torch.from_numpy(np.concatenate([videos, ids.reshape(clips, -1)], 1)),
+        positions=torch.from_numpy(np.concatenate([positions, tail], 1)),
+        labels=torch.from_numpy(np.concatenate([np.full_like(videos, IGNORE), labels.reshape(clips, -1)], 1)),
+        mask=_block_mask(length, each, block),
+        **{name: torch.from_numpy(values) for name, values in frame_labels.items()},
     )
 
 
-def _shown(story: Story, frames: int) -> NDArray[np.int64]:
-    """[F, 3]: colour and shape in each frame, as indices, and 1 where a card shows for the first time."""
-    found = np.tile(np.array([len(COLORS), len(SHAPES), 0]), (frames, 1))
-    times = np.arange(frames)
-    for card in story.cards:
-        visible = (times >= card.start_seconds) & (times < card.end_seconds)
-        found[visible, :2] = COLORS.index(card.color), SHAPES.index(card.shape)
-        found[np.argmax(visible), 2] |= visible.any()
-    return found
+def _label_frames(story: Story, numbers: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """What is to be read off every frame of a clip, by the names of `Batch`."""
+    times = np.arange(len(numbers))
+    names = np.array([(COLORS.index(card.color), SHAPES.index(card.shape)) for card in story.cards])  # [cards, 2]
+    nothing = np.array([[len(COLORS), len(SHAPES)]])
+    starts = np.array([card.start_seconds for card in story.cards])
+    ends = np.array([card.end_seconds for card in story.cards])
+    so_far = np.searchsorted(starts, times, side="right")  # [F]
+    past = np.concatenate([nothing, nothing, names])  # [2 + cards, 2]; card n, from 1, is past[n + 1]
+    last = past[so_far + 1]
+    on_screen = (so_far > 0) & (times < ends[so_far - 1])
+    appeared = np.ceil(starts).astype(np.int64)
+    return {
+        "shown": np.where(on_screen[:, None], last, nothing),
+        "new": np.diff(so_far, prepend=0) > 0,
+        "numbers": numbers,
+        "so_far": so_far,
+        "last": last,
+        "before_last": past[np.maximum(so_far, 1)],
+        "last_number": np.where(so_far > 0, numbers[appeared[so_far - 1]], IGNORE),
+    }
 
 
 def _positions(rng: np.random.Generator, owner: NDArray[np.int64]) -> NDArray[np.int64]:

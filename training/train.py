@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, InternVLForConditionalGeneration
 
 from training.batch import IGNORE, Batch, BatchMaker
-from training.heads import SUMMARY_LAYER, Heads
+from training.heads import Heads
 from training.model import build_model
 from training.tokenizer import build_tokenizer
 
 # (share of the steps, fewest frames, most frames): clips grow with training; started long, the model stays at the
 # answer prior.
-CURRICULUM = ((0.18, 2, 8), (0.17, 6, 16), (0.27, 12, 48), (0.38, 32, 160))
+CURRICULUM = ((0.18, 2, 8), (0.17, 6, 16), (0.25, 12, 48), (0.40, 32, 192))
+REVIEW = 0.35  # share of the later steps that go back to a shorter stage; without, its answers are forgotten
 
 
 def attention_in_float32(
@@ -42,9 +43,12 @@ def attention_in_float32(
 
 
 def clip_length(rng: np.random.Generator, progress: float) -> int:
-    """Frames per clip at `progress` in 0…1, log-uniform inside the stage."""
+    """Frames per clip at `progress` in 0…1, log-uniform inside the stage or an earlier one."""
     ends = np.cumsum([share for share, _, _ in CURRICULUM])
-    _, fewest, most = CURRICULUM[min(int(np.searchsorted(ends, progress, side="right")), len(CURRICULUM) - 1)]
+    stage = min(int(np.searchsorted(ends, progress, side="right")), len(CURRICULUM) - 1)
+    if rng.random() < REVIEW:
+        stage = int(rng.integers(stage + 1))
+    _, fewest, most = CURRICULUM[stage]
     return round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
@@ -65,8 +69,7 @@ def loss_of(model: InternVLForConditionalGeneration, heads: Heads, batch: Batch)
     )
     answered = batch.labels != IGNORE
     answers = F.cross_entropy(model.lm_head(found.last_hidden_state[answered]).float(), batch.labels[answered])
-    closing = found.hidden_states[SUMMARY_LAYER][batch.input_ids == heads.closing_id]
-    return answers, heads(pictures, closing, embedding.weight, batch)
+    return answers, heads(pictures, found.hidden_states, embedding.weight, batch)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -101,7 +104,7 @@ def train(
     if init is not None and not saved.exists():
         begun = torch.load(init / "state.pt", weights_only=True)
         model.load_state_dict(begun["model"])
-        heads.load_state_dict(begun["heads"])
+        heads.load_state_dict(begun["heads"], strict=False)  # a run of before may lack a reading
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])

@@ -13,7 +13,7 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from statekv.demo.render import render
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, questions, write_story
+from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, frame_of, questions, write_story
 from statekv.models.prompt import Layout, Prompt, internvl_step, internvl_tokens
 from training import batch as batching
 from training.batch import IGNORE, LONG_CLIP, Batch, BatchMaker
@@ -135,6 +135,22 @@ def test_what_each_picture_shows_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
             assert shown[clip][time] == [color, shape]
             assert new[clip][time] == any(card.color not in seen for card in cards)
             seen |= {card.color for card in cards}
+
+
+def test_what_has_happened_until_each_frame_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stories = _recorded(monkeypatch)
+    batch = make(1, frames=16)
+    told = {name: getattr(batch, name).view(CLIPS, 16, -1).tolist() for name in ("so_far", "last", "before_last")}
+    numbers, last_numbers = batch.numbers.view(CLIPS, 16).tolist(), batch.last_number.view(CLIPS, 16).tolist()
+    for clip, story in enumerate(stories):
+        for time in range(16):
+            past = [card for card in story.cards if card.start_seconds <= time]
+            assert told["so_far"][clip][time] == [len(past)]
+            for name, card in (("last", past[-1:]), ("before_last", past[-2:-1])):
+                expected = [names.index(getattr(card[0], kind)) if card else len(names) for kind, names in NAMES]
+                assert told[name][clip][time] == expected
+            first = numbers[clip][frame_of(past[-1], 1.0) - 1] if past else IGNORE
+            assert last_numbers[clip][time] == first
 
 
 def test_numbers_of_frames_are_those_of_their_labels() -> None:

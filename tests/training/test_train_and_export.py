@@ -120,17 +120,22 @@ def test_attention_in_float32_is_attention() -> None:
         torch.testing.assert_close(loss_of(model, heads, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_clips_grow_with_training() -> None:
+@pytest.mark.parametrize("stage", range(len(CURRICULUM)))
+def test_clips_grow_with_training_and_short_ones_come_back(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "CURRICULUM", CURRICULUM)
     rng = np.random.default_rng(0)
+    begun = sum(share for share, _, _ in CURRICULUM[:stage])
+    share, fewest, most = CURRICULUM[stage]
+    lengths = np.array([clip_length(rng, begun + share * part) for part in np.linspace(0.01, 0.99, 400)])
+    assert lengths.min() >= CURRICULUM[0][1]
+    assert (fewest + most) / 2 < lengths.max() <= most
+    shortest = CURRICULUM[0][2]
+    assert np.mean(lengths <= shortest) > 0.5 * training_module.REVIEW / (stage + 1)
+    assert np.mean(lengths >= fewest) > 1 - training_module.REVIEW
+
+
+def test_the_curriculum_is_whole() -> None:
     assert sum(share for share, _, _ in CURRICULUM) == pytest.approx(1.0)
-    begun = 0.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module, "CURRICULUM", CURRICULUM)
-        for share, fewest, most in CURRICULUM:
-            lengths = [clip_length(rng, begun + share * part) for part in np.linspace(0.01, 0.99, 200)]
-            assert fewest <= min(lengths) <= max(lengths) <= most
-            assert max(lengths) > (fewest + most) / 2
-            begun += share
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
