@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
-RECALLS = ("all", "recent", "sink_recent")
+RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
+RETRIEVED_POSITIONS = ("keep", "reindex")
 LAYOUTS = ("hf", "release")
 KERNELS = ("auto", "naive", "blocked", "triton")
 
-METHODS = {
-    "statekv": ("attention", "all"),
-    "full": ("all", "all"),
-    "recency_window": ("recent", "all"),
-    "streaming_llm": ("sink_recent", "sink_recent"),
-    "random": ("random", "all"),
+# What each method sets. All of it makes the method what it is, but for numbers, which only say how much.
+METHODS: Mapping[str, Mapping[str, str | bool | int]] = {
+    "statekv": {"carry": "attention", "recall": "all"},
+    "full": {"carry": "all", "recall": "all"},
+    "recency_window": {"carry": "recent", "recall": "all"},
+    "streaming_llm": {"carry": "sink_recent", "recall": "sink_recent"},
+    "random": {"carry": "random", "recall": "all"},
+    # ReKV's sink is the prompt before the frames, however long that is, and not a number of first tokens.
+    "rekv": {"carry": "recent", "recall": "retrieve", "pin_prefix": True},
+    "statekv_retrieve": {"carry": "attention", "recall": "retrieve"},
+    "last_frames": {"carry": "all", "recall": "last_frames"},
+    "uniform": {"carry": "all", "recall": "all", "uniform": True, "max_frames": 64},
 }
 
 
@@ -28,9 +36,18 @@ class Config:
     Attributes:
         budget: tokens kept per layer and KV head in the carried cache (the paper's B).
         carry: which keys go on to the next step: attention (best key scores), recent, sink_recent, all, random.
-        recall: which keys an answer sees: all, recent (the newest `budget`), sink_recent.
+        recall: which keys an answer sees: all, recent (the newest `budget`), sink_recent, retrieve (the steps that
+            match the question best, chosen layer by layer), last_frames (the newest frames alone, encoded anew for
+            each question; no frame enters the stream).
         sinks: tokens from the start of the stream that sink_recent keeps; they count towards the budget.
         pin_prefix: keep the prompt's prefix in the carried cache whatever its scores; it counts towards the budget.
+        retrieve: steps that recall="retrieve" shows to an answer in each layer, besides the text around the frames.
+        retrieve_newest: newest steps that it shows besides those, whatever the question.
+        retrieve_carried: whether it shows the carried keys too.
+        retrieve_positions: positions of retrieved keys: keep (where they were seen, with gaps between them) or reindex
+            (moved up to the question, as if the steps that are left out had never been).
+        last_frames: frames that recall="last_frames" shows.
+        uniform: spread max_frames over the whole video, and refuse a source whose length is unknown.
         layout: prompt around the frames: hf (the checkpoint's processor) or release (the public StateKV code).
         fps: frames per second at most; None keeps every frame.
         max_frames: frames at most, spread over the video; None sets no cap.
@@ -42,6 +59,7 @@ class Config:
         prefetch: frames decoded ahead of the model.
         vision_batch: steps whose pictures pass the vision tower together while a source is watched.
         graph: on CUDA, replay recorded steps once the carried cache is full.
+        pack: on a CPU in float32, step on a second copy of the weights that MKL has laid out, where memory allows it.
 
     Raises:
         ConfigError: a value outside its range, or an unknown name.
@@ -52,6 +70,12 @@ class Config:
     recall: str = "all"
     sinks: int = 4
     pin_prefix: bool = False
+    retrieve: int = 64
+    retrieve_newest: int = 0
+    retrieve_carried: bool = False
+    retrieve_positions: str = "keep"
+    last_frames: int = 4
+    uniform: bool = False
     layout: str = "hf"
     fps: float | None = 1.0
     max_frames: int | None = None
@@ -63,25 +87,46 @@ class Config:
     prefetch: int = 8
     vision_batch: int = 8
     graph: bool = True
+    pack: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("carry", CARRIES), ("recall", RECALLS), ("layout", LAYOUTS), ("kernel", KERNELS)):
+        for name, known in _NAMES.items():
             check_name(name, getattr(self, name), known)
-        for name in ("budget", "max_frames", "horizon", "max_new_tokens", "score_every", "prefetch", "vision_batch"):
-            _check_count(name, getattr(self, name), least=1)
-        for name in ("sinks", "seed"):
-            _check_count(name, getattr(self, name), least=0)
+        for name, least in _COUNTS.items():
+            _check_count(name, getattr(self, name), least)
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
         _check_rate(self.fps)
-        for name, value in (("pin_prefix", self.pin_prefix), ("graph", self.graph)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name} is {value!r}, but must be True or False", "leave it out for the default")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                rule = f"{name} is {getattr(self, name)!r}, but must be True or False"
+                raise ConfigError(rule, "leave it out for the default")
+        for told, way_out in self._contradictions():
+            raise ConfigError(told, way_out)
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Settings that do not go together: the rule, and the way out."""
         if "sink_recent" in (self.carry, self.recall) and self.sinks >= self.budget:
-            raise ConfigError(
+            yield (
                 f"sinks is {self.sinks} with a budget of {self.budget}, but the sinks count towards the budget",
                 "raise budget or lower sinks",
             )
+        if self.recall == "retrieve" and self.retrieve_carried:
+            if self.carry == "all":
+                told = "retrieve_carried is True with carry 'all', but where all keys are carried there is no choice"
+                yield told, "set recall to 'all', or retrieve_carried to False"
+            if self.retrieve_positions == "reindex":
+                told = (
+                    "retrieve_carried is True with retrieve_positions 'reindex', but carried keys keep their positions"
+                )
+                yield told, "set retrieve_positions to 'keep', or retrieve_carried to False"
+        if self.recall == "last_frames" and self.carry != "all":
+            told = (
+                f"carry is {self.carry!r} with recall 'last_frames', but frames that are encoded anew carry nothing on"
+            )
+            yield told, "set carry to 'all', or use the method last_frames"
+        if self.uniform and self.max_frames is None:
+            yield "max_frames is None, but uniform spreads a number of frames over the video", "give max_frames"
 
     @classmethod
     def of(cls, method: str | None = None, **settings: Any) -> Config:
@@ -93,21 +138,47 @@ class Config:
         return cls().with_(method, **settings)
 
     def with_(self, method: str | None = None, **settings: Any) -> Config:
-        """A copy with another method and other settings."""
+        """A copy with another method and other settings; what the former method had set goes with it."""
         known = [field.name for field in fields(self)]
         for name in settings:
             check_name("setting", name, known)
         if method is not None:
             check_name("method", method, tuple(METHODS))
-            carry, recall = METHODS[method]
-            settings = {"carry": carry, "recall": recall, **settings}
+            settings = {**self._of_method(), **METHODS[method], **settings}
         return replace(self, **settings)
 
     @property
     def method(self) -> str:
         """Name of the dials' setting; `carry+recall` where it has none."""
-        dials = (self.carry, self.recall)
-        return next((name for name, named in METHODS.items() if named == dials), "+".join(dials))
+        found = [
+            name
+            for name, settings in METHODS.items()
+            if all(getattr(self, field) == value for field, value in settings.items() if field not in _COUNTS)
+        ]
+        # Uniform sampling is full attention too: the more a method asks for, the more its name says.
+        return max(found, key=lambda name: len(METHODS[name]), default=f"{self.carry}+{self.recall}")
+
+    def _of_method(self) -> dict[str, Any]:
+        """Defaults of what this configuration has from its method."""
+        taken = METHODS.get(self.method, {})
+        return {f.name: f.default for f in fields(self) if f.name in taken and getattr(self, f.name) == taken[f.name]}
+
+
+_NAMES = {
+    "carry": CARRIES,
+    "recall": RECALLS,
+    "retrieve_positions": RETRIEVED_POSITIONS,
+    "layout": LAYOUTS,
+    "kernel": KERNELS,
+}
+_COUNTS = {
+    **dict.fromkeys(
+        ("budget", "max_frames", "horizon", "max_new_tokens", "score_every", "prefetch", "vision_batch"), 1
+    ),
+    **dict.fromkeys(("retrieve", "last_frames"), 1),
+    **dict.fromkeys(("sinks", "seed", "retrieve_newest"), 0),
+}
+_SWITCHES = ("pin_prefix", "retrieve_carried", "uniform", "graph", "pack")
 
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:

@@ -24,6 +24,9 @@ _INPUTS = (
     "image_grid_thw",
     "video_grid_thw",
     "mm_token_type_ids",
+    "second_per_grid_ts",
+    "image_sizes",
+    "batch_num_images",
 )
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _STOCK_TOP_K = 50  # what transformers draws from where nobody says otherwise
@@ -87,6 +90,7 @@ def generate(
     ends = _end_tokens(adapter, inputs_and_settings.pop("eos_token_id", None), generation_config)
     limit = inputs_and_settings.pop("max_new_tokens", generation.max_new_tokens)
     config = Config.of(method, **({} if limit is None else {"max_new_tokens": limit}), **inputs_and_settings)
+    _refuse_choice_of_frames(config)
     if chosen["top_k"] is None:
         chosen["top_k"] = _STOCK_TOP_K
     sampling = Sampling(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
@@ -107,7 +111,8 @@ def _run(
     prompt = inputs["input_ids"]
     longest = prompt.shape[1] + sampling.max_new_tokens
     # Stock scales dynamic-NTK RoPE by the longest position so far; here by the longest there will be.
-    state = stepper.open(config, max(longest, stepper.model.trained_length), room=0)
+    reach = stepper.model.reach(inputs) + sampling.max_new_tokens
+    state = stepper.open(config, max(reach, stepper.model.trained_length), room=0)
     with torch.inference_mode(), memory_limit(), attention_left_as_found(stepper.model.model):
         state.detailed.reserve(longest)
         for segment in stepper.model.segments(inputs):
@@ -132,6 +137,14 @@ def _refuse_unfollowed(generation: GenerationConfig) -> None:
         value = getattr(generation, name, None)
         if value not in idle:
             raise ConfigError(f"the generation config sets {name}={value!r}, which is not followed", f"unset {name}")
+
+
+def _refuse_choice_of_frames(config: Config) -> None:
+    if config.uniform or config.recall == "last_frames":
+        rule = (
+            f"{config.method} chooses among the frames of a video, but the processor's outputs hold no video any more"
+        )
+        raise ConfigError(rule, "give the processor the frames to be seen, and use the method full")
 
 
 def _one_conversation(inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import torch
 
 from statekv.config import Config
-from statekv.errors import HorizonError
+from statekv.errors import ConfigError, HorizonError
 from statekv.models.base import VideoModel
 from statekv.models.loading import load_model
 from statekv.session import Session
@@ -49,14 +49,17 @@ class Engine:
             settings: fields of `Config` that differ from the engine's.
 
         Raises:
-            ConfigError: an unknown method or setting, or a value outside its range.
+            ConfigError: an unknown method or setting, a value outside its range, or uniform sampling of a source whose
+                length is unknown.
             VideoError: the source cannot be opened.
             HorizonError: the file is longer than the model's positions reach.
         """
         config = self.config.with_(method, **settings)
         if source is None:
+            _check_length(config, None)
             return Session(self.stepper, self.stepper.open(config))
         info = probe(source, stream)
+        _check_length(config, info.duration_seconds)
         frames = _count(source, config, stream)
         horizon = self._horizon(config, frames, info)
         return Session(self.stepper, self.stepper.open(config, horizon, frames), _read(source, config, stream))
@@ -79,7 +82,10 @@ class Engine:
         if frames is None or config.horizon is not None:
             return trained
         layout = self.model.prompts[config.layout].layout
-        needed = self.model.span(frames, info.height, info.width, layout) + room_for_answers(config)
+        # The newest frames alone are a clip that is no longer than its own few positions.
+        seconds = None if config.recall == "last_frames" else info.duration_seconds
+        longest = self.model.span(frames, info.height, info.width, layout, seconds)
+        needed = longest + room_for_answers(config)
         if needed > trained and self.model.rope.kind != "dynamic":
             raise HorizonError(
                 f"{frames} frames need up to {needed} positions, but the model was trained for {trained}",
@@ -127,11 +133,21 @@ def load(
     return Engine(loaded, config)
 
 
+def _check_length(config: Config, duration_seconds: float | None) -> None:
+    if config.uniform and duration_seconds is None:
+        raise ConfigError(
+            "uniform spreads its frames over the whole video, but the length of this source is unknown",
+            "use a file, or another method, such as last_frames",
+        )
+
+
 def _count(source: str | os.PathLike[str], config: Config, stream: int | None) -> int | None:
     # Counting reads the file once without decoding it; a URL would be fetched twice.
     if urlsplit(str(source)).netloc:
         return None
-    return count_frames(source, config.fps, config.max_frames, stream)
+    found = count_frames(source, config.fps, config.max_frames, stream)
+    # Positions and pictures are sized by what enters together.
+    return min(found, config.last_frames) if config.recall == "last_frames" else found
 
 
 def _read(source: str | os.PathLike[str], config: Config, stream: int | None) -> Iterator[Frame]:

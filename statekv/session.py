@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -43,17 +44,19 @@ class Session:
     seconds: Seconds = field(default_factory=Seconds)
     steps: int = 0
     _waiting: list[Frame] = field(default_factory=list)
+    _passed: int = 0  # frames that only the newest ones kept out of every answer
     _broken: str = ""
     _closed: bool = False
     _answering: bool = False
 
     def __post_init__(self) -> None:
         self._ahead = Ahead(self.stepper.model, self.state, self.seconds)
+        self._only_newest = self.state.config.recall == "last_frames"
 
     @property
     def frames(self) -> int:
-        """Pictures seen, also one that still waits for its partner to make a step."""
-        return self.state.frames + len(self._waiting)
+        """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
+        return (self._passed if self._only_newest else self.state.frames) + len(self._waiting)
 
     def watch(self, until_seconds: float | None = None, on_step: Callable[[Progress], None] | None = None) -> None:
         """Prefill the source's frames; in linear time with a bounded carry.
@@ -89,10 +92,9 @@ class Session:
             self._check_frame(frame)
             with deferred_interrupts():
                 self._waiting.append(frame)
-                if len(self._waiting) == self.stepper.model.frames_per_step:
-                    progress = self._step()
-                    if on_step is not None:
-                        on_step(progress)
+                progress = self._pass() if self._only_newest else self._step()
+                if progress is not None and on_step is not None:
+                    on_step(progress)
 
     def ask(
         self,
@@ -117,7 +119,8 @@ class Session:
             ConfigError: an empty question, one with the model's vision tokens, or nothing seen yet.
             HorizonError: question and answer would pass the stream's horizon.
         """
-        sampling = self._sampling(max_new_tokens, do_sample, temperature, top_k, top_p)
+        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = self._sampling(max_new_tokens, **drawing)
         return "".join(self._answer(question, sampling, stop))
 
     def stream(
@@ -132,7 +135,8 @@ class Session:
         top_p: float | None = None,
     ) -> Iterator[str]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
-        return self._answer(question, self._sampling(max_new_tokens, do_sample, temperature, top_k, top_p), stop)
+        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self._answer(question, self._sampling(max_new_tokens, **drawing), stop)
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
@@ -164,7 +168,19 @@ class Session:
     ) -> None:
         self.close()
 
-    def _step(self) -> Progress:
+    def _pass(self) -> Progress | None:
+        """Let go of the frame that a newer one pushes out; nothing enters before a question."""
+        passed = max(0, len(self._waiting) - self.state.config.last_frames)
+        del self._waiting[:passed]
+        self._passed += passed
+        self.steps = self.frames // self.stepper.model.frames_per_step
+        ends_step = self.frames % self.stepper.model.frames_per_step == 0
+        newest = self._waiting[-1].pts_seconds
+        return Progress(self.steps, self.frames, newest, 0.0, carried=0, tokens=0) if ends_step else None
+
+    def _step(self) -> Progress | None:
+        if len(self._waiting) < self.stepper.model.frames_per_step:
+            return None
         frames = list(self._waiting)
         mark = self.state.mark()
         self._waiting.clear()
@@ -229,17 +245,20 @@ class Session:
             self.seconds.answer += time.perf_counter() - began
 
     def _entering_question(self, question: str) -> Segment:
-        """The question's segment, after frames that wait for a full step have been shown to it.
+        """The question's segment, after frames that wait have been shown to it.
 
         Those do not become part of the stream: they are cropped away with the question.
         """
-        model = self.stepper.model
+        model, frames = self.stepper.model, self._waiting
         segment = model.question(question, self.state)
-        if not self._waiting:
+        if not frames:
             return segment
-        (seen,) = model.look([self._waiting], self.state.frames_expected)
-        for waiting in model.enter(seen, self.state):
-            self.stepper.prefill(self.state, waiting, "peek")
+        steps = [frames[i : i + model.frames_per_step] for i in range(0, len(frames), model.frames_per_step)]
+        # The newest frames alone are a clip of their own, whose steps follow each other.
+        expected = len(frames) if self._only_newest else self.state.frames_expected
+        for seen in model.look(steps, expected):
+            for waiting in model.enter(seen, self.state):
+                self.stepper.prefill(self.state, waiting, "carry" if self._only_newest else "peek")
         return model.question(question, self.state)
 
     def _check_growing(self) -> None:
@@ -261,27 +280,14 @@ class Session:
     def _check_frame(self, frame: Frame) -> None:
         if not isinstance(frame, Frame):
             raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
-        if self._waiting and frame.data.shape != self._waiting[0].data.shape:
-            sizes = [tuple(picture.data.shape[1:]) for picture in (self._waiting[0], frame)]
+        partners = self._waiting[-1:] if self.stepper.model.frames_per_step > 1 else []
+        if partners and frame.data.shape != partners[0].data.shape:
+            sizes = [tuple(picture.data.shape[1:]) for picture in (*partners, frame)]
             raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
 
-    def _sampling(
-        self,
-        max_new_tokens: int | None,
-        do_sample: bool,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-    ) -> Sampling:
+    def _sampling(self, max_new_tokens: int | None, **drawing: Any) -> Sampling:
         config = self.state.config
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1", "raise max_new_tokens")
-        return Sampling(
-            max_new_tokens or config.max_new_tokens,
-            self.stepper.model.end_tokens,
-            do_sample,
-            temperature,
-            top_k,
-            top_p,
-            seed=config.seed,
-        )
+        longest, ends = max_new_tokens or config.max_new_tokens, self.stepper.model.end_tokens
+        return Sampling(longest, ends, seed=config.seed, **drawing)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.retrieved import Retrieved
 from statekv.cache.static import StaticStep
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.decoding import Sampling
-from statekv.errors import HorizonError, MemoryLimitError
+from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.graphs import StepGraphs
 from statekv.models.attention import Pass, take_attention
 from statekv.models.base import Segment, VideoModel
 from statekv.ops import implementation
+from statekv.packing import StepProducts
 
 # carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
 # answer: sees what an answer sees.
@@ -46,6 +49,7 @@ class Stepper:
     def __init__(self, model: VideoModel, graphs: StepGraphs | None = None) -> None:
         self.model = model
         self.graphs = StepGraphs() if graphs is None else graphs
+        self.products = StepProducts(model.language_model.layers)
 
     def open(
         self,
@@ -87,22 +91,28 @@ class Stepper:
 
         Raises:
             HorizonError: the segment would pass the stream's horizon; nothing has entered.
-            ConfigError: a pinned prefix that fills the budget; nothing has entered.
+            ConfigError: a pinned prefix that fills the budget, or a model whose keys cannot be reindexed; nothing has
+                entered.
             MemoryLimitError: the device is out of memory.
         """
         reach = state.horizon - (state.room if mode == "carry" else 0)
-        if segment.next_position > reach:
+        if segment.reach > reach:
             raise HorizonError(
-                f"position {segment.next_position} is past {reach}, as far as RoPE reaches for this stream",
+                f"position {segment.reach} is past {reach}, as far as RoPE reaches for this stream",
                 f"open the stream with a horizon above {state.horizon}; questions about what was seen still work",
             )
         if segment.kind == "prefix":
             state.expect_prefix(segment.length)
-        if segment.kind == "question":
-            state.detailed.begin_answer()
+        if segment.kind == "step":
+            _check_follows(state, segment)
         take_attention(self.model.model)
-        with self.model.rope.held(state.horizon), memory_limit():
+        packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
+        with self.model.rope.held(state.horizon), memory_limit(), packed:
+            if segment.kind == "question":
+                state.begin_answer(segment.positions, partial(self.model.rope.angles, horizon=state.horizon))
             hidden = self._run(state, segment, mode)
+            if segment.kind == "step":
+                self._index(state, segment)
         state.position = segment.next_position
         state.note(segment.kind, segment.length, segment.pts_seconds)
         if mode == "carry":
@@ -111,9 +121,15 @@ class Stepper:
                 state.origin_seconds = segment.pts_seconds
         return hidden
 
+    def _index(self, state: StreamState, segment: Segment) -> None:
+        """Let questions find a step that has just entered."""
+        if state.blocks is not None:
+            block = Block(state.tokens - segment.length, state.tokens, segment.next_position - state.position)
+            state.blocks.add(state.detailed, block, *self.model.rope.angles(segment.positions, state.horizon))
+
     def _run(self, state: StreamState, segment: Segment, mode: Mode) -> torch.Tensor:
         forward = partial(self._forward, config=state.config)
-        cache = state.detailed if mode == "answer" else state.carried
+        cache = state.recalled if mode == "answer" else state.carried
         evicting = False
         if isinstance(cache, CarriedCache):
             cache.make_room(segment.length)
@@ -127,16 +143,17 @@ class Stepper:
         embeds: torch.Tensor,
         positions: torch.Tensor,
         extras: dict[str, Any],
-        cache: CarriedCache | DetailedCache | StaticStep,
+        cache: CarriedCache | DetailedCache | Retrieved | StaticStep,
         *,
         evicting: bool,
         config: Config,
     ) -> torch.Tensor:
         run = Pass(
-            evicting=cache if evicting and not isinstance(cache, DetailedCache) else None,
+            evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticStep)) else None,
             scored=evicting and config.carry == "attention",
             kernel=config.kernel,
             score_every=config.score_every,
+            retrieved=cache if isinstance(cache, Retrieved) else None,
         )
         hidden: torch.Tensor = self.model.language_model(
             inputs_embeds=embeds,
@@ -186,6 +203,16 @@ class Stepper:
                 return
             chosen[:, asked + number] = token
             segment = self.model.token(token, state)
+
+
+def _check_follows(state: StreamState, segment: Segment) -> None:
+    """Closing up needs steps that take positions of their own, with whatever comes next behind them."""
+    dials = state.config
+    if dials.recall == "retrieve" and dials.retrieve_positions == "reindex" and segment.next_position <= state.position:
+        raise ConfigError(
+            "retrieve_positions is 'reindex', but this model counts the time of its steps beside its text",
+            "set retrieve_positions to 'keep'",
+        )
 
 
 @contextmanager

@@ -159,9 +159,12 @@ class ByHand:
         return torch.tensor([theta ** (-2 * i / self.dim) for i in range(self.dim // 2)], dtype=torch.float64)
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """[T, head_dim / 2]; with three axes the frequencies take turns: time, rows, columns, time …"""
+        """[T, head_dim / 2]; three axes take turns, time, rows, columns, time …, or have a block each."""
         axes = [0] * (self.dim // 2)
-        if len(positions) == 3:
+        if len(positions) == 3 and not self.config.rope_parameters.get("mrope_interleaved"):
+            time, rows, columns = self.config.rope_parameters["mrope_section"]
+            axes = [0] * time + [1] * rows + [2] * columns
+        elif len(positions) == 3:
             _, rows, columns = self.config.rope_parameters["mrope_section"]
             for turn in range(rows):
                 axes[3 * turn + 1] = 1
@@ -190,22 +193,38 @@ def pieces_of(made: Tiny, inputs: dict[str, Any], prefix: int) -> list[Piece]:
         features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
         embeds[spots] = features.flatten(0, 1).double()
         positions = torch.arange(ids.shape[1])[None]
-        end = made.tokenizer.convert_tokens_to_ids("</img>")
+    elif made.family == "llava_onevision":
+        spots = ids[0] == made.config.video_token_id
+        features = model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output[0]
+        newline = model.model.image_newline[None]  # some versions of transformers hand it out with the features
+        embeds[spots] = torch.cat([features, newline])[: int(spots.sum())].double()
+        positions = torch.arange(ids.shape[1])[None]
     else:
         spots = ids[0] == made.config.video_token_id
         grid = inputs["video_grid_thw"]
         seen = model.model.get_video_features(inputs["pixel_values_videos"], grid, return_dict=True)
         embeds[spots] = joined(seen.pooler_output).double()
-        for feature in seen.deepstack_features:
+        for feature in getattr(seen, "deepstack_features", None) or ():
             added.append(torch.zeros_like(embeds))
             added[-1][spots] = joined(feature).double()
-        types = inputs["mm_token_type_ids"]
-        positions = model.model.get_rope_index(ids, mm_token_type_ids=types, video_grid_thw=grid)[0][:, 0]
-        end = made.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    # An end token that follows a picture; Qwen's template writes one more behind the last step.
-    ends = [i + 1 for i in range(1, ids.shape[1]) if ids[0, i] == end and spots[i - 1]]
+        known = {name: inputs[name] for name in ("mm_token_type_ids", "second_per_grid_ts") if name in inputs}
+        positions = model.model.get_rope_index(ids, video_grid_thw=grid, **known)[0][:, 0]
+    ends = _ends(made, inputs, spots)
     cuts = [0, prefix, *ends, ids.shape[1]]
     return [Piece(embeds[a:b], positions[:, a:b], [layer[a:b] for layer in added]) for a, b in itertools.pairwise(cuts)]
+
+
+def _ends(made: Tiny, inputs: dict[str, Any], spots: torch.Tensor) -> list[int]:
+    """Where each step ends: behind an end token that follows a picture, or where bare pictures of one size do."""
+    ids, where = inputs["input_ids"][0].tolist(), spots.nonzero()[:, 0].tolist()
+    if made.family in ("qwen2_5_vl", "llava_onevision"):
+        qwen = made.family == "qwen2_5_vl"
+        steps = int(inputs["video_grid_thw"][0, 0]) if qwen else inputs["pixel_values_videos"].shape[1]
+        each = len(where) // steps  # LLaVA's newline is left over
+        return [where[0] + (step + 1) * each for step in range(steps)]
+    end = made.tokenizer.convert_tokens_to_ids("</img>" if made.family == "internvl" else "<|vision_end|>")
+    # Qwen3-VL's template writes one more end token behind the last step.
+    return [i + 1 for i in range(1, len(ids)) if ids[i] == end and spots[i - 1]]
 
 
 def joined(features: Any) -> torch.Tensor:

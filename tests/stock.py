@@ -56,21 +56,30 @@ def _require_torchvision() -> None:
 
 
 def video_processor(family: str, values: dict[str, Any]) -> Any:
-    """The stock video processor of `internvl` or `qwen3_vl` with the values of a checkpoint's JSON."""
+    """The stock video processor of a family with the values of a checkpoint's JSON."""
     _require_torchvision()
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+    from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-    classes: dict[str, Any] = {"internvl": InternVLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
+    classes: dict[str, Any] = {
+        "internvl": InternVLVideoProcessor,
+        "qwen3_vl": Qwen3VLVideoProcessor,
+        "qwen2_5_vl": Qwen2VLVideoProcessor,
+        "llava_onevision": LlavaOnevisionVideoProcessor,
+    }
     return classes[family].from_dict(values)
 
 
-def smart_resize() -> Any:
-    """Stock's rule for the size of a Qwen3-VL video."""
+def smart_resize(family: str) -> Any:
+    """Stock's rule for the size of a Qwen video."""
     _require_torchvision()
+    from transformers.models.qwen2_vl import video_processing_qwen2_vl
     from transformers.models.qwen3_vl import video_processing_qwen3_vl
 
-    return video_processing_qwen3_vl.smart_resize
+    rules = {"qwen3_vl": video_processing_qwen3_vl, "qwen2_5_vl": video_processing_qwen2_vl}
+    return rules[family].smart_resize
 
 
 def tv_functional() -> Any:

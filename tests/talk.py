@@ -68,11 +68,15 @@ def inputs_of(
     text = made.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     vision: dict[str, Any] = {"images": images} if images else {}
     if videos:
-        told = [
-            {"total_num_frames": len(v), "fps": fps, "frames_indices": list(indices or range(len(v)))} for v in videos
-        ]
+        told = [_metadata(fps, list(indices or range(len(v)))) for v in videos]
         vision |= {"videos": videos, "video_metadata": told, "do_sample_frames": False}
     return dict(made.processor(text=[text], return_tensors="pt", **vision))
+
+
+def _metadata(fps: float, indices: list[int]) -> dict[str, Any]:
+    # Qwen2.5-VL's processor takes the frame rate after sampling from the share of frames that were taken.
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    return {"total_num_frames": max(1, step) * len(indices), "fps": fps, "frames_indices": indices}
 
 
 def stock_answer(made: Tiny, inputs: dict[str, Any], max_new_tokens: int = 6) -> Answer:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import statekv
 from statekv import cli
 from statekv.config import METHODS
+from statekv.demo.compare import METHODS as COMPARED
 from statekv.demo.film import write_film
 from statekv.demo.world import COLORS, FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
@@ -157,7 +158,7 @@ def test_json_has_an_object_per_answer(film: Path, watched: list[Session]) -> No
         assert answer["horizon"] == 32768
         assert set(answer["seconds"]) == {"decode", "vision", "prefill", "answer"}
         assert all(seconds > 0 for seconds in answer["seconds"].values())
-        assert set(answer["bytes"]) == {"carried", "detailed"}
+        assert set(answer["bytes"]) == {"carried", "detailed", "blocks"}
         assert 0 < answer["bytes"]["carried"] < answer["bytes"]["detailed"]
     # Each with its own time to answer, both with the same prefill.
     assert found[0]["seconds"]["prefill"] == found[1]["seconds"]["prefill"]
@@ -167,13 +168,34 @@ def test_json_has_an_object_per_answer(film: Path, watched: list[Session]) -> No
 def test_every_method_answers(film: Path, method: str) -> None:
     answer = json.loads(succeed("ask", film, COUNT, "--method", method, "--budget", "30", "--json"))
     assert answer["method"] == method
-    assert (answer["carry"], answer["recall"]) == METHODS[method]
-    assert answer["carried"] == (answer["tokens"] if method == "full" else 30)
+    assert (answer["carry"], answer["recall"]) == (METHODS[method]["carry"], METHODS[method]["recall"])
+    assert answer["frames"] == FRAMES
+    assert answer["carried"] == (answer["tokens"] if answer["carry"] == "all" else 30)
+    assert (answer["tokens"] > 0) == (method != "last_frames")
 
 
 def test_a_dial_wins_over_the_method(film: Path) -> None:
     answer = json.loads(succeed("ask", film, COUNT, "--method", "streaming_llm", "--recall", "all", "--json"))
     assert answer["method"] == "sink_recent+all"
+
+
+def test_retrieval_is_chosen_step_by_step(film: Path) -> None:
+    line = ("ask", film, COUNT, "--json", "--method", "full", "--recall", "retrieve")
+    every = json.loads(succeed("ask", film, COUNT, "--json", "--method", "full"))
+    assert json.loads(succeed(*line, "--retrieve", str(FRAMES)))["text"] == every["text"]
+    options = "--retrieve 1 --retrieve-newest 2 --retrieve-positions reindex"
+    found = json.loads(succeed(*line, *options.split()))
+    dials = {"retrieve": 1, "retrieve_newest": 2, "retrieve_positions": "reindex"}
+    assert [found["text"]] == ask_directly(film, COUNT, method="full", recall="retrieve", **dials)
+    assert found["bytes"]["blocks"] > 0
+    carried = ("--method", "statekv_retrieve", "--retrieve", "1", "--retrieve-carried", "--budget", "40")
+    assert succeed("ask", film, COUNT, *carried).strip()
+
+
+def test_a_methods_prefix_stays_pinned_unless_told_otherwise(film: Path) -> None:
+    line = ("ask", film, COUNT, "--json", "--budget", "30", "--method", "rekv")
+    assert json.loads(succeed(*line))["method"] == "rekv"
+    assert json.loads(succeed(*line, "--no-pin-prefix"))["method"] == "recent+retrieve"
 
 
 def test_options_arrive(film: Path) -> None:
@@ -211,7 +233,7 @@ def test_the_demo_compares_all_methods(shown: tuple[Path, Result]) -> None:
     assert found.code == 0
     report = json.loads(found.out)
     assert (report["videos"], report["frames"], report["budget"]) == (1, 24, 40)
-    assert [method["method"] for method in report["methods"]] == ["full", *[m for m in METHODS if m != "full"]]
+    assert [method["method"] for method in report["methods"]] == list(COMPARED)
     by_name = {method["method"]: method for method in report["methods"]}
     assert by_name["full"]["kl_to_full"] == 0
     assert by_name["full"]["carried_tokens"] <= report["tokens"]
@@ -234,7 +256,7 @@ def test_the_video_of_the_demo_can_be_asked(shown: tuple[Path, Result]) -> None:
 def test_the_demo_shows_a_table_that_a_pipe_does_not_cut(tmp_path: Path) -> None:
     found = command("demo", "--videos", "1", "--frames", "20", "--folder", tmp_path / "d")
     assert found.code == 0
-    for method in METHODS:
+    for method in COMPARED:
         (line,) = [line for line in found.out.splitlines() if re.match(rf"\W*{method} ", line)]
         assert len(re.findall(r"[\d.]+", line)) == 6  # accuracy, KL, two times, carried, KiB
     assert "…" not in found.out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from statekv.bench import fits
+from statekv import memory
 from statekv.bench.floor import Machine
 from statekv.bench.sizes import SIZES
 from statekv.demo.film import write_film
@@ -80,7 +80,7 @@ def test_video_says_where_the_time_goes(film: Path, tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_is_named_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = fits.check_fits
+    real = memory.check_fits
 
     def check(what: str, needed: int, *rest: object) -> None:
         real(what, needed << 40 if NAMES[0] in what else needed, *rest)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_a_model_that_does_not_fit_is_named_and_the_others_go_on(
 def test_where_no_model_fits_there_is_one_line(
     line: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fits, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
     told = refused("bench", *line, "--device", "cpu", "--csv", tmp_path / "rows.csv")
     assert "would take 0.0 GiB, but cpu has 0.0 GiB free (try fewer layers or a half dtype)" in told
     assert not (tmp_path / "rows.csv").exists()

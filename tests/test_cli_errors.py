@@ -115,6 +115,9 @@ def test_a_clip_cut_off_in_the_middle_is_answered_with_a_warning(film: Path, tmp
         ("--horizon", "0"),
         ("--sinks", "-1"),
         ("--seed", "-1"),
+        ("--retrieve", "0"),
+        ("--retrieve-newest", "-1"),
+        ("--last-frames", "0"),
     ],
 )
 def test_numbers_outside_of_their_range(film: Path, arguments: tuple[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, Config, check_name
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, RETRIEVED_POSITIONS, Config, check_name
 from statekv.errors import ConfigError
 
 
@@ -26,17 +26,25 @@ def test_is_frozen_and_can_be_a_key() -> None:
     assert len({config, Config(), Config(budget=7)}) == 2
 
 
-@pytest.mark.parametrize(("method", "dials"), sorted(METHODS.items()))
-def test_a_method_is_two_dials(method: str, dials: tuple[str, str]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_what_it_sets(method: str) -> None:
     config = Config.of(method, budget=99)
-    assert (config.carry, config.recall, config.budget) == (*dials, 99)
+    settings: dict[str, Any] = dict(METHODS[method])
+    assert config == Config(budget=99, **settings)
     assert config.method == method
-    assert config == Config(carry=dials[0], recall=dials[1], budget=99)
 
 
-def test_methods_are_different_and_known() -> None:
-    assert len(set(METHODS.values())) == len(METHODS)
-    assert all(carry in CARRIES and recall in RECALLS for carry, recall in METHODS.values())
+def test_methods_are_different_and_set_both_dials() -> None:
+    assert len({Config.of(method) for method in METHODS}) == len(METHODS)
+    assert all(settings["carry"] in CARRIES and settings["recall"] in RECALLS for settings in METHODS.values())
+
+
+def test_a_number_does_not_change_a_methods_name() -> None:
+    assert Config.of("uniform", max_frames=9).method == "uniform"
+    assert Config.of("full", max_frames=64).method == "full"
+    assert Config.of("rekv", retrieve=9, budget=8).method == "rekv"
+    assert Config.of("rekv", pin_prefix=False).method == "recent+retrieve"
+    assert Config.of("statekv", pin_prefix=True).method == "statekv"
 
 
 def test_other_dials_have_both_names() -> None:
@@ -66,11 +74,37 @@ def test_another_method_replaces_both_dials_and_nothing_else() -> None:
     assert config.with_(None, budget=11).carry == "recent"
 
 
+@pytest.mark.parametrize("former", METHODS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_leaves_nothing_to_the_next(former: str, method: str) -> None:
+    assert Config.of(former, budget=9, sinks=1).with_(method) == Config.of(method, budget=9, sinks=1)
+
+
+def test_what_was_set_by_hand_stays() -> None:
+    assert Config.of("uniform", max_frames=9).with_("statekv") == Config(max_frames=9)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"carry": "best"}, ["carry 'best'", *CARRIES]),
-        ({"recall": "retrieve"}, ["recall 'retrieve'", *RECALLS]),
+        ({"recall": "best"}, ["recall 'best'", *RECALLS]),
+        ({"retrieve_positions": "new"}, ["retrieve_positions 'new'", *RETRIEVED_POSITIONS]),
+        ({"retrieve": 0}, ["retrieve is 0", "at least 1"]),
+        ({"retrieve_newest": -1}, ["retrieve_newest is -1", "at least 0"]),
+        ({"retrieve_carried": 1}, ["retrieve_carried is 1", "True or False"]),
+        ({"last_frames": 0}, ["last_frames is 0", "at least 1"]),
+        ({"uniform": "yes"}, ["uniform is 'yes'", "True or False"]),
+        ({"uniform": True}, ["max_frames is None", "uniform", "give max_frames"]),
+        ({"recall": "last_frames"}, ["carry is 'attention'", "recall 'last_frames'", "set carry to 'all'"]),
+        (
+            {"recall": "retrieve", "carry": "all", "retrieve_carried": True},
+            ["retrieve_carried is True", "carry 'all'", "set recall to 'all'"],
+        ),
+        (
+            {"recall": "retrieve", "retrieve_carried": True, "retrieve_positions": "reindex"},
+            ["retrieve_carried is True", "'reindex'", "set retrieve_positions to 'keep'"],
+        ),
         ({"layout": "chat"}, ["layout 'chat'", *LAYOUTS]),
         ({"kernel": "cuda"}, ["kernel 'cuda'", *KERNELS]),
         ({"budget": 0}, ["budget is 0", "at least 1"]),
@@ -121,6 +155,9 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
         {"fps": 29.97},
         {"budget": 4, "sinks": 4},  # sinks say nothing while no dial uses them
         {"budget": 4, "sinks": 3, "carry": "sink_recent"},
+        {"retrieve": 1, "retrieve_newest": 0, "last_frames": 1, "recall": "retrieve", "retrieve_carried": True},
+        {"retrieve_carried": True, "carry": "all", "retrieve_positions": "reindex"},  # likewise
+        {"uniform": True, "max_frames": 1},
     ],
     ids=str,
 )

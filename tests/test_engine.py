@@ -114,7 +114,7 @@ def test_a_stream_that_is_not_there_is_refused_at_once(clip: Path) -> None:
 @EVERY_FAMILY
 @pytest.mark.parametrize("layout", ["hf", "release"])
 def test_a_files_horizon_holds_all_of_it_and_a_long_question(family: str, layout: str, clip: Path) -> None:
-    session = engine(family, trained=4096 if family == "qwen3_vl" else 32).open(clip, layout=layout)
+    session = engine(family, trained=32 if family == "internvl" else 4096).open(clip, layout=layout)
     session.watch()
     horizon, seen = session.state.horizon, session.state.position
     if family == "internvl":

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "interrupts": set(),
     "progress": set(),
+    "memory": {"errors"},
     "config": {"errors"},
     # ground floor and side wing
     "ops": {"errors"},
@@ -32,7 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "decoding": {"errors"},
     "streaming_text": set(),
     "graphs": {"errors", "cache", "models.base"},
-    "stepper": {"errors", "config", "ops", "cache", "models", "decoding", "graphs"},
+    "packing": {"ops", "cache", "models.base", "memory"},
+    "stepper": {"errors", "config", "ops", "cache", "models", "decoding", "graphs", "packing"},
     # … one stream …
     "ahead": {"cache", "models.base", "stepper", "interrupts", "progress", "video.frame"},
     "session": {
@@ -52,7 +54,7 @@ ROOF: dict[str, set[str]] = {
     "evals": FRONT,
     "analysis": FRONT,
     # Looks under the floors on purpose: it times the parts that a step and an answer are made of.
-    "bench": FRONT | {"ops", "cache", "models", "stepper", "decoding", "progress"},
+    "bench": FRONT | {"ops", "cache", "models", "stepper", "decoding", "progress", "memory"},
 }
 
 # Only the command line reaches its siblings, and only inside its commands; it also lists models and kernels.

@@ -16,7 +16,12 @@ from tests.byhand import ByHand, Keep, always, best, newest, pieces_of
 from tests.talk import QUESTION, frames_of, inputs_of, session_answer, shared_engine, stock_model
 from tests.tiny import FAMILIES, video
 
-PREFIX = {"internvl": "<|im_start|>user\n", "qwen3_vl": "<|im_start|>user\n<|vision_start|>"}
+PREFIX = {
+    "internvl": "<|im_start|>user\n",
+    "qwen3_vl": "<|im_start|>user\n<|vision_start|>",
+    "qwen2_5_vl": "<|im_start|>user\n<|vision_start|>",
+    "llava_onevision": "<|im_start|>user\n",
+}
 
 
 class Watcher(Stepper):

@@ -96,6 +96,8 @@ def test_nothing_seen_cannot_be_asked_about(family: str) -> None:
         *((family, question) for family in FAMILIES for question in ("", "  \n")),
         ("internvl", "What is <img>?"),
         ("qwen3_vl", "What is <|video_pad|>?"),
+        ("qwen2_5_vl", "What is <|vision_end|>?"),
+        ("llava_onevision", "What is <video>?"),
     ],
 )
 def test_a_question_that_cannot_be_asked_loses_nothing(family: str, question: str) -> None:
@@ -268,7 +270,7 @@ def test_a_video_of_known_length_gets_its_memory_at_once(
         session.watch()
         state = session.state
         assert session.frames == 60
-        assert state.tokens > 300
+        assert state.tokens > 200
         assert session.ask(QUESTION)
         assert not fits or state.detailed.grown == state.geometry.layers
 
@@ -278,7 +280,7 @@ def test_without_reserve_the_detailed_cache_moves_seldom(family: str) -> None:
     session = shared_engine(family).open(budget=20)
     session.push(some_frames(60))
     geometry = session.state.geometry
-    assert session.state.tokens > 300
+    assert session.state.tokens > 200
     assert session.state.detailed.grown <= 2 * geometry.layers
     assert session.state.nbytes["detailed"] == session.state.detailed.capacity * geometry.bytes_per_token
 

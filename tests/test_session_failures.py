@@ -96,7 +96,7 @@ def test_out_of_memory_in_the_vision_tower_is_told_as_such(family: str) -> None:
     session.push(some_frames(4))
     expected = session.ask(QUESTION)
     model = session.stepper.model.model.model
-    tower = model.vision_tower if family == "internvl" else model.visual
+    tower = getattr(model, "visual", None) or model.vision_tower
     with failing(tower, RuntimeError, NO_MEMORY), pytest.raises(MemoryLimitError):
         session.push(some_frames(2))
     assert session.ask(QUESTION) == expected
@@ -165,7 +165,7 @@ def test_ctrl_c_stops_between_steps_and_watching_can_go_on(family: str, where: s
     language_model = session.stepper.model.language_model
     model = session.stepper.model.model.model
     modules = {
-        "vision": model.vision_tower if family == "internvl" else model.visual,
+        "vision": getattr(model, "visual", None) or model.vision_tower,
         "first layer": language_model.layers[0],
         "last layer": language_model.layers[-1],
     }

@@ -113,13 +113,16 @@ def test_a_file_longer_than_the_trained_length_is_scaled_once_for_its_horizon(tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layout_release_puts_the_frames_in_front_of_the_chat(family: str) -> None:
     made, pictures = stock_model(family), video(4)
-    if family == "internvl":
-        texts = ["<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"] * 4
-    else:
-        texts = [
+    texts = {
+        "internvl": ["<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"] * 4,
+        "qwen3_vl": [
             f"<{seconds} seconds><|vision_start|>" + "<|video_pad|>" * 8 + "<|vision_end|>" for seconds in (0.5, 2.5)
-        ]
-    tail = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        ],
+        "qwen2_5_vl": ["<|vision_start|>" + "<|video_pad|>" * 16 + "<|vision_end|>"],
+        "llava_onevision": ["<video>" * (4 * 9 + 1)],
+    }[family]
+    header = "user\n\n" if family == "llava_onevision" else "user\n"
+    tail = f"<|im_start|>{header}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     # Pixels as the stock processor makes them, text by hand.
     inputs = inputs_of(made, pictures, QUESTION)
     pieces = [
@@ -127,7 +130,7 @@ def test_layout_release_puts_the_frames_in_front_of_the_chat(family: str) -> Non
     ]
     inputs["input_ids"] = torch.cat(pieces, dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if family == "qwen3_vl":
+    if "mm_token_type_ids" in inputs:
         spots = inputs["input_ids"] == made.config.video_token_id
         assert int(spots.sum()) == int(inputs["video_grid_thw"].prod()) // 4
         inputs["mm_token_type_ids"] = 2 * spots.int()

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of both families: real tokenizer, real JSON files, random weights; built in well
+"""Tiny random checkpoints of all families: real tokenizer, real JSON files, random weights; built in well
 under a second.
 
 Weights are much larger than a fresh model's, so that logits differ clearly and greedy decoding does not tie.
@@ -19,8 +19,12 @@ from transformers import (
     GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -29,7 +33,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tests import stock
 
-FAMILIES = ("internvl", "qwen3_vl")
+FAMILIES = ("internvl", "qwen3_vl", "qwen2_5_vl", "llava_onevision")
 
 # Merges come from these lines: the words of the prompts, so that seams between pieces are seams of real
 # tokens.
@@ -47,6 +51,7 @@ _INTERNVL_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+_LLAVA_TOKENS = {"image_token": "<image>", "video_token": "<video>"}
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 _INTERNVL_TEMPLATE = """\
@@ -83,8 +88,27 @@ _QWEN_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
+# Pictures come first, with nothing between them, wherever they stand in the message.
+_LLAVA_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['content'] is string -%}{{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'video' -%}{{- '<video>' -}}{%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}{{- '\\n' + part['text'] -}}{%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 _SQUARE = {
     "size": {"height": 32, "width": 32},
     "resample": 3,
@@ -92,6 +116,7 @@ _SQUARE = {
     "do_rescale": True,
     **_IMAGENET,
 }
+_GRIDS = [[40, 40], [40, 80], [80, 40], [80, 80], [40, 120]]
 _PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, **_HALF}
 
 # The JSON files beside the weights, each with the keys that the public checkpoints have.
@@ -132,7 +157,51 @@ _JSON_FILES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
     },
+    # The bounds are for one frame, and the video processor has no file of its own.
+    "qwen2_5_vl": {
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": 256,
+            "max_pixels": 16777216,
+            **_PATCHES,
+            **_CLIP,
+        },
+        "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
+    },
+    "llava_onevision": {
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_grid_pinpoints": _GRIDS,
+            "do_pad": True,
+            **_SQUARE,
+            "size": {"height": 40, "width": 40},
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "do_normalize": True,
+            "rescale_factor": 1 / 255,
+            **_SQUARE,
+            "size": {"height": 40, "width": 40},
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 25,
+            "vision_feature_select_strategy": "full",
+        },
+        "chat_template.json": {"chat_template": _LLAVA_TEMPLATE},
+    },
 }
+
+_TEMPLATES = {
+    "internvl": _INTERNVL_TEMPLATE,
+    "qwen3_vl": _QWEN_TEMPLATE,
+    "qwen2_5_vl": _QWEN_TEMPLATE,
+    "llava_onevision": _LLAVA_TEMPLATE,
+}
+_NAMED_TOKENS = {"internvl": _INTERNVL_TOKENS, "llava_onevision": _LLAVA_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -149,12 +218,13 @@ class Tiny:
 
     @property
     def chat_template(self) -> str:
-        return {"internvl": _INTERNVL_TEMPLATE, "qwen3_vl": _QWEN_TEMPLATE}[self.family]
+        return _TEMPLATES[self.family]
 
     @property
     def video_json(self) -> dict[str, Any]:
-        """What the checkpoint's video_preprocessor_config.json holds."""
-        return dict(_JSON_FILES[self.family]["video_preprocessor_config.json"])
+        """What the checkpoint's file for the video processor holds."""
+        files = _JSON_FILES[self.family]
+        return dict(files.get("video_preprocessor_config.json") or files["preprocessor_config.json"])
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -179,8 +249,13 @@ class Tiny:
 def tiny(family: str, seed: int = 0, max_position_embeddings: int = 4096) -> Tiny:
     """A tiny random model of a family with its tokenizer; equal seeds give equal weights."""
     tokenizer = _tokenizer(family)
-    build = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[family]
-    model = build(tokenizer, max_position_embeddings).eval()
+    builders = {
+        "internvl": _internvl,
+        "qwen3_vl": _qwen3_vl,
+        "qwen2_5_vl": _qwen2_5_vl,
+        "llava_onevision": _llava_onevision,
+    }
+    model = builders[family](tokenizer, max_position_embeddings).eval()
     _randomise(model, seed)
     model.generation_config = GenerationConfig(
         eos_token_id=_id(tokenizer, "<|im_end|>"), pad_token_id=tokenizer.pad_token_id
@@ -226,6 +301,40 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) 
         tie_word_embeddings=False,
     )
     return Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    vision = {"hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    # Windows of 2 x 2 tokens, so that a picture has several; and a clock so fast that a video of a few steps reaches
+    # positions beyond its question's.
+    pieces = {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+    config = Qwen2_5_VLConfig(
+        vision_config={**vision, **pieces},
+        text_config={"rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
+        image_token_id=_id(tokenizer, "<|image_pad|>"),
+        video_token_id=_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=_id(tokenizer, "<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _llava_onevision(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    # Five patches a side: an odd number is pooled unevenly, as the 27 of real checkpoints.
+    pieces = {"model_type": "siglip_vision_model", "image_size": 40, "patch_size": 8, "vision_use_head": False}
+    config = LlavaOnevisionConfig(
+        vision_config={**vision, **pieces},
+        text_config={"model_type": "qwen2", "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
+        image_token_index=_id(tokenizer, "<image>"),
+        video_token_index=_id(tokenizer, "<video>"),
+        image_grid_pinpoints=_GRIDS,
+        tie_word_embeddings=False,
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
 
 
 def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -279,14 +388,15 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _tokenizer(family: str) -> PreTrainedTokenizerBase:
     vocab, merges = _bpe()
+    named = _NAMED_TOKENS.get(family)
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocab),
         merges=list(merges),  # type: ignore[arg-type]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=_INTERNVL_TOKENS if family == "internvl" else {},
-        chat_template=_INTERNVL_TEMPLATE if family == "internvl" else _QWEN_TEMPLATE,
+        extra_special_tokens=named or {},
+        chat_template=_TEMPLATES[family],
     )
-    special = [*_CHAT_TOKENS, *(_INTERNVL_TOKENS.values() if family == "internvl" else _QWEN_TOKENS)]
+    special = [*_CHAT_TOKENS, *(named.values() if named else _QWEN_TOKENS)]
     tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer

@@ -11,7 +11,6 @@ import torch
 from statekv.bench.build import build
 from statekv.bench.clock import wait
 from statekv.bench.fill import fill, stand
-from statekv.bench.fits import check_fits, refusal
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
@@ -20,6 +19,7 @@ from statekv.bench.steps import stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.decoding import Sampling
+from statekv.memory import check_fits, refusal
 from statekv.models.base import Segment
 from statekv.stepper import Stepper, room_for_answers
 
@@ -106,7 +106,7 @@ def _time(
     for run in range(1 + plan.runs):
         for steps in lengths:
             position = steps * stride(stepper.model, plan.tokens)
-            stand(state, steps * plan.tokens, position)
+            stand(state, steps * plan.tokens, position, plan.tokens)
             question = stepper.model.text("question", torch.arange(plan.question), position)
             for kind, took in zip((FIRST, EACH), _answer(stepper, state, question, plan.answer, device), strict=True):
                 if run:

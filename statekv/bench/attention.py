@@ -10,12 +10,12 @@ from statistics import median
 import torch
 
 from statekv.bench.clock import alternate
-from statekv.bench.fits import check_fits
 from statekv.bench.peer import Attention, told
 from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
 from statekv.bench.sizes import size_of
 from statekv.errors import StateKVError
+from statekv.memory import check_fits
 from statekv.ops import IMPLEMENTATIONS, attention_with_key_scores
 from statekv.ops.plain import flash_attention, with_flash_attention, with_torch
 

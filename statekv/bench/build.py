@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLConfig
 from transformers.initialization import no_init_weights
 
-from statekv.bench.fits import check_fits
 from statekv.bench.sizes import Size
+from statekv.memory import check_fits
 from statekv.models.base import VideoModel
 from statekv.models.loading import wrap_model
 

@@ -6,8 +6,9 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import Span, StreamState
 
+_NEWEST = 16  # steps that whoever looks at the steps before will ask for at most
 _PIECE = 1024  # tokens drawn; the rest repeats them, for what a step costs does not depend on its keys
 
 
@@ -23,7 +24,7 @@ def fill(state: StreamState, tokens: int, step: int) -> None:
     fill_detailed(state.detailed, tokens, step)
     if isinstance(state.carried, CarriedCache):
         fill_carried(state.carried, step)
-    stand(state, tokens, tokens)
+    stand(state, tokens, tokens, step)
 
 
 @torch.inference_mode()
@@ -53,15 +54,16 @@ def fill_carried(carried: CarriedCache, step: int) -> None:
     carried.lengths = [length] * carried.geometry.layers
 
 
-def stand(state: StreamState, tokens: int, position: int) -> None:
+def stand(state: StreamState, tokens: int, position: int, step: int) -> None:
     """Move a filled stream to another moment by its lengths alone; nothing is written.
 
     The carried cache then holds as many keys as it would have at that moment, though not the same ones.
 
     Args:
-        state: spans and counts of what it saw are cleared.
+        state: counts of what it saw are cleared, and all spans but those of the newest steps.
         tokens: at most as many as were filled in.
         position: of the next token.
+        step: tokens of one step.
     """
     assert tokens <= state.detailed.capacity
     _hold(state.detailed, tokens)
@@ -69,7 +71,8 @@ def stand(state: StreamState, tokens: int, position: int) -> None:
     if isinstance(carried, CarriedCache):
         carried.lengths = [min(tokens, carried.budget)] * state.geometry.layers
     state.position, state.frames, state.origin_seconds = position, 0, None
-    state.spans.clear()
+    newest = range(max(0, tokens - _NEWEST * step), tokens - step + 1, step)
+    state.spans[:] = [Span("step", start, step, None) for start in newest]
 
 
 def _hold(detailed: DetailedCache, tokens: int) -> None:

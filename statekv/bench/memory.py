@@ -9,7 +9,6 @@ import torch
 
 from statekv.bench.allocation import CopiedBytes, peak_bytes
 from statekv.bench.build import build
-from statekv.bench.fits import check_fits
 from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
 from statekv.bench.sizes import Size, size_of
@@ -18,6 +17,7 @@ from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.stream import StreamState
 from statekv.config import Config
+from statekv.memory import check_fits
 from statekv.stepper import Stepper
 
 _MEBI = 2**20

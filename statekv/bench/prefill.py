@@ -9,7 +9,6 @@ import torch
 
 from statekv.bench.build import build
 from statekv.bench.fill import fill_carried, fill_detailed, stand
-from statekv.bench.fits import check_fits, refusal
 from statekv.bench.floor import segment_flops
 from statekv.bench.pace import alternate_within
 from statekv.bench.picture import Panel
@@ -19,6 +18,7 @@ from statekv.bench.steps import products_alone, random_step, stride
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
+from statekv.memory import check_fits, refusal
 from statekv.stepper import Stepper, room_for_answers
 
 FULL, PRODUCTS = "full", "products alone"
@@ -36,7 +36,7 @@ class Plan:
         tokens: of a step.
         runs: timed steps of each method at each number.
         seconds: what one method may take at one number in all; slower ones get fewer runs.
-        plain: also step `statekv` without CUDA graphs.
+        plain: also step `statekv` without CUDA graphs and packed weights.
     """
 
     size: Size
@@ -50,8 +50,8 @@ class Plan:
     @property
     def methods(self) -> list[Config]:
         """`full`, and `statekv` at each budget."""
-        graphs = (True, False) if self.plain else (True,)
-        bounded = (Config.of("statekv", budget=budget, graph=graph) for budget in self.budgets for graph in graphs)
+        ways = (True, False) if self.plain else (True,)
+        bounded = (Config.of("statekv", budget=budget, graph=way, pack=way) for budget in self.budgets for way in ways)
         return [Config.of(FULL), *bounded]
 
     def cache_bytes(self, step: int, dtype: torch.dtype) -> int:
@@ -113,7 +113,7 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
         if row.samples and row.subject != PRODUCTS:
             budget = row.setting.get("budget")
             line = row.subject if budget is None else f"{row.subject}, B = {budget}"
-            line += ", no graph" if "graph" in row.setting else ""
+            line += ", plain" if "plain" in row.setting else ""
             lines = found.setdefault(f"{row.setting['model']}, {row.setting['layers']} layers", {})
             lines.setdefault(line, []).append((float(row.setting["step"]), row.median))
     return [Panel(title, "step", "ms per step", lines, log_x=True, log_y=True) for title, lines in found.items()]
@@ -138,7 +138,7 @@ def _call(stepper: Stepper, state: StreamState, tokens: int, step: int) -> Calla
     past, position = (step - 1) * tokens, (step - 1) * stride(stepper.model, tokens)
 
     def call() -> object:
-        stand(state, past, position)
+        stand(state, past, position, tokens)
         return stepper.prefill(state, segment)
 
     return call
@@ -161,4 +161,4 @@ def _setting(plan: Plan, dtype: torch.dtype) -> dict[str, str | int | float]:
 
 def _moment(method: Config, step: int) -> dict[str, str | int | float]:
     budget: dict[str, str | int | float] = {} if method.carry == "all" else {"budget": method.budget}
-    return {"step": step, **budget, **({} if method.graph else {"graph": "no"})}
+    return {"step": step, **budget, **({} if method.graph else {"plain": "yes"})}

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.stream import Span, StreamState
@@ -62,7 +63,11 @@ def load_stream(folder: str | os.PathLike[str], geometry: Geometry) -> StreamSta
             raise ModelError(rule, "load that model")
         state = StreamState(geometry, Config(**facts["config"]), **{name: facts[name] for name in _PLAIN})
         state.spans = [Span(**span) for span in facts["spans"]]
-        _restore(state, load_file(source / "stream.safetensors"), facts["pinned"])
+        tensors = load_file(source / "stream.safetensors")
+        _restore(state, tensors, facts["pinned"])
+        if state.blocks is not None:
+            means = [tensors[f"blocks.{layer}"] for layer in range(geometry.layers)]
+            state.blocks.restore([Block(**block) for block in facts["blocks"]], means)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
         raise StateKVError(
             f"{source} holds no saved stream, or a damaged one", "name a folder that save_stream wrote"
@@ -78,6 +83,8 @@ def _tensors(state: StreamState) -> dict[str, torch.Tensor]:
             length = state.carried.lengths[layer]
             found[f"carried.{layer}"] = state.carried.buffers[layer][..., :length, :].contiguous()
             found[f"born.{layer}"] = state.carried.born[layer][..., :length].contiguous()
+        if state.blocks is not None:
+            found[f"blocks.{layer}"] = state.blocks.means[layer][:, :, : len(state.blocks)].contiguous()
     return found
 
 
@@ -88,6 +95,7 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "config": dataclasses.asdict(state.config),
         "pinned": state.pinned,
         "spans": [dataclasses.asdict(span) for span in state.spans],
+        "blocks": [dataclasses.asdict(block) for block in state.blocks.spots] if state.blocks is not None else [],
         **{name: getattr(state, name) for name in _PLAIN},
     }
 

@@ -20,7 +20,7 @@ class DetailedCache(Cache):
 
     Args:
         geometry: sizes of the model's keys.
-        recall: which keys an answer sees: all, recent or sink_recent.
+        recall: which keys an answer sees: recent and sink_recent; all for any other.
         window: tokens that `recent` recalls, and `sink_recent` too, its sinks included.
         sinks: tokens from the start of the stream for `sink_recent`.
     """
@@ -120,7 +120,7 @@ class DetailedCache(Cache):
 
     def _first_recalled(self) -> int:
         """First of the newest tokens that an answer sees; 0 where it sees all of them."""
-        if self.recall == "all" or self._answering_from is None:
+        if self.recall not in ("recent", "sink_recent") or self._answering_from is None:
             return 0
         return max(0, self._answering_from - (self.window - self.sinks))
 

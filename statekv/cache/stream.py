@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
+from statekv.cache.blocks import Blocks
 from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.retrieved import Angles, Retrieved
 from statekv.config import Config
 from statekv.errors import ConfigError
 
@@ -65,7 +69,10 @@ class StreamState:
     def __post_init__(self) -> None:
         c = self.config
         self.detailed = DetailedCache(self.geometry, c.recall, window=c.budget, sinks=c.sinks)
+        # Only retrieval needs them.
+        self.blocks = Blocks(self.geometry) if c.recall == "retrieve" else None
         self._carried: CarriedCache | None = None
+        self._retrieved: Retrieved | None = None
 
     @property
     def carried(self) -> CarriedCache | DetailedCache:
@@ -77,16 +84,25 @@ class StreamState:
         return self._carried
 
     @property
+    def recalled(self) -> Retrieved | DetailedCache:
+        """What an answer sees; the detailed cache itself narrows its view for recalls that go by age."""
+        return self.detailed if self._retrieved is None else self._retrieved
+
+    @property
     def tokens(self) -> int:
         """Tokens in the detailed cache."""
         return self.detailed.length
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes allocated by each memory; the carried cache costs nothing where it is the detailed one."""
+        """Bytes allocated by each memory; the carried cache costs nothing where it is the detailed one.
+
+        What an answer copies out for itself is not counted: it is gone when the answer is.
+        """
         return {
             "carried": self._carried.nbytes if self._carried is not None else 0,
             "detailed": self.detailed.nbytes,
+            "blocks": self.blocks.nbytes if self.blocks is not None else 0,
         }
 
     def expect_prefix(self, tokens: int) -> None:
@@ -110,6 +126,22 @@ class StreamState:
         """Record that `length` tokens of a segment have just entered."""
         self.spans.append(Span(kind, self.tokens - length, length, pts_seconds))
 
+    def begin_answer(self, positions: torch.Tensor, angles: Angles) -> None:
+        """From here on everything that enters is a question and its answer.
+
+        Args:
+            positions: of the question's tokens, [streams, T] or [3, streams, T].
+            angles: of the model's RoPE.
+        """
+        c = self.config
+        self.detailed.begin_answer()
+        self._retrieved = None
+        # Where no block is left out there is nothing to choose, nor to copy.
+        if self.blocks is not None and len(self.blocks) > c.retrieve + c.retrieve_newest:
+            carried = self.carried if c.retrieve_carried else None
+            assert not isinstance(carried, DetailedCache)
+            self._retrieved = Retrieved(self.detailed, self.blocks, carried, c, angles, positions)
+
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
         carried, spans = self.carried.length, len(self.spans)
@@ -119,13 +151,17 @@ class StreamState:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
         self.carried.crop(mark.carried)
         self.detailed.crop(mark.tokens)
+        self._retrieved = None
+        if self.blocks is not None:
+            self.blocks.crop(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
         del self.spans[mark.spans :]
 
     def free(self) -> None:
-        """Give both memories back; the stream is empty and of no further use."""
-        self._carried = None
+        """Give all memory back; the stream is empty and of no further use."""
+        self._carried = self._retrieved = None
         self.detailed = DetailedCache(self.geometry)
+        self.blocks = Blocks(self.geometry) if self.blocks is not None else None
 
     def _make_carried(self) -> CarriedCache:
         c = self.config

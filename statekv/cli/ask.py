@@ -27,12 +27,18 @@ _SETTINGS = (
     "recall",
     "sinks",
     "pin_prefix",
+    "retrieve",
+    "retrieve_newest",
+    "retrieve_carried",
+    "retrieve_positions",
+    "last_frames",
     "layout",
     "horizon",
     "kernel",
     "score_every",
     "vision_batch",
     "graph",
+    "pack",
     "seed",
 )
 
@@ -49,13 +55,19 @@ def ask(
     carry: options.Carry = None,
     recall: options.Recall = None,
     sinks: options.Sinks = _DEFAULT.sinks,
-    pin_prefix: options.PinPrefix = False,
+    pin_prefix: options.PinPrefix = None,
+    retrieve: options.Retrieve = _DEFAULT.retrieve,
+    retrieve_newest: options.RetrieveNewest = _DEFAULT.retrieve_newest,
+    retrieve_carried: options.RetrieveCarried = False,
+    retrieve_positions: options.RetrievePositions = _DEFAULT.retrieve_positions,
+    last_frames: options.LastFrames = _DEFAULT.last_frames,
     layout: options.LayoutName = _DEFAULT.layout,
     horizon: options.Horizon = None,
     kernel: options.Kernel = _DEFAULT.kernel,
     score_every: options.ScoreEvery = _DEFAULT.score_every,
     vision_batch: options.VisionBatch = _DEFAULT.vision_batch,
     graph: options.Graph = _DEFAULT.graph,
+    pack: options.Pack = _DEFAULT.pack,
     seed: options.Seed = _DEFAULT.seed,
     stream: options.VideoStream = None,
     dtype: options.Dtype = "auto",
@@ -84,7 +96,8 @@ def ask(
 
 
 def _watch(session: Session) -> None:
-    expected = session.state.frames_expected
+    # With the newest frames alone, that is how many are looked at together, not how many there are.
+    expected = None if session.state.config.recall == "last_frames" else session.state.frames_expected
     with progress() as bar:
         task = bar.add_task("frames", total=expected)
         try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, RETRIEVED_POSITIONS
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
 Questions = Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)]
@@ -20,13 +20,24 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Carry = Annotated[str | None, typer.Option(help=f"Keys that go on: {', '.join(CARRIES)}.")]
 Recall = Annotated[str | None, typer.Option(help=f"Keys that answers see: {', '.join(RECALLS)}.")]
 Sinks = Annotated[int, typer.Option(help="First tokens that sink_recent keeps.")]
-PinPrefix = Annotated[bool, typer.Option("--pin-prefix", help="Always carry the prompt's prefix.")]
+PinPrefix = Annotated[
+    bool | None,
+    typer.Option(
+        "--pin-prefix/--no-pin-prefix", help="Always carry the prompt's prefix; by default as the method does."
+    ),
+]
+Retrieve = Annotated[int, typer.Option(help="Steps that recall retrieve shows to an answer, chosen in each layer.")]
+RetrieveNewest = Annotated[int, typer.Option(help="Newest steps that it shows besides those.")]
+RetrieveCarried = Annotated[bool, typer.Option("--retrieve-carried", help="Let it show the carried keys too.")]
+RetrievePositions = Annotated[str, typer.Option(help=f"Positions of retrieved keys: {', '.join(RETRIEVED_POSITIONS)}.")]
+LastFrames = Annotated[int, typer.Option(help="Newest frames that recall last_frames shows.")]
 LayoutName = Annotated[str, typer.Option(help=f"Prompt layout: {', '.join(LAYOUTS)}.")]
 Horizon = Annotated[int | None, typer.Option(help="Positions that RoPE is scaled for.")]
 Kernel = Annotated[str, typer.Option(help=f"Attention with key scores: {', '.join(KERNELS)}.")]
 ScoreEvery = Annotated[int, typer.Option(help="Score keys with every n-th query only.")]
 VisionBatch = Annotated[int, typer.Option(help="Steps whose pictures pass the vision tower together.")]
 Graph = Annotated[bool, typer.Option(help="On CUDA, replay recorded steps.")]
+Pack = Annotated[bool, typer.Option(help="On a CPU in float32, step on packed weights: a second copy in memory.")]
 Seed = Annotated[int, typer.Option(help="Of carry random.")]
 VideoStream = Annotated[int | None, typer.Option(help="Which video stream of the file, from 0.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

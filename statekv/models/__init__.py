@@ -32,6 +32,16 @@ FAMILIES = {
         "Qwen3VL",
         ("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
     ),
+    "qwen2_5_vl": Family(
+        "statekv.models.qwen2_5_vl",
+        "Qwen25VL",
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    ),
+    "llava_onevision": Family(
+        "statekv.models.llava_onevision",
+        "LlavaOnevision",
+        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.retrieved import Retrieved
 from statekv.cache.static import StaticStep
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
@@ -28,12 +29,14 @@ class Pass:
         scored: whether the eviction needs key scores.
         kernel: implementation of attention with key scores.
         score_every: score with every n-th query.
+        retrieved: what an answer sees, where its question chooses that.
     """
 
     evicting: CarriedCache | StaticStep | None
     scored: bool
     kernel: str
     score_every: int = 1
+    retrieved: Retrieved | None = None
 
 
 def attention_hook(
@@ -64,15 +67,17 @@ def attention_hook(
             "this model's attention belongs to statekv and was called from outside",
             "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back",
         )
-    scores = None
+    layer, scores, hidden = int(module.layer_idx), None, None  # type: ignore[arg-type]
+    if statekv_pass.retrieved is not None:
+        key, value, hidden = statekv_pass.retrieved.complete(layer, query, key, value)
     if statekv_pass.scored:
         mixed, scores = attention_with_key_scores(
             query, key, value, scale=scaling, every=statekv_pass.score_every, impl=statekv_pass.kernel
         )
     else:
-        mixed = attention(query, key, value, scale=scaling)
+        mixed = attention(query, key, value, scale=scaling, hidden=hidden)
     if statekv_pass.evicting is not None:
-        statekv_pass.evicting.evict(int(module.layer_idx), scores)  # type: ignore[arg-type]
+        statekv_pass.evicting.evict(layer, scores)
     return mixed.transpose(1, 2).contiguous(), None
 
 

@@ -31,6 +31,7 @@ class Segment:
         frames: pictures inside.
         pts_seconds: time of the first picture.
         extras: further keyword arguments of the language model.
+        farthest: one past the highest position inside, where that lies beyond next_position.
     """
 
     kind: str
@@ -41,6 +42,12 @@ class Segment:
     frames: int = 0
     pts_seconds: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    farthest: int = 0
+
+    @property
+    def reach(self) -> int:
+        """One past the highest position that it asks for."""
+        return max(self.next_position, self.farthest)
 
     @property
     def length(self) -> int:
@@ -173,12 +180,23 @@ class VideoModel(ABC):
         """A step out of its text, with one picture in it, and what the vision tower made of that picture."""
 
     @abstractmethod
-    def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
-        """Positions that a prompt with this many frames takes at most, without the question."""
+    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+        """Positions that a prompt with this many frames takes at most, without the question.
+
+        Args:
+            frames: how many will be seen.
+            height, width: of the frames as decoded, in pixels.
+            layout: of the prompt.
+            seconds: length of the video, where known; some families place frames by their time.
+        """
 
     @abstractmethod
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece."""
+
+    def reach(self, inputs: Mapping[str, Any]) -> int:
+        """Positions that a stock processor's inputs take at most."""
+        return int(inputs["input_ids"].shape[1])
 
     def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
         """Segments of one step; the first step of a stream brings the prompt's prefix along.

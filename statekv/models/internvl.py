@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment, VideoModel, check_placeholders, runs
-from statekv.models.pixels import InternVLRecipe, resize_and_normalise
+from statekv.models.base import Seen, Segment, check_placeholders, runs
+from statekv.models.pixels import InternVLRecipe
 from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
-from statekv.video.frame import Frame
+from statekv.models.square import SquareFrames
 
 
-class InternVL(VideoModel):
+class InternVL(SquareFrames):
     """`InternVLForConditionalGeneration`, for example OpenGVLab/InternVL3-1B-hf."""
 
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
@@ -28,14 +28,9 @@ class InternVL(VideoModel):
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = InternVLRecipe.from_dict(video_json)
 
-    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
-        frames = [frame for (frame,) in steps]
-        pictures = [frame.data for frame in frames]
-        if len({picture.shape for picture in pictures}) == 1:
-            pixels = self._pixels(torch.stack(pictures))
-        else:
-            pixels = torch.cat([self._pixels(picture[None]) for picture in pictures])
-        return [Seen((frame,), found) for frame, found in zip(frames, self._features(pixels), strict=True)]
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return found
 
     def label(self, seen: Seen, state: StreamState) -> str:
         return self._numbered(state.frames, state.config.layout)
@@ -45,7 +40,7 @@ class InternVL(VideoModel):
         following = position + len(ids)
         return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, seen.pts_seconds)
 
-    def span(self, frames: int, height: int, width: int, layout: Layout) -> int:
+    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         prompt = self.prompts[layout]
         first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
         return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
@@ -61,7 +56,7 @@ class InternVL(VideoModel):
                 yield prefix
                 done, position = start - 1, prefix.next_position
             patches = (stop - start) // self.model.config.image_seq_length
-            features = self._features(inputs["pixel_values"][patch : patch + patches]).flatten(0, 1)
+            features = self.features(inputs["pixel_values"][patch : patch + patches]).flatten(0, 1)
             # The picture's end token still belongs to the step.
             step = self.picture(ids[done : stop + 1], Seen((), features), position)
             yield step
@@ -71,12 +66,3 @@ class InternVL(VideoModel):
     def _numbered(self, index: int, layout: str) -> str:
         prompt = self.prompts[layout]
         return internvl_step(index, self.model.config.image_seq_length, prompt.tokens, prompt.layout)
-
-    def _pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        device = self.model.device
-        return resize_and_normalise(frames.to(device), self.recipe.height, self.recipe.width, self.recipe)
-
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] → [n, tokens, hidden]"""
-        found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        return found

@@ -5,14 +5,14 @@ tokenises the whole. Here the pieces are tokenised one by one. That is exact bec
 special token, which no other token can cross; only the seam between the head and the first step needs care.
 
 Layouts: `hf` is the stock processor's. `release` is that of StateKV's public code: the frames first, without
-any chat prefix, then the chat template with the question alone. The public code has no Qwen; for Qwen3-VL the
-same order is used.
+any chat prefix, then the chat template with the question alone. The public code has no Qwen and no LLaVA; for them
+the same order is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +30,9 @@ _ANY_QUESTION = "?"
 class VisionTokens:
     """The strings that mark vision in a family's text.
 
-    `placeholder` is what the stock processor replaces by the steps; `pad` is repeated once per vision token,
-    between `start` and `end`; `reserved` may not occur in a question.
+    `placeholder` is what the chat template writes for a video; `opens`, the steps and `closes` stand in its place.
+    `pad` is repeated once per vision token, between `start` and `end` where each step has them; `reserved` may not
+    occur in a question.
     """
 
     start: str
@@ -39,6 +40,8 @@ class VisionTokens:
     pad: str
     placeholder: str
     reserved: tuple[str, ...]
+    opens: str = ""
+    closes: str = ""
 
 
 def internvl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
@@ -69,6 +72,20 @@ def qwen3_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
     pad = str(getattr(tokenizer, "video_token", "<|video_pad|>"))
     image = str(getattr(tokenizer, "image_token", "<|image_pad|>"))
     return VisionTokens(start, end, pad, placeholder=pad, reserved=(start, end, pad, image))
+
+
+def qwen2_5_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """Qwen2.5-VL's tokens are Qwen3-VL's, but steps are bare: one start and one end enclose the whole video."""
+    tokens = qwen3_vl_tokens(tokenizer)
+    whole = tokens.start + tokens.pad + tokens.end
+    return replace(tokens, placeholder=whole, opens=tokens.start, closes=tokens.end)
+
+
+def llava_onevision_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """LLaVA-OneVision's tokens: one placeholder for every token of a video, and one more behind its last frame."""
+    pad = str(getattr(tokenizer, "video_token", "<video>"))
+    image = str(getattr(tokenizer, "image_token", "<image>"))
+    return VisionTokens("", "", pad, placeholder=pad, reserved=(pad, image), closes=pad)
 
 
 def internvl_step(index: int, num_tokens: int, tokens: VisionTokens, layout: Layout) -> str:
@@ -118,10 +135,10 @@ class Prompt:
         self.layout = layout
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._head = "" if layout == "release" else self._render(_ANY_QUESTION)[0]
+        self._head = tokens.opens if layout == "release" else self._render(_ANY_QUESTION)[0]
 
     def head_ids(self, first_step: str) -> list[int]:
-        """What comes before the first step: system prompt and user header; nothing in layout `release`.
+        """What comes before the first step: system prompt and user header, none of them in layout `release`.
 
         Args:
             first_step: the first step's text, at least up to its first special token.
@@ -161,13 +178,14 @@ class Prompt:
             messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
         )
         text = str(rendered)
+        opens, closes = self.tokens.opens, self.tokens.closes
         if self.layout == "release":
-            return "", text
+            return opens, closes + text
         before, *after = text.split(self.tokens.placeholder)
         if len(after) != 1:
             rule = f"the chat template writes {self.tokens.placeholder} {len(after)} times for one video"
             raise ModelError(rule, "use the chat template of the original checkpoint")
-        return before, after[0]
+        return before + opens, closes + after[0]
 
     def _cut_head(self, first_step: str) -> tuple[list[int], list[int]]:
         encoded = self._tokenizer(

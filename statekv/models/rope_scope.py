@@ -56,6 +56,20 @@ class RopeScope:
             ).to(device)
         return self._known[horizon, device]
 
+    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the module turns keys by, without the factor that some kinds of RoPE put on top.
+
+        Args:
+            positions: [streams, T], or [3, streams, T] for multi-axis RoPE.
+            horizon: positions that RoPE is scaled for.
+
+        Returns:
+            cos and sin [streams, T, head_dim], float32: of length 1, so that turning back is exact but for rounding.
+        """
+        with self.held(horizon):
+            cos, sin = self.rotary(torch.empty(0, device=positions.device), positions)
+        return cos / self.rotary.attention_scaling, sin / self.rotary.attention_scaling
+
     @contextmanager
     def held(self, horizon: int) -> Iterator[None]:
         """Inside, the module rotates by the horizon's frequencies; afterwards it is as it was found.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import warnings
 
 import torch
@@ -69,6 +70,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
         return f"it is for GPUs and the tensors are on {device.type}", "set TRITON_INTERPRET=1 to interpret it, slowly"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < flash.OLDEST_GPU:
         return f"it needs an NVIDIA GPU of generation {_dotted(flash.OLDEST_GPU)}", "use a newer GPU"
+    if device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, which it launches kernels with", "install gcc, or set CC"
     if dtype not in flash.DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in flash.DTYPES)
         return f"it takes {known}, not {str(dtype).removeprefix('torch.')}", "load the model in one of them"

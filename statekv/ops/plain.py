@@ -15,7 +15,14 @@ from statekv.errors import SpeedWarning
 FlashAttention = Callable[..., torch.Tensor]
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of the last Q of K positions to themselves and to everything before.
 
     On CUDA in half precision that is flash-attn where it is installed, else the same kernel as torch carries it; a CPU
@@ -25,10 +32,13 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sc
         query: [streams, heads, Q, D].
         key, value: [streams, kv_heads, K, D], K ≥ Q.
         scale: factor on the products.
+        hidden: [streams, kv_heads, n] bool, which of the first n keys nobody sees; None: none of them.
 
     Returns:
         [streams, heads, Q, D] of the query's dtype.
     """
+    if hidden is not None:
+        return _with_hidden(query, key, value, hidden, scale=scale)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
         flash = flash_attention()
         if flash is not None:
@@ -61,6 +71,18 @@ def with_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, s
         scale=scale,
         enable_gqa=heads != kv_heads,
     )
+
+
+def _with_hidden(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """As `attention`, with a mask for each head, which rules the flash kernels out."""
+    (heads, queries), (kv_heads, keys) = query.shape[1:3], key.shape[1:3]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    shown = F.pad(~hidden, (0, keys - hidden.shape[-1]), value=True).repeat_interleave(heads // kv_heads, dim=1)
+    mask = shown[:, :, None] & causal  # [streams, heads, Q, K]
+    grouped = heads != kv_heads
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def with_flash_attention(

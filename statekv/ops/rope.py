@@ -36,3 +36,16 @@ def grid_positions(start: int, height: int, width: int, device: torch.device) ->
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
     return start + torch.stack([torch.zeros_like(rows), rows, columns]).unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each vector by its angles; with `-sin` back again.
+
+    Args:
+        x: [..., T, D]; D/2 pairs, halves apart.
+        cos, sin: [T, D] or with leading dimensions that broadcast, each angle twice, as rotary modules return them.
+
+    Source: `apply_rotary_pos_emb` of transformers' Llama, for one of its two tensors.
+    """
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin

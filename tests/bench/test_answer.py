@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv.bench import fits
+from statekv import memory
 from statekv.bench.answer import EACH, FIRST, Plan, measure, panels
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.rows import Row
@@ -41,7 +41,7 @@ def test_floors_are_products_or_bytes() -> None:
 
 def test_lengths_that_do_not_fit_are_left_out_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(PLAN, steps=(1, 1 << 24))
-    monkeypatch.setattr(fits, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1 << 30)
     rows = measured(plan)
     assert [len(row.samples) for row in rows] == [2, 0, 2, 0]
     assert "left out: its cache would take" in rows[1].remark

@@ -37,7 +37,7 @@ def walked(stepper: Stepper, config: Config, steps: int) -> StreamState:
 def filled(stepper: Stepper, config: Config, steps: int) -> StreamState:
     state = stepper.open(config)
     fill(state, steps * TOKENS, TOKENS)
-    stand(state, steps * TOKENS, steps * stride(stepper.model, TOKENS))
+    stand(state, steps * TOKENS, steps * stride(stepper.model, TOKENS), TOKENS)
     return state
 
 
@@ -119,7 +119,7 @@ def test_standing_somewhere_writes_nothing() -> None:
     state = filled(stepper, Config(budget=32), 8)
     before = [buffer.clone() for buffer in state.carried.buffers]
     for tokens, carried in ((0, 0), (10, 10), (40, 32), (80, 32)):
-        stand(state, tokens, tokens)
+        stand(state, tokens, tokens, TOKENS)
         assert (state.tokens, state.position, state.carried.length) == (tokens, tokens, carried)
     assert all(torch.equal(one, other) for one, other in zip(before, state.carried.buffers, strict=True))
 
@@ -130,9 +130,9 @@ def test_steps_can_be_taken_again_and_again_from_one_place() -> None:
     grown, addresses = state.detailed.grown, state.detailed.addresses
     step = random_step(stepper.model, TOKENS, 7)
     for _ in range(5):
-        stand(state, 60, 60)
+        stand(state, 60, 60, TOKENS)
         stepper.prefill(state, step)
-        assert (state.tokens, state.carried.length, len(state.spans)) == (70, 16, 1)
+        assert (state.tokens, state.carried.length, len(state.spans)) == (70, 16, 7)
     assert (state.detailed.grown, state.detailed.addresses) == (grown, addresses)
 
 
@@ -142,8 +142,8 @@ def test_streams_may_share_one_detailed_cache() -> None:
     other.detailed = one.detailed
     assert isinstance(other.carried, CarriedCache)
     fill_carried(other.carried, TOKENS)
-    stand(other, 40, 40)
+    stand(other, 40, 40, TOKENS)
     stepper.prefill(other, random_step(stepper.model, TOKENS, 5))
     assert one.tokens == other.tokens == 50
-    stand(one, 40, 40)
+    stand(one, 40, 40, TOKENS)
     assert one.tokens == other.tokens == 40

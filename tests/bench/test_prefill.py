@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv.bench import fits
+from statekv import memory
 from statekv.bench.floor import segment_flops
 from statekv.bench.prefill import Plan, measure, panels
 from statekv.bench.rows import Row
@@ -57,7 +57,7 @@ def test_floors_count_the_keys_that_are_seen() -> None:
 
 
 def test_steps_that_do_not_fit_are_left_out_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fits, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1 << 30)
     rows = measured(replace(PLAN, steps=(1, 4, 1 << 20)))
     assert [len(row.samples) for row in rows] == [2] * 6 + [0] * 3
     assert all("left out: its caches would take" in row.remark for row in rows[6:])
@@ -66,7 +66,7 @@ def test_steps_that_do_not_fit_are_left_out_and_say_so(monkeypatch: pytest.Monke
 
 
 def test_a_machine_too_small_for_any_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fits, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(MemoryLimitError, match=r"at step 1 would take .* \(try lower budgets"):
         measured(replace(PLAN, budgets=(1 << 20,)))
 
@@ -80,8 +80,8 @@ def test_a_line_per_method_and_budget() -> None:
 
 def test_steps_without_graphs_are_measured_beside_the_others() -> None:
     rows = measured(replace(PLAN, steps=(9,), plain=True))
-    found = [(row.subject, row.setting.get("budget"), row.setting.get("graph")) for row in rows]
-    bounded = [("statekv", budget, graph) for budget in (8, 32) for graph in (None, "no")]
+    found = [(row.subject, row.setting.get("budget"), row.setting.get("plain")) for row in rows]
+    bounded = [("statekv", budget, graph) for budget in (8, 32) for graph in (None, "yes")]
     assert found == [("full", None, None), *bounded]
     (panel,) = panels(rows)
-    assert list(panel.lines)[1:3] == ["statekv, B = 8", "statekv, B = 8, no graph"]
+    assert list(panel.lines)[1:3] == ["statekv, B = 8", "statekv, B = 8, plain"]

@@ -30,6 +30,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "sink_recent": {"budget": 30, "carry": "sink_recent", "recall": "sink_recent", "sinks": 3},
     "all": {"carry": "all"},
     "release": {"budget": 30, "layout": "release"},
+    "retrieve": {"budget": 30, "recall": "retrieve", "retrieve": 2, "retrieve_carried": True},
     "roomy": {"budget": 4000},
 }
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
+from statekv.cache.retrieved import Retrieved
 from statekv.cache.stream import Span, StreamState
 from statekv.config import METHODS, Config
 from statekv.errors import ConfigError
@@ -115,12 +117,12 @@ def test_carrying_all_is_the_detailed_cache() -> None:
     assert state.carried is state.detailed
     enter(state, "step", 20)
     assert state.carried.length == state.tokens == 20
-    assert state.nbytes == {"carried": 0, "detailed": state.detailed.nbytes}
+    assert state.nbytes == {"carried": 0, "detailed": state.detailed.nbytes, "blocks": 0}
 
 
 def test_bytes_of_both_memories() -> None:
     state = stream(budget=8)
-    assert state.nbytes == {"carried": 0, "detailed": 0}
+    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
     enter(state, "step", 20)
     state.detailed.reserve(1000)
     g = state.geometry
@@ -128,6 +130,7 @@ def test_bytes_of_both_memories() -> None:
     assert state.nbytes == {
         "carried": slots * (g.bytes_per_token + 4 * g.layers * g.kv_heads),
         "detailed": 1000 * g.bytes_per_token,
+        "blocks": 0,
     }
 
 
@@ -147,6 +150,27 @@ def test_recall_uses_the_budget_as_its_window(recall: str, expected: int) -> Non
     state.detailed.begin_answer()
     key, _ = state.detailed.update(keys(state.geometry, 0, range(30, 31)), values(state.geometry, 0, range(30, 31)), 0)
     assert key.shape[-2] == expected
+
+
+def nothing_turns(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles of a model without rotation."""
+    shape = (*positions.shape, 4)
+    return torch.ones(shape), torch.zeros(shape)
+
+
+@pytest.mark.parametrize("recall", ["all", "recent", "sink_recent", "retrieve", "last_frames"])
+def test_only_a_choice_among_steps_is_more_than_a_view(recall: str) -> None:
+    state = stream("full", budget=8, recall=recall, retrieve=2, retrieve_newest=1)
+    question = torch.zeros(1, 3, dtype=torch.int64)
+    for steps in range(5):
+        mark = state.mark()
+        state.begin_answer(question, nothing_turns)
+        assert isinstance(state.recalled, Retrieved) == (recall == "retrieve" and steps > 3)
+        state.crop_to(mark)
+        assert state.recalled is state.detailed
+        enter(state, "step", 5)
+        if state.blocks is not None:
+            state.blocks.add(state.detailed, Block(5 * steps, 5 * steps + 5, 5), *nothing_turns(torch.zeros(1, 5)))
 
 
 @pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
@@ -196,4 +220,4 @@ def test_free_gives_the_memory_back() -> None:
     state = stream(budget=8)
     enter(state, "step", 20)
     state.free()
-    assert state.nbytes == {"carried": 0, "detailed": 0}
+    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}

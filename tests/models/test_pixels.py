@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
-from statekv.errors import ModelError, VideoError
+from statekv.errors import ModelError
 from statekv.models import checkpoint, pixels
-from statekv.models.pixels import InternVLRecipe, Qwen3VLRecipe, patchify, qwen3_vl_size, resize_and_normalise
+from statekv.models.pixels import InternVLRecipe, LlavaOnevisionRecipe, resize_and_normalise
 from tests import stock
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -26,19 +24,7 @@ INTERNVL: dict[str, Any] = {
     "do_pad": True,
     **IMAGENET,
 }
-QWEN: dict[str, Any] = {
-    "video_processor_type": "Qwen3VLVideoProcessor",
-    "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 SIZES = [(448, 448), (240, 320), (721, 1283), (33, 47), (100, 900)]
-# transformers 5.10 refuses a video of one frame or narrower than a token, and rounds odd frame counts
-# differently.
-NEWEST_RULE = Version(transformers.__version__) >= Version("5.15")
 
 
 def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -46,8 +32,8 @@ def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_frames, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
-def stock_pixels(family: str, values: dict[str, Any], video: torch.Tensor) -> Any:
-    return stock.video_processor(family, values)(videos=[video], do_sample_frames=False, return_tensors="pt")
+def stock_pixels(values: dict[str, Any], video: torch.Tensor) -> Any:
+    return stock.video_processor("internvl", values)(videos=[video], do_sample_frames=False, return_tensors="pt")
 
 
 @pytest.mark.parametrize("resample", [2, 3])
@@ -58,7 +44,7 @@ def test_internvl_equals_stock(size: tuple[int, int], resample: int) -> None:
     recipe = InternVLRecipe.from_dict(values)
     ours = resize_and_normalise(video, recipe.height, recipe.width, recipe)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, stock_pixels("internvl", values, video)["pixel_values_videos"][0])
+    assert torch.equal(ours, stock_pixels(values, video)["pixel_values_videos"][0])
 
 
 def test_frames_that_lie_channels_last_in_memory_give_the_same_pixels() -> None:
@@ -70,102 +56,28 @@ def test_frames_that_lie_channels_last_in_memory_give_the_same_pixels() -> None:
     assert torch.equal(one, resize_and_normalise(video, 448, 448, recipe)[1:])
 
 
-@pytest.mark.parametrize("num_frames", [2, 3, 4, 7])
-@pytest.mark.parametrize("size", SIZES)
-def test_qwen3_vl_equals_stock_one_temporal_patch_at_a_time(size: tuple[int, int], num_frames: int) -> None:
-    video = frames(num_frames, *size)
-    recipe = Qwen3VLRecipe.from_dict(QWEN)
-    height, width = qwen3_vl_size(*size, num_frames, recipe)
-    steps = [patchify(resize_and_normalise(pair, height, width, recipe), recipe) for pair in video.split(2)]
-    theirs = stock_pixels("qwen3_vl", QWEN, video)
-    assert torch.equal(torch.cat([flat for flat, _ in steps]), theirs["pixel_values_videos"])
-    t, h, w = theirs["video_grid_thw"][0].tolist()
-    assert [grid for _, grid in steps] == [(1, h, w)] * t
+def test_llava_onevision_equals_stock() -> None:
+    values = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": {"height": 384, "width": 384}}
+    video = frames(3, 240, 321)
+    recipe = LlavaOnevisionRecipe.from_dict(values)
+    ours = resize_and_normalise(video, recipe.height, recipe.width, recipe)
+    theirs = stock.video_processor("llava_onevision", values)(
+        videos=[video], do_sample_frames=False, return_tensors="pt"
+    )
+    assert torch.equal(ours, theirs["pixel_values_videos"][0])
 
 
-@pytest.mark.parametrize("longest_edge", [2**17, 2**19])
-def test_qwen3_vl_shrinks_to_the_budget_of_the_whole_video(longest_edge: int) -> None:
-    values = QWEN | {"size": {"longest_edge": longest_edge, "shortest_edge": 4096}}
-    video = frames(11, 240, 320)
-    recipe = Qwen3VLRecipe.from_dict(values)
-    height, width = qwen3_vl_size(240, 320, 11, recipe)
-    flat, grid = patchify(resize_and_normalise(video, height, width, recipe), recipe)
-    theirs = stock_pixels("qwen3_vl", values, video)
-    assert torch.equal(flat, theirs["pixel_values_videos"])
-    assert list(grid) == theirs["video_grid_thw"][0].tolist()
-    assert 12 * height * width <= longest_edge * 1.1
-
-
-@pytest.mark.parametrize("cap", [False, True])
-@pytest.mark.skipif(not NEWEST_RULE, reason="an older transformers has another rule")
-def test_qwen3_vl_size_equals_stock_everywhere(cap: bool) -> None:
-    values = QWEN | {"cap_pixels_per_frame": cap}
-    recipe = Qwen3VLRecipe.from_dict(values)
-    rule = stock.smart_resize()
-    for num_frames in (2, 3, 5, 9, 13, 64, 101, 768):
-        for height, width in [
-            (10, 40),
-            (31, 31),
-            (240, 426),
-            (480, 854),
-            (1080, 1920),
-            (2160, 3840),
-            (64, 6400),
-        ]:
-            expected = rule(
-                num_frames,
-                height,
-                width,
-                temporal_factor=2,
-                factor=32,
-                min_pixels=4096,
-                max_pixels=_capped(num_frames) if cap else 25165824,
-            )
-            assert qwen3_vl_size(height, width, num_frames, recipe) == expected
-
-
-def _capped(num_frames: int) -> int:
-    # By hand, as documented by the stock class.
-    return max(min(768 * 32 * 32, 25165824 // num_frames), int(4096 * 1.05)) * num_frames
-
-
-@pytest.mark.skipif(not NEWEST_RULE, reason="an older transformers knows no cap")
-def test_qwen3_vl_with_the_cap_equals_stock() -> None:
-    values = QWEN | {"cap_pixels_per_frame": True, "max_video_tokens": 64}
-    recipe = Qwen3VLRecipe.from_dict(values)
-    grid = stock_pixels("qwen3_vl", values, frames(4, 480, 640))["video_grid_thw"][0].tolist()
-    height, width = qwen3_vl_size(480, 640, 4, recipe)
-    assert grid == [2, height // 16, width // 16]
-    assert height * width <= 64 * 32 * 32
-
-
-def test_qwen3_vl_single_frame_counts_as_its_padded_pair() -> None:
-    recipe = Qwen3VLRecipe.from_dict(QWEN)
-    assert qwen3_vl_size(240, 320, 1, recipe) == qwen3_vl_size(240, 320, 2, recipe)
-    flat, grid = patchify(torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 32, 32), recipe)
-    assert grid == (1, 2, 2)
-    assert flat.shape == (4, 3 * 2 * 16 * 16)
-
-
-def test_qwen3_vl_refuses_a_ribbon() -> None:
-    with pytest.raises(VideoError, match="200 times"):
-        qwen3_vl_size(64, 64 * 201, 4, Qwen3VLRecipe.from_dict(QWEN))
-
-
-@pytest.mark.parametrize(("family", "recipe"), [("internvl", InternVLRecipe), ("qwen3_vl", Qwen3VLRecipe)])
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("internvl", InternVLRecipe), ("llava_onevision", LlavaOnevisionRecipe)]
+)
 def test_missing_and_null_keys_take_the_stock_defaults(family: str, recipe: Any) -> None:
     defaults = stock.video_processor(family, {})
     ours = recipe.from_dict({"size": None, "resample": None, "image_mean": None})
     assert ours == recipe()
     assert (ours.mean, ours.std) == (tuple(defaults.image_mean), tuple(defaults.image_std))
     assert (ours.rescale_factor, ours.resample) == (defaults.rescale_factor, int(defaults.resample))
-    assert all(getattr(ours, key) == value for key, value in dict(defaults.size).items())
+    assert {"height": ours.height, "width": ours.width} == dict(defaults.size)
     assert not getattr(defaults, "do_center_crop", None)
-    if family == "qwen3_vl":
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            assert getattr(ours, name) == getattr(defaults, name)
-        assert ours.cap_pixels_per_frame == bool(getattr(defaults, "cap_pixels_per_frame", None))
-        assert ours.max_video_tokens == getattr(defaults, "max_video_tokens", 768)
 
 
 @pytest.mark.parametrize(

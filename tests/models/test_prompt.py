@@ -10,17 +10,19 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from statekv.errors import ConfigError, ModelError
-from statekv.models.pixels import Qwen3VLRecipe, qwen3_vl_size
 from statekv.models.prompt import (
     Layout,
     Prompt,
     VisionTokens,
     internvl_step,
     internvl_tokens,
+    llava_onevision_tokens,
     load_chat_template,
+    qwen2_5_vl_tokens,
     qwen3_vl_step,
     qwen3_vl_tokens,
 )
+from statekv.models.qwen_pixels import Qwen3VLRecipe, Qwen25VLRecipe, qwen2_5_vl_size, qwen3_vl_size
 from tests.tiny import FAMILIES, Tiny, tiny, video
 
 QUESTIONS = [
@@ -37,7 +39,13 @@ def model(request: pytest.FixtureRequest) -> Tiny:
 
 
 def tokens_of(model: Tiny) -> VisionTokens:
-    return {"internvl": internvl_tokens, "qwen3_vl": qwen3_vl_tokens}[model.family](model.tokenizer)
+    found = {
+        "internvl": internvl_tokens,
+        "qwen3_vl": qwen3_vl_tokens,
+        "qwen2_5_vl": qwen2_5_vl_tokens,
+        "llava_onevision": llava_onevision_tokens,
+    }
+    return found[model.family](model.tokenizer)
 
 
 def prompt_of(model: Tiny, layout: Layout = "hf") -> Prompt:
@@ -48,6 +56,11 @@ def steps_of(model: Tiny, indices: list[int], fps: float, layout: Layout = "hf")
     tokens = tokens_of(model)
     if model.family == "internvl":
         return [internvl_step(i, 4, tokens, layout) for i in range(len(indices))]
+    if model.family == "llava_onevision":
+        return [tokens.pad * 9] * len(indices)
+    if model.family == "qwen2_5_vl":
+        height, width = qwen2_5_vl_size(40, 56, len(indices), Qwen25VLRecipe.from_dict(model.video_json))
+        return [tokens.pad * (height * width // 256)] * -(-len(indices) // 2)
     recipe = Qwen3VLRecipe.from_dict(model.video_json)
     height, width = qwen3_vl_size(40, 56, len(indices), recipe)
     seconds = [index / fps for index in indices]
@@ -130,14 +143,21 @@ def test_the_double_vision_tokens_of_qwen3_vl() -> None:
     assert text.count("<|vision_end|><|vision_end|>Why?") == 1
 
 
+def test_one_pair_of_vision_tokens_encloses_a_video_of_qwen2_5_vl() -> None:
+    model = tiny("qwen2_5_vl")
+    text = str(model.tokenizer.decode(pieces(prompt_of(model), steps_of(model, [0, 1, 2], 1.0), "Why?")))
+    assert "<|vision_start|>" + "<|video_pad|>" * 16 + "<|vision_end|>Why?" in text
+
+
 @pytest.mark.parametrize("num_frames", [2, 3])
 def test_release_layout_is_frames_then_the_chat_with_the_question_alone(model: Tiny, num_frames: int) -> None:
     steps = steps_of(model, list(range(num_frames)), 1.0, "release")
     prompt = prompt_of(model, "release")
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}]}]
     chat = model.processor.apply_chat_template(messages, add_generation_prompt=True)
-    expected = model.tokenizer("".join(steps) + chat, add_special_tokens=False)["input_ids"]
-    assert prompt.head_ids(steps[0]) == []
+    opens, closes = prompt.tokens.opens, prompt.tokens.closes
+    expected = model.tokenizer(opens + "".join(steps) + closes + chat, add_special_tokens=False)["input_ids"]
+    assert prompt.head_ids(steps[0]) == (model.tokenizer(opens)["input_ids"] if opens else [])
     assert pieces(prompt, steps, QUESTIONS[0]) == expected
     if model.family == "internvl":
         assert steps == ["<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"] * num_frames

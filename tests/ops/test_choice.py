@@ -37,6 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setenv("CC", "cc")  # which Triton launches kernels with
 
 
 def test_the_configuration_knows_every_implementation() -> None:
@@ -105,6 +106,17 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ConfigError, match=r"generation 8\.0"):
         implementation("triton", GPU)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_beside_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(SpeedWarning, match="falls back to 'blocked': Triton finds no C compiler"):
+        assert implementation("auto", GPU) == "blocked"
+    _forget()
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert implementation("auto", GPU) == "triton"
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

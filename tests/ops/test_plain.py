@@ -38,6 +38,25 @@ def test_bfloat16(shape: Shape) -> None:
     torch.testing.assert_close(mixed, expected, atol=float(value.abs().max()) * 2.0**-7, rtol=2.0**-7)
 
 
+@pytest.mark.parametrize("shape", ALIGNMENTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hidden_key_might_as_well_not_be_there(shape: Shape, dtype: torch.dtype) -> None:
+    """Each key head hides others; a head at a time, the keys that are left give the same."""
+    query, key, value = shape.tensors(dtype)
+    streams, kv_heads, keys = key.shape[:3]
+    hidden = torch.rand(streams, kv_heads, keys - query.shape[2], generator=torch.Generator().manual_seed(0)) < 0.5
+    mixed = plain.attention(query, key, value, scale=0.3, hidden=hidden)
+    group = query.shape[1] // kv_heads
+    for stream in range(streams):
+        for head in range(kv_heads):
+            left = [j for j in range(keys) if j >= hidden.shape[2] or not hidden[stream, head, j]]
+            own = slice(head * group, (head + 1) * group)
+            one = (query[stream, own][None], *(t[stream, head, left][None, None] for t in (key, value)))
+            expected = plain.attention(*one, scale=0.3)
+            tolerance = 1e-5 if dtype == torch.float32 else float(value.abs().max()) * 2.0**-7
+            torch.testing.assert_close(mixed[stream, own][None], expected, atol=tolerance, rtol=tolerance)
+
+
 def reference_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, softmax_scale: float, causal: bool
 ) -> torch.Tensor:

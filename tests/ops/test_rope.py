@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from statekv.ops.rope import dynamic_ntk_frequencies, grid_positions, text_positions
+from statekv.ops.rope import dynamic_ntk_frequencies, grid_positions, rotate, text_positions
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -77,3 +78,26 @@ def test_words_and_pictures_equal_transformers() -> None:
     )
     assert torch.equal(torch.cat(pieces, -1), stock)
     assert position == int(delta) + len(kinds)
+
+
+def angles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] → cos and sin [T, 16]."""
+    turned = positions[:, None].double() * dynamic_ntk_frequencies(1e4, 16, 64, 1.0, 64).double().repeat(2)
+    return turned.cos(), turned.sin()
+
+
+def test_rotating_is_stocks() -> None:
+    query, key = torch.randn(2, 1, 2, 5, 16, dtype=torch.float64)
+    cos, sin = angles(torch.arange(5))
+    stock = apply_rotary_pos_emb(query, key, cos[None], sin[None])
+    assert torch.equal(rotate(query, cos, sin), stock[0])
+    assert torch.equal(rotate(key, cos, sin), stock[1])
+
+
+def test_rotations_add_up_and_go_back() -> None:
+    x = torch.randn(1, 2, 5, 16, dtype=torch.float64)
+    one, two = torch.tensor([3, 7, 0, 100, 5]), torch.tensor([9, -7, 4, 1, 1000])
+    turned = rotate(x, *angles(one))
+    torch.testing.assert_close(rotate(turned, *angles(two)), rotate(x, *angles(one + two)))
+    cos, sin = angles(one)
+    torch.testing.assert_close(rotate(turned, cos, -sin), x)
