@@ -214,12 +214,28 @@ def test_random_repeats_for_a_seed(film: Path) -> None:
 
 
 def test_models_lists_every_family_and_the_demo() -> None:
-    out = succeed("models")
-    assert out.splitlines()[1].startswith("demo ")
+    lines = succeed("models").splitlines()
     for name, family in FAMILIES.items():
-        for checkpoint in family.checkpoints:
-            (line,) = [line for line in out.splitlines() if line.startswith(checkpoint + " ")]
-            assert line.split()[1] == name
+        (start,) = [i for i, line in enumerate(lines) if line.startswith(f"{name}: ")]
+        assert f" {family.tokens_per_frame:g}" in lines[start]
+        for line, checkpoint in zip(lines[start + 1 :], family.checkpoints, strict=False):
+            told, _, _, per_token, per_hour = line.split()
+            assert told == checkpoint.name
+            assert float(per_token) * 1024 == checkpoint.bytes_per_token
+            gib = 3600 * family.tokens_per_frame * checkpoint.bytes_per_token / 2**30
+            assert float(per_hour) == pytest.approx(gib, rel=0.05)
+    assert any(line.split()[:1] == ["demo"] for line in lines)
+
+
+def test_models_tells_the_demo_as_it_is() -> None:
+    engine = statekv.load("demo")
+    geometry = engine.model.geometry()
+    (line,) = [line for line in succeed("models").splitlines() if line.split()[:1] == ["demo"]]
+    per_token = geometry.bytes_per_token * 2 / geometry.dtype.itemsize
+    assert float(line.split()[3]) * 1024 == per_token
+    assert float(line.split()[1]) * 1e9 == pytest.approx(
+        sum(p.numel() for p in engine.model.model.parameters()), rel=0.05
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,12 @@ from training.heads import Heads
 from training.model import build_model
 from training.tokenizer import build_tokenizer
 
+Stages = tuple[tuple[float, int, int], ...]
 # (share of the steps, fewest frames, most frames): clips grow with training; started long, the model stays at the
 # answer prior.
-CURRICULUM = ((0.18, 2, 8), (0.17, 6, 16), (0.25, 12, 48), (0.40, 32, 192))
+CURRICULUM: Stages = ((0.18, 2, 8), (0.17, 6, 16), (0.25, 12, 48), (0.40, 32, 192))
+# For a run that goes on from a finished one.
+REFINEMENT: Stages = ((0.12, 4, 16), (0.28, 12, 64), (0.60, 48, 224))
 REVIEW = 0.35  # share of the later steps that go back to a shorter stage; without, its answers are forgotten
 
 
@@ -42,13 +45,13 @@ def attention_in_float32(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def clip_length(rng: np.random.Generator, progress: float) -> int:
+def clip_length(rng: np.random.Generator, progress: float, stages: Stages) -> int:
     """Frames per clip at `progress` in 0…1, log-uniform inside the stage or an earlier one."""
-    ends = np.cumsum([share for share, _, _ in CURRICULUM])
-    stage = min(int(np.searchsorted(ends, progress, side="right")), len(CURRICULUM) - 1)
+    ends = np.cumsum([share for share, _, _ in stages])
+    stage = min(int(np.searchsorted(ends, progress, side="right")), len(stages) - 1)
     if rng.random() < REVIEW:
         stage = int(rng.integers(stage + 1))
-    _, fewest, most = CURRICULUM[stage]
+    _, fewest, most = stages[stage]
     return round(math.exp(rng.uniform(math.log(fewest), math.log(most))))
 
 
@@ -78,17 +81,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def batches(
-    maker: BatchMaker, seed: int, start: int, stop: int, steps: int, frames_per_step: int
+    maker: BatchMaker, stages: Stages, seed: int, start: int, stop: int, steps: int, frames_per_step: int
 ) -> Iterator[tuple[int, int, Batch]]:
     for step in range(start, stop):
         rng = np.random.default_rng([seed, step])
-        frames = clip_length(rng, step / steps)
+        frames = clip_length(rng, step / steps, stages)
         clips = max(3, min(36, frames_per_step // frames))
         yield step, frames, maker.make(rng, clips, frames)
 
 
 def train(
-    out: Path, init: Path | None, steps: int, seed: int, peak: float, frames_per_step: int, threads: int, stop: int
+    out: Path,
+    init: Path | None,
+    stages: Stages,
+    steps: int,
+    seed: int,
+    peak: float,
+    frames_per_step: int,
+    threads: int,
+    stop: int,
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -113,7 +124,8 @@ def train(
         start = state["step"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {start} to {steps}", flush=True)
     began, losses = time.perf_counter(), []
-    for step, frames, batch in batches(BatchMaker(tokenizer), seed, start, stop or steps, steps, frames_per_step):
+    made = batches(BatchMaker(tokenizer), stages, seed, start, stop or steps, steps, frames_per_step)
+    for step, frames, batch in made:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
@@ -143,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--init", type=Path, help="another run whose weights to begin with")
+    parser.add_argument("--refine", action="store_true", help="longer clips from the start, after --init")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--stop", type=int, default=0, help="stop early at this step (the schedule stays)")
     parser.add_argument("--seed", type=int, default=1)
@@ -150,7 +163,18 @@ def main() -> None:
     parser.add_argument("--frames-per-step", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    train(args.out, args.init, args.steps, args.seed, args.lr, args.frames_per_step, args.threads, args.stop)
+    stages = REFINEMENT if args.refine else CURRICULUM
+    train(
+        args.out,
+        args.init,
+        stages,
+        args.steps,
+        args.seed,
+        args.lr,
+        args.frames_per_step,
+        args.threads,
+        args.stop,
+    )
 
 
 if __name__ == "__main__":

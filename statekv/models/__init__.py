@@ -13,34 +13,86 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A public checkpoint and what its configuration says of its keys.
+
+    Attributes:
+        name: on the hub.
+        billions: parameters, vision tower included.
+        layers, kv_heads, head_dim: of the language model.
+    """
+
+    name: str
+    billions: float
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers, in half precision."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+
+@dataclass(frozen=True)
 class Family:
-    """Where a family's adapter lives and which checkpoints are known to be of it."""
+    """Where a family's adapter lives and which checkpoints are known to be of it.
+
+    Attributes:
+        module, adapter: the class that makes segments.
+        checkpoints: known to be of this family; others load as well.
+        tokens_per_frame: vision tokens, without the words around a frame.
+        of_pixels: (width, height) of the video where that depends on it; None where it does not.
+    """
 
     module: str
     adapter: str
-    checkpoints: tuple[str, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    tokens_per_frame: float
+    of_pixels: tuple[int, int] | None = None
 
 
 FAMILIES = {
     "internvl": Family(
         "statekv.models.internvl",
         "InternVL",
-        ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-2B-hf", "OpenGVLab/InternVL3-8B-hf"),
+        (
+            Checkpoint("OpenGVLab/InternVL3-1B-hf", 0.94, 24, 2, 64),
+            Checkpoint("OpenGVLab/InternVL3-2B-hf", 2.09, 28, 2, 128),
+            Checkpoint("OpenGVLab/InternVL3-8B-hf", 7.94, 28, 4, 128),
+        ),
+        tokens_per_frame=256,
     ),
     "qwen3_vl": Family(
         "statekv.models.qwen3_vl",
         "Qwen3VL",
-        ("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
+        (
+            Checkpoint("Qwen/Qwen3-VL-2B-Instruct", 2.13, 28, 8, 128),
+            Checkpoint("Qwen/Qwen3-VL-4B-Instruct", 4.44, 36, 8, 128),
+            Checkpoint("Qwen/Qwen3-VL-8B-Instruct", 8.77, 36, 8, 128),
+        ),
+        # 7 x 4 patches of 32 pixels, two frames to a step: a stream of unknown length is sized as one of 768 frames.
+        tokens_per_frame=14,
+        of_pixels=(640, 360),
     ),
     "qwen2_5_vl": Family(
         "statekv.models.qwen2_5_vl",
         "Qwen25VL",
-        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        (
+            Checkpoint("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 2, 128),
+            Checkpoint("Qwen/Qwen2.5-VL-7B-Instruct", 8.29, 28, 4, 128),
+        ),
+        tokens_per_frame=149.5,  # 23 x 13 patches of 28 pixels, two frames to a step
+        of_pixels=(640, 360),
     ),
     "llava_onevision": Family(
         "statekv.models.llava_onevision",
         "LlavaOnevision",
-        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        (
+            Checkpoint("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, 24, 2, 64),
+            Checkpoint("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, 28, 4, 128),
+        ),
+        tokens_per_frame=196,
     ),
 }
 

@@ -71,7 +71,7 @@ def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str,
             raise ModelError(f"{name} brings code of its own", "trust it with trust_remote_code=True") from None
         raise ModelError(
             f"unknown model {name!r}: {reason}",
-            f"give a folder, a hub id such as {FAMILIES['internvl'].checkpoints[0]}, or demo",
+            f"give a folder, a hub id such as {FAMILIES['internvl'].checkpoints[0].name}, or demo",
         ) from None
 
 

@@ -125,5 +125,5 @@ def test_unknown_families_fail_with_the_known_ones() -> None:
 def test_the_table_of_families_holds(family: str) -> None:
     assert set(KNOWN) == set(FAMILIES)
     assert adapter(family).__name__ == KNOWN[family].adapter
-    assert all(name.count("/") == 1 for name in KNOWN[family].checkpoints)
+    assert all(known.name.count("/") == 1 for known in KNOWN[family].checkpoints)
     assert stock_model(family).config.model_type == family

@@ -23,9 +23,10 @@ from training.export import export
 from training.heads import Heads
 from training.model import build_model
 from training.tokenizer import build_tokenizer
-from training.train import CURRICULUM, clip_length, learning_rate, loss_of, train
+from training.train import CURRICULUM, REFINEMENT, REVIEW, Stages, clip_length, learning_rate, loss_of, train
 
 STEPS = 3
+SHORT = ((0.5, 2, 3), (0.5, 3, 4))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,18 +38,12 @@ def _threads() -> Iterator[None]:
 
 def run(out: Path, stop: int = 0, seed: int = 1) -> dict[str, torch.Tensor]:
     """Train on four clips a step; the weights."""
-    train(out, None, STEPS, seed=seed, peak=1e-3, frames_per_step=8, threads=torch.get_num_threads(), stop=stop)
+    threads = torch.get_num_threads()
+    train(out, None, SHORT, STEPS, seed=seed, peak=1e-3, frames_per_step=8, threads=threads, stop=stop)
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["step"] == (stop or STEPS)
     weights: dict[str, torch.Tensor] = state["model"]
     return weights
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _short_clips() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module, "CURRICULUM", ((0.5, 2, 3), (0.5, 3, 4)))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +115,19 @@ def test_attention_in_float32_is_attention() -> None:
         torch.testing.assert_close(loss_of(model, heads, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", range(len(CURRICULUM)))
-def test_clips_grow_with_training_and_short_ones_come_back(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "CURRICULUM", CURRICULUM)
+@pytest.mark.parametrize("stages", [CURRICULUM, REFINEMENT], ids=["first run", "refinement"])
+def test_clips_grow_with_training_and_short_ones_come_back(stages: Stages) -> None:
     rng = np.random.default_rng(0)
-    begun = sum(share for share, _, _ in CURRICULUM[:stage])
-    share, fewest, most = CURRICULUM[stage]
-    lengths = np.array([clip_length(rng, begun + share * part) for part in np.linspace(0.01, 0.99, 400)])
-    assert lengths.min() >= CURRICULUM[0][1]
-    assert (fewest + most) / 2 < lengths.max() <= most
-    shortest = CURRICULUM[0][2]
-    assert np.mean(lengths <= shortest) > 0.5 * training_module.REVIEW / (stage + 1)
-    assert np.mean(lengths >= fewest) > 1 - training_module.REVIEW
-
-
-def test_the_curriculum_is_whole() -> None:
-    assert sum(share for share, _, _ in CURRICULUM) == pytest.approx(1.0)
+    begun, shortest = 0.0, stages[0][2]
+    for stage, (share, fewest, most) in enumerate(stages):
+        times = begun + share * np.linspace(0.01, 0.99, 400)
+        lengths = np.array([clip_length(rng, time, stages) for time in times])
+        assert lengths.min() >= stages[0][1]
+        assert (fewest + most) / 2 < lengths.max() <= most
+        assert np.mean(lengths <= shortest) > 0.5 * REVIEW / (stage + 1)
+        assert np.mean(lengths >= fewest) > 1 - REVIEW
+        begun += share
+    assert begun == pytest.approx(1.0)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
