@@ -12,7 +12,7 @@ from statekv.memory import free_bytes
 from statekv.models.base import Segment
 from statekv.ops.packed import PackedProducts, packable
 
-_PAYS_AFTER = 8  # steps: packing takes as long as it saves in about so many
+_PAYS_AFTER = 12  # steps: packing takes as long as it saves in about so many
 _WORTH_PACKING = 1 << 25  # multiplications of one product; below, the call itself takes most of the time
 _SHARE = 0.25  # of the free memory that the copies may take
 
