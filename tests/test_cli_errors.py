@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from statekv import cli
 from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS
 from statekv.demo.film import write_film
 from statekv.demo.world import FIRST_TEST_SEED, write_story
@@ -50,6 +53,18 @@ def refused(*arguments: str | Path) -> str:
 
 
 # Sources
+
+
+def test_libraries_leave_the_complaint_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client would report each of its retries."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(cli, "app", lambda: None)
+    variables = ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+    for variable in variables:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    cli.main()
+    assert [os.environ[variable] for variable in variables] == ["error", "error"]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

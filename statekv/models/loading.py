@@ -66,7 +66,7 @@ def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str,
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if "trust_remote_code" in str(error):
             raise ModelError(f"{name} brings code of its own", "trust it with trust_remote_code=True") from None
         raise ModelError(
