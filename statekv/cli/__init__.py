@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from statekv.cli import ask, bench, bench_streams, demo, models
 from statekv.cli.console import notes, show_warning
+from statekv.cli.heap import keep_freed_memory
 from statekv.errors import StateKVError
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five retries would be ten lines before ours
     warnings.showwarning = show_warning
+    keep_freed_memory()
     try:
         app()
     except StateKVError as error:

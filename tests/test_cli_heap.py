@@ -1,0 +1,51 @@
+"""statekv/cli/heap.py, in processes of their own: it changes the whole process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+
+PROGRAM = """
+import resource
+import torch
+from statekv.cli.heap import keep_freed_memory
+
+kept = {call}
+def work():  # 64 MiB in blocks that are alive together, as a step's activations are
+    blocks = [torch.ones(8 << 18) for _ in range(8)]
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(call: str, **environment: str) -> tuple[str, int]:
+    """What `call` gave, and page faults of the same work once it is settled."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(call=call)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, faults = done.stdout.split()
+    return kept, int(faults)
+
+
+def test_freed_blocks_come_back_without_page_faults() -> None:
+    kept, faults = run("keep_freed_memory()")
+    assert kept == "True"
+    assert faults < 100
+    assert run("None")[1] >= 1000
+
+
+def test_a_choice_in_the_environment_is_left_alone() -> None:
+    assert run("keep_freed_memory()", MALLOC_TRIM_THRESHOLD_="65536")[0] == "False"
