@@ -28,7 +28,6 @@ ANSWER = ("answer", *MODELS, "--steps", "1,5", "--tokens", "6", "--question", "3
 def _small_models_on_a_known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in FAMILIES:
         monkeypatch.setitem(SIZES, size.name, size)  # type: ignore[arg-type]
-    monkeypatch.setattr("statekv.bench.clock.matmul_rate", lambda *_, **__: 2e9)
     monkeypatch.setattr("statekv.bench.floor.Machine.measured", lambda *_: Machine(flops=2e9, read=1e9))
 
 
@@ -50,7 +49,8 @@ def test_a_bench_leaves_a_table_rows_and_a_picture(line: tuple[str, ...], film: 
     assert {row["bench"] for row in written} == {line[0]}
     assert {row["runs"] for row in written} == {"2"}
     assert "× floor" in found.out
-    assert ("products at 2 GFLOP/s" in found.out) == (line[0] != "video")
+    assert ("products at 2 GFLOP/s" in found.out) == (line[0] == "answer")
+    assert ("large product" in found.out) == (line[0] == "prefill")
     with Image.open(picture) as image:
         assert image.format == "PNG"
 

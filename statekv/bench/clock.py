@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -42,10 +42,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+_WIDTH = 4096  # of a weight that no cache holds
+
+
 @torch.inference_mode()
+def large_product(device: torch.device, dtype: torch.dtype, rows: int = 256) -> Callable[[], object]:
+    """What multiplies `rows` random activations with one large weight."""
+    left = torch.randn(rows, _WIDTH, device=device, dtype=dtype)
+    right = torch.randn(_WIDTH, _WIDTH, device=device, dtype=dtype)
+    return lambda: left @ right
+
+
+def best_rate(seconds: Iterable[float], rows: int = 256) -> float:
+    """FLOP/s of `large_product` from its timed calls: of the best, for a floor is a floor."""
+    return 2 * rows * _WIDTH**2 / min(seconds)
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int = 256, runs: int = 10) -> float:
-    """FLOP/s of a product of `rows` activations with a large weight: the best of `runs`, for a floor is a floor."""
-    left = torch.randn(rows, 4096, device=device, dtype=dtype)
-    right = torch.randn(4096, 4096, device=device, dtype=dtype)
-    seconds = alternate({"matmul": lambda: left @ right}, runs=runs, device=device)["matmul"]
-    return 2 * rows * 4096 * 4096 / min(seconds)
+    """FLOP/s of products of `rows` activations with a large weight, measured now."""
+    product = large_product(device, dtype, rows)
+    return best_rate(alternate({"product": product}, runs=runs, device=device)["product"], rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from statekv.bench.build import build
+from statekv.bench.clock import best_rate, large_product
 from statekv.bench.fill import fill_carried, fill_detailed, stand
 from statekv.bench.floor import segment_flops
 from statekv.bench.pace import alternate_within
@@ -21,7 +22,7 @@ from statekv.config import Config
 from statekv.memory import check_fits, refusal
 from statekv.stepper import Stepper, room_for_answers
 
-FULL, PRODUCTS = "full", "products alone"
+FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
 _VOCABULARY = 64
 
 
@@ -65,17 +66,17 @@ class Plan:
         return past if method.carry == "all" else min(past, method.budget)
 
 
-def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, rate: float) -> list[Row]:
+def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """Time every method at every step number, all in turns.
 
     Args:
         plan: see `Plan`.
         device, dtype: of weights and caches.
-        rate: the machine's FLOP/s in this dtype.
 
     Returns:
-        A row of a step's products with weights alone, for comparison, then a row per step number and method, in ms;
-        where the caches do not fit in memory it has no samples and a remark.
+        A row of the large product whose best rate all floors are made of, a row of a step's products with weights
+        alone, for comparison, then a row per step number and method, in ms; where the caches do not fit in memory it
+        has no samples and a remark.
 
     Raises:
         MemoryLimitError: the weights or the nearest step's caches do not fit.
@@ -92,8 +93,11 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, rate: float
         _name(state.config, step): _call(stepper, state, plan.tokens, step) for step in reached for state in states
     }
     calls[PRODUCTS] = products_alone(stepper.model, plan.tokens)
+    calls[LARGE] = large_product(device, dtype, plan.tokens)  # in turns too, so that it meets the same machine
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
-    rows = [_products_row(plan, seconds[PRODUCTS], dtype, rate)]
+    rate = best_rate(seconds[LARGE], plan.tokens)
+    floors = {LARGE: min(seconds[LARGE]), PRODUCTS: 2 * plan.size.parameters * plan.tokens / rate}
+    rows = [_products_row(plan, name, seconds[name], dtype, floor) for name, floor in floors.items()]
     for step in plan.steps:
         reference = None
         for method in plan.methods:
@@ -110,7 +114,7 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
     """Time per step against step number: a panel per model, a line per method and budget."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        if row.samples and row.subject != PRODUCTS:
+        if row.samples and row.subject not in (PRODUCTS, LARGE):
             budget = row.setting.get("budget")
             line = row.subject if budget is None else f"{row.subject}, B = {budget}"
             line += ", plain" if "plain" in row.setting else ""
@@ -148,10 +152,9 @@ def _name(method: Config, step: int) -> str:
     return f"{method.method} {method.budget} {method.graph} {step}"
 
 
-def _products_row(plan: Plan, seconds: Iterable[float], dtype: torch.dtype, rate: float) -> Row:
+def _products_row(plan: Plan, name: str, seconds: Iterable[float], dtype: torch.dtype, floor: float) -> Row:
     samples = tuple(1000 * second for second in seconds)
-    floor = 2000 * plan.size.parameters * plan.tokens / rate
-    return Row("prefill", PRODUCTS, _setting(plan, dtype), "ms", samples, floor)
+    return Row("prefill", name, _setting(plan, dtype), "ms", samples, 1000 * floor)
 
 
 def _setting(plan: Plan, dtype: torch.dtype) -> dict[str, str | int | float]:

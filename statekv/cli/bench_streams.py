@@ -39,7 +39,6 @@ def prefill(
     picture: options.Picture = None,
 ) -> None:
     """Time a step against its number, for full and for statekv at each budget; far steps start from filled caches."""
-    from statekv.bench.clock import matmul_rate
     from statekv.bench.place import place
     from statekv.bench.prefill import Plan, measure, panels
     from statekv.bench.sizes import size_of
@@ -49,9 +48,8 @@ def prefill(
     carried, wanted = tuple(numbers("budgets", budgets)), tuple(numbers("steps", steps))
     plans = {size.name: Plan(size, wanted, carried, tokens, runs, seconds, plain) for size in sizes}
     report = Report("prefill", csv, picture)
-    rate = matmul_rate(where, kind, rows=tokens)
-    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind, rate=rate))
-    report.publish(f"prefill, products at {rate / 1e9:.0f} GFLOP/s", rows, panels(rows), where)
+    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
+    report.publish("prefill", rows, panels(rows), where)
 
 
 def answer(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from statekv import memory
+from statekv.bench.clock import best_rate
 from statekv.bench.floor import segment_flops
 from statekv.bench.prefill import Plan, measure, panels
 from statekv.bench.rows import Row
@@ -20,14 +21,21 @@ PLAN = Plan(INTERNVL, steps=(1, 4, 9), budgets=(8, 32), tokens=10, runs=2, secon
 
 def measured(plan: Plan) -> list[Row]:
     """The rows of steps."""
-    return measure(plan, device=CPU, dtype=torch.float32, rate=1e9)[1:]
+    return measure(plan, device=CPU, dtype=torch.float32)[2:]
 
 
-def test_a_steps_products_are_measured_beside_it() -> None:
-    row = measure(PLAN, device=CPU, dtype=torch.float32, rate=1e9)[0]
-    assert (row.subject, len(row.samples)) == ("products alone", 2)
-    assert row.floor == pytest.approx(1000 * 2 * INTERNVL.parameters * 10 / 1e9)
-    assert "step" not in row.setting
+def rate_of(large: Row) -> float:
+    """FLOP/s of the best large product of a run."""
+    return 1000 * best_rate(large.samples, rows=10)  # samples are milliseconds
+
+
+def test_products_are_measured_beside_the_steps() -> None:
+    large, products = measure(PLAN, device=CPU, dtype=torch.float32)[:2]
+    assert (large.subject, len(large.samples)) == ("large product", 2)
+    assert large.floor == min(large.samples)
+    assert (products.subject, len(products.samples)) == ("products alone", 2)
+    assert products.floor == pytest.approx(1000 * 2 * INTERNVL.parameters * 10 / rate_of(large))
+    assert not {"step"} & (large.setting.keys() | products.setting.keys())
 
 
 @pytest.mark.parametrize("size", FAMILIES, ids=lambda size: size.family)
@@ -50,10 +58,11 @@ def test_statekv_is_held_against_full_at_the_same_step() -> None:
 
 
 def test_floors_count_the_keys_that_are_seen() -> None:
-    floors = {(row.setting["step"], row.setting.get("budget")): row.floor for row in measured(PLAN)}
+    large, _, *rows = measure(PLAN, device=CPU, dtype=torch.float32)
+    floors = {(row.setting["step"], row.setting.get("budget")): row.floor for row in rows}
     seen = {(1, None): 0, (4, None): 30, (9, None): 80, (1, 8): 0, (4, 8): 8, (9, 8): 8, (4, 32): 30, (9, 32): 32}
     for key, past in seen.items():
-        assert floors[key] == pytest.approx(1000 * segment_flops(INTERNVL, 10, past) / 1e9)
+        assert floors[key] == pytest.approx(1000 * segment_flops(INTERNVL, 10, past) / rate_of(large))
 
 
 def test_steps_that_do_not_fit_are_left_out_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
