@@ -76,14 +76,15 @@ def generate(
             repetition_penalty.
 
     Returns:
-        [1, prompt + new] token ids; with return_dict_in_generate an object with `sequences` and `logits`.
+        [1, prompt + new] token ids, for Eagle2.5 [1, new], as stock does; with return_dict_in_generate an object with
+        `sequences` and `logits`.
 
     Raises:
         ConfigError: an unknown argument, or a value outside its range.
         ModelError: an unsupported model, more than one conversation, or inputs of another processor.
     """
     adapter = wrap_model(model)
-    generation = generation_config or model.generation_config
+    generation = generation_config or adapter.generator.generation_config
     _refuse_unfollowed(generation)
     inputs = {name: inputs_and_settings.pop(name) for name in _INPUTS if name in inputs_and_settings}
     chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
@@ -96,7 +97,8 @@ def generate(
     sampling = Sampling(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
     prompt, inputs = _one_conversation(inputs)
     tokens, logits = _run(Stepper(adapter), config, inputs, sampling)
-    sequences = torch.cat([prompt, torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)], dim=1)
+    new = torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)
+    sequences = torch.cat([_known(adapter, prompt), new], dim=1)
     if not return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(
@@ -121,8 +123,13 @@ def _run(
                 continue
             if not segment.length:
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
-            answered = list(stepper.answer(state, segment, sampling, prompt))
+            answered = list(stepper.answer(state, segment, sampling, _known(stepper.model, prompt)))
     return [token for token, _ in answered], [logits for _, logits in answered]
+
+
+def _known(adapter: VideoModel, prompt: torch.Tensor) -> torch.Tensor:
+    """What stock's loop knows of a prompt [1, T]: nothing where it is handed embeddings alone."""
+    return prompt if adapter.generates_prompt else prompt[:, :0]
 
 
 def _end_tokens(adapter: VideoModel, given: Any, generation: GenerationConfig | None) -> frozenset[int]:

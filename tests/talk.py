@@ -41,7 +41,7 @@ def stock_model(family: str, max_position_embeddings: int = 4096) -> Tiny:
 
 def adapted(made: Tiny) -> VideoModel:
     texts = Texts(made.tokenizer, made.chat_template, made.video_json)
-    return adapter(made.family)(made.model, texts)
+    return adapter(made.config.model_type)(made.model, texts)
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def stock_answer(made: Tiny, inputs: dict[str, Any], max_new_tokens: int = 6) ->
     out = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
-    return Answer(out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.logits))
+    return Answer(out.sequences[0, -len(out.logits) :].tolist(), torch.cat(out.logits))
 
 
 def stock_ids(made: Tiny, inputs: dict[str, Any], **parameters: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tests.talk import (
     stock_ids,
     stock_model,
 )
-from tests.tiny import FAMILIES, Tiny, tiny, video
+from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, tiny, video
 
 CONVERSATIONS: dict[str, tuple[str | torch.Tensor, ...]] = {
     "one video": (video(4), QUESTION),
@@ -41,19 +41,19 @@ BUDGETS = pytest.mark.parametrize("settings", [UNLIMITED, {"budget": 100_000}], 
 def generated(made: Tiny, inputs: dict[str, Any], **settings: Any) -> Answer:
     settings = {"max_new_tokens": 6, **settings}
     out = statekv.generate(made.model, **inputs, return_dict_in_generate=True, output_logits=True, **settings)
-    return Answer(out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.logits))  # type: ignore[union-attr, arg-type]
+    return Answer(out.sequences[0, -len(out.logits) :].tolist(), torch.cat(out.logits))  # type: ignore[union-attr, arg-type]
 
 
 @BUDGETS
 @pytest.mark.parametrize("content", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_equals_stock_generate(family: str, content: tuple[str | torch.Tensor, ...], settings: dict[str, Any]) -> None:
     made = stock_model(family)
     inputs = inputs_of(made, *content)
     assert_same_answer(generated(made, inputs, **settings), stock_answer(made, inputs))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_plain_result_is_stocks_sequences(family: str) -> None:
     made = stock_model(family)
     inputs = inputs_of(made, video(4), QUESTION)
@@ -93,7 +93,7 @@ def test_dynamic_ntk_is_scaled_for_the_horizon() -> None:
     assert not torch.allclose(other.logits, expected.logits, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -145,7 +145,7 @@ def test_max_new_tokens_of_a_generation_config(family: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_a_small_budget_changes_the_logits(family: str, budget: int) -> None:
     made = stock_model(family)
     inputs = inputs_of(made, video(6), QUESTION)
@@ -154,9 +154,10 @@ def test_a_small_budget_changes_the_logits(family: str, budget: int) -> None:
     assert not torch.allclose(found, stock_answer(made, inputs).logits[0], atol=1e-2)
 
 
-def settings_of(model: Any) -> list[Any]:
+def settings_of(made: Tiny) -> list[Any]:
     """Everything that a call could have changed without changing a weight."""
-    rotary = model.model.language_model.rotary_emb
+    model: Any = made.model
+    rotary = made.language_model.rotary_emb
     configs = [model.config, model.config.text_config, model.config.vision_config]
     configs += [module.config for module in model.modules() if hasattr(module, "config")]
     return [
@@ -169,25 +170,25 @@ def settings_of(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_the_model_is_left_as_found(family: str, implementation: str) -> None:
     made = tiny(family, max_position_embeddings=64)
     made.model.set_attn_implementation(implementation)
     inputs = inputs_of(made, video(6), QUESTION)
     stock_answer(made, inputs)  # transformers notes what it has hooked, and stretches dynamic NTK for good
-    before, rotary = settings_of(made.model), made.model.model.language_model.rotary_emb.inv_freq
+    before, rotary = settings_of(made), made.language_model.rotary_emb.inv_freq
     generated(made, inputs, budget=16)
-    assert settings_of(made.model) == before
+    assert settings_of(made) == before
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    hook = made.model.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
+    hook = made.language_model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
         generated(made, inputs, budget=16)
     hook.remove()
-    assert settings_of(made.model) == before
-    assert made.model.model.language_model.rotary_emb.inv_freq is rotary
+    assert settings_of(made) == before
+    assert made.language_model.rotary_emb.inv_freq is rotary
     fresh = tiny(family, max_position_embeddings=64)
     fresh.model.set_attn_implementation(implementation)
     stock_answer(fresh, inputs)
@@ -242,7 +243,7 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["too many pictures", "too few pictures", "no pictures"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_pictures_and_placeholders_that_do_not_match_are_refused(family: str, wrong: str) -> None:
     made = stock_model(family)
     few, many = (inputs_of(made, video(frames), QUESTION) for frames in (2, 4))

@@ -26,7 +26,7 @@ from tests.talk import (
     stock_answer,
     stock_model,
 )
-from tests.tiny import FAMILIES, Tiny, video
+from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video
 
 UNBOUNDED = pytest.mark.parametrize("settings", [UNLIMITED, {"budget": 100_000}], ids=["carry=all", "carry=attention"])
 
@@ -39,7 +39,7 @@ def expected(made: Tiny, pictures: torch.Tensor, question: str = QUESTION, **tim
 
 
 @UNBOUNDED
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_pushed_frame_by_frame_and_asked_after_each(family: str, settings: dict[str, Any]) -> None:
     made, pictures = stock_model(family), video(5)
     session = shared_engine(family).open(**settings)
@@ -50,7 +50,7 @@ def test_pushed_frame_by_frame_and_asked_after_each(family: str, settings: dict[
 
 @UNBOUNDED
 @pytest.mark.parametrize("frames", [4, 7])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_watched_from_a_file(family: str, frames: int, settings: dict[str, Any], tmp_path: Path) -> None:
     made, path = stock_model(family), tmp_path / "clip.mp4"
     write_video(path, video(frames), fps=2)
@@ -61,7 +61,7 @@ def test_watched_from_a_file(family: str, frames: int, settings: dict[str, Any],
     assert_same_answer(session_answer(session), expected(made, torch.stack(pictures), fps=2.0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_sampled_from_a_file_with_the_times_of_the_sampled_frames(family: str, tmp_path: Path) -> None:
     made, path = stock_model(family), tmp_path / "clip.mp4"
     write_video(path, video(26), fps=10)
@@ -74,7 +74,7 @@ def test_sampled_from_a_file_with_the_times_of_the_sampled_frames(family: str, t
     assert_same_answer(session_answer(session), expected(made, pictures, fps=10.0, indices=indices))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_a_stream_that_does_not_begin_at_zero_is_timed_from_its_first_frame(family: str) -> None:
     session = shared_engine(family).open(**UNLIMITED)
     session.push(frames_of(video(4), fps=2.0, start_seconds=1234.5))
@@ -82,7 +82,7 @@ def test_a_stream_that_does_not_begin_at_zero_is_timed_from_its_first_frame(fami
 
 
 @pytest.mark.parametrize("question", ["Was ist zu sehen? Größe, Straße", "\n  视频里有什么 ", "What? <img Frame9:"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_any_question(family: str, question: str) -> None:
     session = shared_engine(family).open(**UNLIMITED)
     session.push(frames_of(video(3)))
@@ -110,19 +110,23 @@ def test_a_file_longer_than_the_trained_length_is_scaled_once_for_its_horizon(tm
     torch.testing.assert_close(session_answer(session).logits[0], logits, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_layout_release_puts_the_frames_in_front_of_the_chat(family: str) -> None:
     made, pictures = stock_model(family), video(4)
+    tile = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
     texts = {
-        "internvl": ["<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"] * 4,
+        "internvl": [f"{tile}\n"] * 4,
         "qwen3_vl": [
             f"<{seconds} seconds><|vision_start|>" + "<|video_pad|>" * 8 + "<|vision_end|>" for seconds in (0.5, 2.5)
         ],
         "qwen2_5_vl": ["<|vision_start|>" + "<|video_pad|>" * 16 + "<|vision_end|>"],
         "llava_onevision": ["<video>" * (4 * 9 + 1)],
-    }[family]
-    header = "user\n\n" if family == "llava_onevision" else "user\n"
-    tail = f"<|im_start|>{header}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        "eagle2_5": ["The first video: " + "".join(f"Frame {i + 1} sample at {i}.00s: {tile}" for i in range(4))],
+    }[made.family]
+    header = "<|im_start|>user\n\n" if family == "llava_onevision" else "<|im_start|>user\n"
+    if family == "eagle2_5":
+        header = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{header}"
+    tail = f"{header}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     # Pixels as the stock processor makes them, text by hand.
     inputs = inputs_of(made, pictures, QUESTION)
     pieces = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,19 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from tests import stock
+from statekv.models.own_code import completed_config, completed_model
+from tests import eagle_processor, eagle_stand_in, stock
+from tests.eagle_stand_in import Eagle2_5_VLConfig, Eagle2_5_VLForConditionalGeneration
 
 FAMILIES = ("internvl", "qwen3_vl", "qwen2_5_vl", "llava_onevision")
+# Two families with another language model, and one whose code comes with its checkpoint: for the tests of exactness.
+KIN = {"internvl3_5": "internvl", "qwen3_vl_moe": "qwen3_vl", "eagle2_5": "eagle2_5"}
+EVERY_MODEL = (*FAMILIES, *KIN)
 
 # Merges come from these lines: the words of the prompts, so that seams between pieces are seams of real
 # tokens.
@@ -193,6 +201,7 @@ _JSON_FILES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "chat_template.json": {"chat_template": _LLAVA_TEMPLATE},
     },
+    "eagle2_5": eagle_processor.JSON_FILES,
 }
 
 _TEMPLATES = {
@@ -200,13 +209,16 @@ _TEMPLATES = {
     "qwen3_vl": _QWEN_TEMPLATE,
     "qwen2_5_vl": _QWEN_TEMPLATE,
     "llava_onevision": _LLAVA_TEMPLATE,
+    "eagle2_5": eagle_processor.TEMPLATE,
 }
 _NAMED_TOKENS = {"internvl": _INTERNVL_TOKENS, "llava_onevision": _LLAVA_TOKENS}
+_EAGLE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+_EAGLE_CODE = "modeling_eagle2_5_vl"
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A random checkpoint in memory: float32, eval mode."""
+    """A random checkpoint in memory: float32, eval mode; `family` says how it looks and reads."""
 
     family: str
     model: PreTrainedModel
@@ -215,6 +227,12 @@ class Tiny:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder layers, without the head."""
+        model: Any = self.model
+        return model.language_model.model if self.family == "eagle2_5" else model.model.language_model
 
     @property
     def chat_template(self) -> str:
@@ -229,6 +247,8 @@ class Tiny:
     @functools.cached_property
     def processor(self) -> Any:
         """The stock processor; skips the test where torchvision is not installed."""
+        if self.family == "eagle2_5":
+            return eagle_processor.EagleProcessor(self.tokenizer, self.video_json)
         with tempfile.TemporaryDirectory() as folder:
             self._save_texts(Path(folder))
             return stock.processor(folder)
@@ -244,20 +264,27 @@ class Tiny:
         for name, values in _JSON_FILES[self.family].items():
             (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
         self.config.save_pretrained(folder)
+        if self.family == "eagle2_5":
+            shutil.copy(eagle_stand_in.__file__, folder / f"{_EAGLE_CODE}.py")
 
 
-def tiny(family: str, seed: int = 0, max_position_embeddings: int = 4096) -> Tiny:
-    """A tiny random model of a family with its tokenizer; equal seeds give equal weights."""
+def tiny(name: str, seed: int = 0, max_position_embeddings: int = 4096) -> Tiny:
+    """A tiny random model of `EVERY_MODEL` with its tokenizer; equal seeds give equal weights."""
+    family = KIN.get(name, name)
     tokenizer = _tokenizer(family)
     builders = {
         "internvl": _internvl,
         "qwen3_vl": _qwen3_vl,
         "qwen2_5_vl": _qwen2_5_vl,
         "llava_onevision": _llava_onevision,
+        "internvl3_5": _internvl3_5,
+        "qwen3_vl_moe": _qwen3_vl_moe,
+        "eagle2_5": _eagle2_5,
     }
-    model = builders[family](tokenizer, max_position_embeddings).eval()
+    model = builders[name](tokenizer, max_position_embeddings).eval()
     _randomise(model, seed)
-    model.generation_config = GenerationConfig(
+    decodes: Any = model.language_model if name == "eagle2_5" else model
+    decodes.generation_config = GenerationConfig(
         eos_token_id=_id(tokenizer, "<|im_end|>"), pad_token_id=tokenizer.pad_token_id
     )
     return Tiny(family, model, tokenizer)
@@ -271,12 +298,18 @@ def video(num_frames: int, height: int = 40, width: int = 56, seed: int = 0) -> 
 
 
 def _internvl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    text = {"model_type": "qwen2", "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)}
+    return _internvl_with(text, tokenizer)
+
+
+def _internvl3_5(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    words = {"model_type": "qwen3", "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    return _internvl_with({**words, **_text(tokenizer, max_position_embeddings)}, tokenizer)
+
+
+def _internvl_with(text: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    text = {
-        "model_type": "qwen2",
-        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
-        **_text(tokenizer, max_position_embeddings),
-    }
     config = InternVLConfig(
         vision_config={**vision, "attention_bias": True, "image_size": [32, 32], "patch_size": [8, 8]},
         text_config=text,
@@ -288,19 +321,34 @@ def _internvl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) 
 
 
 def _qwen3_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**_of_qwen3_vl(tokenizer, max_position_embeddings)))
+
+
+def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    config = _of_qwen3_vl(tokenizer, max_position_embeddings)
+    # One layer in three has a plain MLP, so that both kinds are there.
+    config["text_config"] |= {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    }
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config))
+
+
+def _of_qwen3_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> dict[str, Any]:
     vision = {"hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
     pieces = {"patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
-        vision_config={**vision, **pieces},
-        text_config={"head_dim": 16, "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
-        image_token_id=_id(tokenizer, "<|image_pad|>"),
-        video_token_id=_id(tokenizer, "<|video_pad|>"),
-        vision_start_token_id=_id(tokenizer, "<|vision_start|>"),
-        vision_end_token_id=_id(tokenizer, "<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
-    return Qwen3VLForConditionalGeneration(config)
+    return {
+        "vision_config": {**vision, **pieces},
+        "text_config": {"head_dim": 16, "rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
+        "image_token_id": _id(tokenizer, "<|image_pad|>"),
+        "video_token_id": _id(tokenizer, "<|video_pad|>"),
+        "vision_start_token_id": _id(tokenizer, "<|vision_start|>"),
+        "vision_end_token_id": _id(tokenizer, "<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
 
 
 def _qwen2_5_vl(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
@@ -335,6 +383,23 @@ def _llava_onevision(tokenizer: PreTrainedTokenizerBase, max_position_embeddings
         tie_word_embeddings=False,
     )
     return LlavaOnevisionForConditionalGeneration(config)
+
+
+def _eagle2_5(tokenizer: PreTrainedTokenizerBase, max_position_embeddings: int) -> PreTrainedModel:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = completed_config(Eagle2_5_VLConfig)(
+        vision_config={**vision, "image_size": 32, "patch_size": 8, "vision_use_head": False},
+        text_config={"rope_parameters": rope, **_text(tokenizer, max_position_embeddings)},
+        image_token_index=_id(tokenizer, "<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+        auto_map={
+            "AutoConfig": f"{_EAGLE_CODE}.Eagle2_5_VLConfig",
+            "AutoModel": f"{_EAGLE_CODE}.Eagle2_5_VLForConditionalGeneration",
+        },
+    )
+    model: PreTrainedModel = completed_model(Eagle2_5_VLForConditionalGeneration)(config)
+    return model
 
 
 def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -397,6 +462,7 @@ def _tokenizer(family: str) -> PreTrainedTokenizerBase:
         extra_special_tokens=named or {},
         chat_template=_TEMPLATES[family],
     )
-    special = [*_CHAT_TOKENS, *(named.values() if named else _QWEN_TOKENS)]
+    unnamed = _EAGLE_TOKENS if family == "eagle2_5" else _QWEN_TOKENS
+    special = [*_CHAT_TOKENS, *(named.values() if named else unnamed)]
     tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer

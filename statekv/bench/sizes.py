@@ -1,4 +1,4 @@
-"""Sizes of the language models in the paper's tables, from their public configurations."""
+"""Sizes of language models, the paper's and two more families', from their public configurations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Size:
         qkv_bias: query, key and value projections have a bias (Qwen2); otherwise queries and keys are
             RMS-normalised per head (Qwen3).
         tied: the output head is the embedding.
-        tokens_per_step: vision tokens of one step: a tile of 448 x 448 pixels, for Qwen3-VL 512 x 512.
+        tokens_per_step: vision tokens of one step: a picture of 448 x 448 pixels, for Qwen3-VL 512 x 512, for
+            LLaVA-OneVision any.
     """
 
     name: str
@@ -102,24 +103,34 @@ def _qwen3(name: str, hidden: int, intermediate: int, layers: int, heads: int, t
     )
 
 
-# Eagle2.5 has no adapter here: its language model, Qwen2.5-7B, is stepped as InternVL's is. The tokens it adds to the
-# vocabulary and the length it was trained for cost a step nothing.
-_EAGLE = replace(
-    _qwen2("eagle2.5-8b", 3584, 18944, 28, 28, 4, 128),
-    vocab=152064,
-    rope_factor=None,
-)
+_INTERNVL_8B = _qwen2("internvl3-8b", 3584, 18944, 28, 28, 4, 128)
+
+
+def _qwen2_7b(name: str, family: str, vocab: int, trained_length: int = 32768, tokens_per_step: int = 256) -> Size:
+    """The same Qwen2 of 7 billion weights in another family, where its RoPE is as it was trained."""
+    return replace(
+        _INTERNVL_8B,
+        name=name,
+        family=family,
+        vocab=vocab,
+        rope_factor=None,
+        trained_length=trained_length,
+        tokens_per_step=tokens_per_step,
+    )
+
 
 SIZES: Mapping[str, Size] = {
     size.name: size
     for size in (
         _qwen2("internvl3-1b", 896, 4864, 24, 14, 2, 64),
         _qwen2("internvl3-2b", 1536, 8960, 28, 12, 2, 128),
-        _qwen2("internvl3-8b", 3584, 18944, 28, 28, 4, 128),
+        _INTERNVL_8B,
         _qwen3("qwen3-vl-2b", 2048, 6144, 28, 16, tied=True),
         _qwen3("qwen3-vl-4b", 2560, 9728, 36, 32, tied=True),
         _qwen3("qwen3-vl-8b", 4096, 12288, 36, 32, tied=False),
-        _EAGLE,
+        _qwen2_7b("eagle2.5-8b", "eagle_2_5_vl", 152064),
+        _qwen2_7b("qwen2.5-vl-7b", "qwen2_5_vl", 152064, trained_length=128000),
+        _qwen2_7b("llava-onevision-7b", "llava_onevision", 152000, tokens_per_step=196),
     )
 }
 

@@ -1,6 +1,8 @@
-"""`statekv models`: what is supported, and what it costs."""
+"""`statekv models`: what is supported, what it costs, and what has been tried of it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from rich.table import Table
 
@@ -17,8 +19,8 @@ def models() -> None:
     table = Table("model", "params", "KiB a token", "GiB an hour", box=None, pad_edge=False)
 
     def add(checkpoint: Checkpoint, tokens: float) -> None:
-        per_hour = _FRAMES_PER_HOUR * tokens * checkpoint.bytes_per_token
-        held = f"{checkpoint.bytes_per_token / 2**10:.4g}", f"{per_hour / 2**30:.2g}"
+        per_hour = _FRAMES_PER_HOUR * tokens * checkpoint.bytes_per_token / 2**30
+        held = f"{checkpoint.bytes_per_token / 2**10:.4g}", f"{per_hour:.{2 if per_hour < 100 else 3}g}"
         table.add_row(f"  {checkpoint.name}", f"{checkpoint.billions} B", *held)
 
     for name, family in FAMILIES.items():
@@ -33,6 +35,24 @@ def models() -> None:
     out().print(
         f"\n* In a video of {', '.join(sizes)} pixels. Qwen3-VL also sizes frames by their number; here a stream's."
         "\nTokens without the words around a frame; detailed cache in half precision, at 1 frame/s."
-        "\nTested: demo with its own weights, the families' architectures with tiny random ones. No other weights."
         f"\nAny checkpoint of these families loads. Attention with key scores: {implementation()}."
     )
+    out().print("\nTested token for token against", *_tested(), "demo: its own weights", sep="\n  ")
+    out().print("The public sizes: as module trees without weights. No public weights have been run.")
+    out().print(*_own_code(), sep="\n", soft_wrap=True)
+
+
+def _tested() -> Iterator[str]:
+    from statekv.models import FAMILIES
+
+    for what in dict.fromkeys(family.tested for family in FAMILIES.values()):
+        yield f"{what}: {', '.join(name for name, family in FAMILIES.items() if family.tested == what)}"
+
+
+def _own_code() -> Iterator[str]:
+    """Checkpoints whose code is run, and at which commit."""
+    from statekv.models import FAMILIES
+
+    for checkpoint in (known for family in FAMILIES.values() if family.own_code for known in family.checkpoints):
+        pinned = checkpoint.revision or "none is known here, so --revision has to name one"
+        yield f"{checkpoint.name} runs code of its own, with --trust-remote-code alone. Commit: {pinned}."

@@ -20,6 +20,7 @@ class Checkpoint:
         name: on the hub.
         billions: parameters, vision tower included.
         layers, kv_heads, head_dim: of the language model.
+        revision: commit at which its own code has been read; None: no commit is known here.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Checkpoint:
     layers: int
     kv_heads: int
     head_dim: int
+    revision: str | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -43,6 +45,8 @@ class Family:
         checkpoints: known to be of this family; others load as well.
         tokens_per_frame: vision tokens, without the words around a frame.
         of_pixels: (width, height) of the video where that depends on it; None where it does not.
+        own_code: a checkpoint brings the code of its model; that is run only if trusted, and at one commit.
+        tested: what its adapter has been compared with, token for token.
     """
 
     module: str
@@ -50,6 +54,8 @@ class Family:
     checkpoints: tuple[Checkpoint, ...]
     tokens_per_frame: float
     of_pixels: tuple[int, int] | None = None
+    own_code: bool = False
+    tested: str = "transformers, tiny random weights"
 
 
 FAMILIES = {
@@ -60,6 +66,10 @@ FAMILIES = {
             Checkpoint("OpenGVLab/InternVL3-1B-hf", 0.94, 24, 2, 64),
             Checkpoint("OpenGVLab/InternVL3-2B-hf", 2.09, 28, 2, 128),
             Checkpoint("OpenGVLab/InternVL3-8B-hf", 7.94, 28, 4, 128),
+            Checkpoint("OpenGVLab/InternVL3_5-1B-HF", 1.06, 28, 8, 128),
+            Checkpoint("OpenGVLab/InternVL3_5-2B-HF", 2.35, 28, 8, 128),
+            Checkpoint("OpenGVLab/InternVL3_5-4B-HF", 4.73, 36, 8, 128),
+            Checkpoint("OpenGVLab/InternVL3_5-8B-HF", 8.53, 36, 8, 128),
         ),
         tokens_per_frame=256,
     ),
@@ -72,6 +82,13 @@ FAMILIES = {
             Checkpoint("Qwen/Qwen3-VL-8B-Instruct", 8.77, 36, 8, 128),
         ),
         # 7 x 4 patches of 32 pixels, two frames to a step: a stream of unknown length is sized as one of 768 frames.
+        tokens_per_frame=14,
+        of_pixels=(640, 360),
+    ),
+    "qwen3_vl_moe": Family(
+        "statekv.models.qwen3_vl",
+        "Qwen3VL",
+        (Checkpoint("Qwen/Qwen3-VL-30B-A3B-Instruct", 31.1, 48, 4, 128),),
         tokens_per_frame=14,
         of_pixels=(640, 360),
     ),
@@ -93,6 +110,14 @@ FAMILIES = {
             Checkpoint("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, 28, 4, 128),
         ),
         tokens_per_frame=196,
+    ),
+    "eagle_2_5_vl": Family(
+        "statekv.models.eagle2_5",
+        "Eagle25",
+        (Checkpoint("nvidia/Eagle2.5-8B", 8.07, 28, 4, 128),),
+        tokens_per_frame=256,
+        own_code=True,
+        tested="a stand-in of its code, tiny random weights",
     ),
 }
 

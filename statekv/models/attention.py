@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +19,21 @@ from statekv.ops.plain import attention
 
 NAME = "statekv"
 
+# Told the index of a layer and the key scores of a segment in it, [streams, kv_heads, K] float32.
+Observer = Callable[[int, torch.Tensor], None]
+
 
 @dataclass(frozen=True)
 class Pass:
     """One run through the language model, as its attention layers need to know it.
 
     Attributes:
-        evicting: the cache to shrink after each layer; None where nothing is evicted.
+        evicting: the cache that takes each layer's scores and shrinks to its budget; None where none does.
         scored: whether the eviction needs key scores.
         kernel: implementation of attention with key scores.
         score_every: score with every n-th query.
         retrieved: what an answer sees, where its question chooses that.
+        observer: told every layer's key scores, which change nothing; None where nobody looks.
     """
 
     evicting: CarriedCache | StaticStep | None
@@ -37,6 +41,7 @@ class Pass:
     kernel: str
     score_every: int = 1
     retrieved: Retrieved | None = None
+    observer: Observer | None = None
 
 
 def attention_hook(
@@ -76,9 +81,18 @@ def attention_hook(
         )
     else:
         mixed = attention(query, key, value, scale=scaling, hidden=hidden)
+    if statekv_pass.observer is not None:
+        statekv_pass.observer(layer, _scores(query, key, value, scaling, statekv_pass) if scores is None else scores)
     if statekv_pass.evicting is not None:
         statekv_pass.evicting.evict(layer, scores)
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, statekv_pass: Pass
+) -> torch.Tensor:
+    """[streams, kv_heads, K] float32, for an observer alone: mixing with the same kernel would round differently."""
+    return attention_with_key_scores(query, key, value, scale=scaling, impl=statekv_pass.kernel)[1]
 
 
 def take_attention(model: PreTrainedModel) -> None:

@@ -98,6 +98,7 @@ class VideoModel(ABC):
     """
 
     frames_per_step: ClassVar[int] = 1
+    generates_prompt: ClassVar[bool] = True  # whether stock `generate` returns the prompt in front of the answer
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
         self.model: Any = model
@@ -117,6 +118,11 @@ class VideoModel(ABC):
         return self.model.model.language_model
 
     @property
+    def generator(self) -> Any:
+        """What stock `generate` decodes with, and whose generation settings hold."""
+        return self.model
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         assert self.texts is not None
         return self.texts.tokenizer
@@ -129,7 +135,7 @@ class VideoModel(ABC):
     @property
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer, as the checkpoint's generation settings say."""
-        generation = getattr(self.model, "generation_config", None)
+        generation = getattr(self.generator, "generation_config", None)
         for found in (getattr(generation, "eos_token_id", None), self.text_config.eos_token_id):
             if found is not None:
                 return frozenset([found] if isinstance(found, int) else found)

@@ -25,6 +25,11 @@ class InternVL(SquareFrames):
     def video_token_id(self) -> int:
         return int(self.model.config.image_token_id)
 
+    @property
+    def tokens_per_tile(self) -> int:
+        """Vision tokens of a frame, and of each tile of an image."""
+        return int(self.model.config.image_seq_length)
+
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = InternVLRecipe.from_dict(video_json)
 
@@ -48,21 +53,21 @@ class InternVL(SquareFrames):
     def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pixels, token = inputs.get("pixel_values"), self.video_token_id
-        check_placeholders(ids.count(token), 0 if pixels is None else len(pixels) * self.model.config.image_seq_length)
-        done, patch, position = 0, 0, 0
+        check_placeholders(ids.count(token), 0 if pixels is None else len(pixels) * self.tokens_per_tile)
+        done, tile, position = 0, 0, 0
         for start, stop, _ in runs(ids, [token]):
             if not done and start > 1:
                 prefix = self.text("prefix", ids[: start - 1], position)  # all but the picture's start token
                 yield prefix
                 done, position = start - 1, prefix.next_position
-            patches = (stop - start) // self.model.config.image_seq_length
-            features = self.features(inputs["pixel_values"][patch : patch + patches]).flatten(0, 1)
+            tiles = (stop - start) // self.tokens_per_tile
+            features = self.features(inputs["pixel_values"][tile : tile + tiles]).flatten(0, 1)
             # The picture's end token still belongs to the step.
             step = self.picture(ids[done : stop + 1], Seen((), features), position)
             yield step
-            done, patch, position = stop + 1, patch + patches, step.next_position
+            done, tile, position = stop + 1, tile + tiles, step.next_position
         yield self.text("question", ids[done:], position)
 
     def _numbered(self, index: int, layout: str) -> str:
         prompt = self.prompts[layout]
-        return internvl_step(index, self.model.config.image_seq_length, prompt.tokens, prompt.layout)
+        return internvl_step(index, self.tokens_per_tile, prompt.tokens, prompt.layout)

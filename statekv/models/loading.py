@@ -33,7 +33,8 @@ def load_model(
         dtype: "auto" takes the checkpoint's own on CUDA and float32 on a CPU.
         device: "auto" takes CUDA where there is one, else the CPU; must be left alone with a device_map.
         device_map: passed on to transformers (needs accelerate).
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; known checkpoints with code of their own are loaded only at one
+            that is named, here or in the table.
         trust_remote_code: run code that comes with the checkpoint; off unless asked for.
 
     Raises:
@@ -41,17 +42,20 @@ def load_model(
         ModelError: not found, of an unsupported architecture, or not loadable, with the way out.
     """
     source = str(DEMO) if name_or_path == "demo" else name_or_path
+    revision = _revision_of_own_code(name_or_path, revision, trust_remote_code)
     hub = {"revision": revision} if revision else {}
     config = _read_config(source, name_or_path, trust_remote_code, hub)
-    family = adapter(config.model_type)
-    texts = _read_texts(source, trust_remote_code, hub)
+    family, own_code = adapter(config.model_type), FAMILIES[config.model_type].own_code
+    if own_code and not trust_remote_code:
+        raise _untrusted(name_or_path)
+    texts = _read_texts(source, trust_remote_code, hub, {"config": config} if own_code else {})
     dtype, place = read_dtype(dtype), read_device(device)
     if dtype == "auto" and device_map is None and place.type == "cpu":
         dtype = torch.float32
     weights: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
     if device_map is not None:
         weights["device_map"] = device_map
-    model = _read_weights(source, name_or_path, weights)
+    model = _read_weights(source, name_or_path, weights, config if own_code else None)
     return family(model if device_map is not None else model.to(place), texts)
 
 
@@ -60,41 +64,83 @@ def wrap_model(model: Any) -> VideoModel:
     return adapter(getattr(getattr(model, "config", None), "model_type", type(model).__name__))(model)
 
 
+def _revision_of_own_code(name: str, revision: str | None, trust_remote_code: bool) -> str | None:
+    """At which commit a known checkpoint's own code is run; the revision as it was given for all others."""
+    owned = (known for family in FAMILIES.values() if family.own_code for known in family.checkpoints)
+    checkpoint = next((known for known in owned if known.name == name), None)
+    if checkpoint is None:
+        return revision
+    if not trust_remote_code:
+        raise _untrusted(name)
+    chosen = revision or checkpoint.revision
+    if chosen is None:
+        rule = f"{name} runs code of its own, and no commit of it is pinned here"
+        raise ModelError(rule, "read its code, and name the commit with revision")
+    return chosen
+
+
+def _own_reference(source: str, hub: dict[str, Any]) -> str | None:
+    """Where the configuration's code lies, for families whose code comes with a checkpoint."""
+    from statekv.models.checkpoint import read_checkpoint_json
+
+    values = read_checkpoint_json(source, "config.json", **hub) or {}
+    family = FAMILIES.get(values.get("model_type", ""))
+    found: str | None = (values.get("auto_map") or {}).get("AutoConfig") if family and family.own_code else None
+    return found
+
+
+def _untrusted(name: str) -> ModelError:
+    return ModelError(f"{name} brings code of its own", "trust it with trust_remote_code=True")
+
+
 def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
+        if trust_remote_code and (reference := _own_reference(source, hub)):
+            from statekv.models.own_code import own_config
+
+            return own_config(source, reference, **hub)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if "trust_remote_code" in str(error):
-            raise ModelError(f"{name} brings code of its own", "trust it with trust_remote_code=True") from None
+            raise _untrusted(name) from None
+        if isinstance(error, (ImportError, AttributeError)):
+            hint = "install what it asks for, or the transformers that it was written for"
+            raise ModelError(f"the code of {name} does not run here: {reason}", hint) from None
         raise ModelError(
             f"unknown model {name!r}: {reason}",
             f"give a folder, a hub id such as {FAMILIES['internvl'].checkpoints[0].name}, or demo",
         ) from None
 
 
-def _read_texts(source: str, trust_remote_code: bool, hub: dict[str, Any]) -> Texts:
+def _read_texts(source: str, trust_remote_code: bool, hub: dict[str, Any], known: dict[str, Any]) -> Texts:
     from transformers import AutoTokenizer
 
     from statekv.models.checkpoint import read_processor_config
     from statekv.models.prompt import load_chat_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **known, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         told = str(error).strip() or type(error).__name__
         raise ModelError(f"no tokenizer in {source}: {told.splitlines()[0]}", "get the checkpoint again") from None
     return Texts(tokenizer, load_chat_template(source, tokenizer, **hub), read_processor_config(source, **hub))
 
 
-def _read_weights(source: str, name: str, settings: dict[str, Any]) -> Any:
+def _read_weights(source: str, name: str, settings: dict[str, Any], own_config: Any = None) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        stock: Any = AutoModelForImageTextToText
+        if own_config is not None:
+            from statekv.models.own_code import own_model_class
+
+            stock = own_model_class(source, own_config.auto_map["AutoModel"], revision=settings.get("revision"))
+            settings = {**settings, "config": own_config, "attn_implementation": "sdpa"}
+        loaded: Any = stock.from_pretrained(source, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         told = str(error).strip() or type(error).__name__
         if "out of memory" in told.lower() or "allocate memory" in told.lower():
             hint = "use a smaller model, a half dtype or a device_map"

@@ -71,6 +71,32 @@ class LlavaOnevisionRecipe(SquareRecipe):
     stock_class: ClassVar[str] = "LlavaOnevisionVideoProcessor"
 
 
+@dataclass(frozen=True)
+class Eagle25Recipe(SquareRecipe):
+    """Eagle2.5: a frame of a video is one tile, and an image processor's JSON says how tiles are made."""
+
+    stock_class: ClassVar[str] = "Eagle2_5_VLImageProcessorFast"
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    height: int = 448
+    width: int = 448
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Eagle25Recipe:
+        # Cutting into tiles resizes, whatever do_resize says of the tiles themselves.
+        tiled = {**values, "do_resize": True, "video_processor_type": values.get("image_processor_type")}
+        recipe = super().from_dict(tiled)
+        side = {"height": recipe.height, "width": recipe.height}
+        kept = {"pad_during_tiling": False, "min_dynamic_tiles": 1, "crop_size": side, "size": side}
+        wrong = {key: values[key] for key, value in kept.items() if value_of(values, key, value) != value}
+        if wrong:
+            told = ", ".join(f"{key}={value}" for key, value in wrong.items())
+            rule = f"the image processor asks for {told}, which is not reproduced"
+            raise ModelError(rule, "a frame must become one square tile, without padding")
+        return recipe
+
+
 def value_of(values: Mapping[str, Any], key: str, default: Any) -> Any:
     """What a processor's JSON says; the stock classes treat a null in it as a missing key."""
     value = values.get(key)

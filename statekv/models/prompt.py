@@ -5,7 +5,7 @@ tokenises the whole. Here the pieces are tokenised one by one. That is exact bec
 special token, which no other token can cross; only the seam between the head and the first step needs care.
 
 Layouts: `hf` is the stock processor's. `release` is that of StateKV's public code: the frames first, without
-any chat prefix, then the chat template with the question alone. The public code has no Qwen and no LLaVA; for them
+any chat prefix, then the chat template with the question alone. The public code knows InternVL alone; for the others
 the same order is used.
 """
 
@@ -88,6 +88,12 @@ def llava_onevision_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
     return VisionTokens("", "", pad, placeholder=pad, reserved=(pad, image), closes=pad)
 
 
+def eagle2_5_tokens() -> VisionTokens:
+    """Eagle2.5's tokens, which its processor knows by name; its template numbers pictures and videos from 1."""
+    marks = ("<img>", "</img>", "<IMG_CONTEXT>", "<video-1>")
+    return VisionTokens(*marks, reserved=(*marks, "<image-1>"), opens="The first video: ")
+
+
 def internvl_step(index: int, num_tokens: int, tokens: VisionTokens, layout: Layout) -> str:
     """The text of one InternVL frame: `index` counts frames from 0, `num_tokens` vision tokens per frame."""
     vision = tokens.start + tokens.pad * num_tokens + tokens.end
@@ -104,6 +110,12 @@ def qwen3_vl_step(first_seconds: float, last_seconds: float, num_tokens: int, to
     """
     seconds = (first_seconds + last_seconds) / 2
     return f"<{seconds:.1f} seconds>{tokens.start}{tokens.pad * num_tokens}{tokens.end}"
+
+
+def eagle2_5_step(index: int, seconds: float, num_tokens: int, tokens: VisionTokens) -> str:
+    """The text of one Eagle2.5 frame: counted from 0, with its time from the video's first frame."""
+    vision = tokens.start + tokens.pad * num_tokens + tokens.end
+    return f"Frame {index + 1} sample at {seconds:.2f}s: {vision}"
 
 
 class Prompt:

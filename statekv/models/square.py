@@ -1,4 +1,4 @@
-"""What InternVL and LLaVA-OneVision share: every frame is a step, resized to one size whatever its shape."""
+"""What InternVL, Eagle2.5 and LLaVA-OneVision share: every frame is a step, resized to one size whatever its shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statekv.video.frame import Frame
 
 
 class SquareFrames(VideoModel):
-    """Either family; `recipe` is set by `read_recipe`."""
+    """Any of them; `recipe` is set by `read_recipe`."""
 
     recipe: SquareRecipe
 

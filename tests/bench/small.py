@@ -13,12 +13,12 @@ from statekv.models.base import VideoModel
 CPU = torch.device("cpu")
 
 
-def _shrunk(size: Size) -> Size:
+def shrunk(size: Size) -> Size:
     return replace(size, hidden=128, intermediate=48, layers=3, heads=4, kv_heads=2, head_dim=32, vocab=64)
 
 
-INTERNVL = _shrunk(SIZES["internvl3-1b"])
-QWEN3_VL = _shrunk(SIZES["qwen3-vl-2b"])
+INTERNVL = shrunk(SIZES["internvl3-1b"])
+QWEN3_VL = shrunk(SIZES["qwen3-vl-2b"])
 FAMILIES = (INTERNVL, QWEN3_VL)
 
 

@@ -13,9 +13,10 @@ from statekv.bench.steps import random_step
 from statekv.config import Config
 from statekv.errors import MemoryLimitError
 from statekv.stepper import Stepper
-from tests.bench.small import CPU, FAMILIES, INTERNVL, QWEN3_VL, small
+from tests.bench.small import CPU, INTERNVL, QWEN3_VL, shrunk, small
 
-EVERY_FAMILY = pytest.mark.parametrize("size", FAMILIES, ids=lambda size: size.family)
+SMALL = {size.family: shrunk(size) for size in SIZES.values()}
+EVERY_FAMILY = pytest.mark.parametrize("size", SMALL.values(), ids=SMALL)
 
 
 @EVERY_FAMILY
@@ -52,8 +53,9 @@ def test_rope_is_the_checkpoints_kind() -> None:
 
 
 def test_position_axes_share_a_head_as_in_the_public_configuration() -> None:
-    rope = build(SIZES["qwen3-vl-4b"], torch.device("meta"), torch.bfloat16).text_config.rope_parameters
-    assert rope["mrope_section"] == [24, 20, 20]
+    for name, sections in (("qwen3-vl-4b", [24, 20, 20]), ("qwen2.5-vl-7b", [16, 24, 24])):
+        rope = build(SIZES[name], torch.device("meta"), torch.bfloat16).text_config.rope_parameters
+        assert rope["mrope_section"] == sections
 
 
 def test_layers_cut_the_model() -> None:

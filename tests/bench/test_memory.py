@@ -20,7 +20,9 @@ def test_the_detailed_cache_holds_what_the_formula_says(name: str) -> None:
         tokens = int(row.setting["steps"]) * size.tokens_per_step
         assert row.floor == 2 * size.layers * size.kv_heads * size.head_dim * 2 * tokens / MEBI
         if row.subject == "detailed holds":
-            assert row.distance == 1  # lengths that doubling hits
+            assert row.distance is not None
+            # A step of a power of two is what doubling hits.
+            assert row.distance == 1 if size.tokens_per_step == 256 else 1 < row.distance < 2
 
 
 def test_no_token_is_copied_more_than_three_times_on_average() -> None:

@@ -8,10 +8,11 @@ import torch
 from statekv.bench.build import build
 from statekv.bench.sizes import SIZES, size_of
 from statekv.errors import ConfigError
+from statekv.models import adapter
 
 META = torch.device("meta")
 
-# bf16, KiB per token: section 6 of the design; Eagle2.5's language model is that of InternVL3-8B.
+# bf16, KiB per token: section 6 of the design; the last three have the language model of InternVL3-8B.
 KIB_PER_TOKEN = {
     "internvl3-1b": 12,
     "internvl3-2b": 28,
@@ -20,6 +21,8 @@ KIB_PER_TOKEN = {
     "qwen3-vl-4b": 144,
     "qwen3-vl-8b": 144,
     "eagle2.5-8b": 56,
+    "qwen2.5-vl-7b": 56,
+    "llava-onevision-7b": 56,
 }
 
 
@@ -29,7 +32,7 @@ def test_bytes_per_token_are_those_of_the_design(name: str, kib: int) -> None:
     assert SIZES[name].kv_bytes_per_token(torch.float32) == 2 * kib * 1024
 
 
-def test_all_models_of_the_paper_are_there() -> None:
+def test_all_models_of_the_paper_are_there_and_two_more() -> None:
     assert set(SIZES) == set(KIB_PER_TOKEN)
     assert all(name == size.name for name, size in SIZES.items())
 
@@ -42,8 +45,10 @@ def test_counts_are_those_of_the_model_that_is_built(name: str) -> None:
     embedding = weights.pop("embed_tokens.weight")
     assert sum(weight.numel() for weight in weights.values()) == size.parameters
     assert embedding.shape == (size.vocab, size.hidden)
-    assert (model.model.lm_head.weight is embedding) == size.tied
+    assert (model.model.get_output_embeddings().weight is embedding) == size.tied
     assert model.geometry().bytes_per_token == size.kv_bytes_per_token(torch.bfloat16)
+    assert isinstance(model, adapter(size.family))
+    assert model.trained_length == size.trained_length
 
 
 def test_a_cut_model_has_fewer_layers_and_says_so() -> None:

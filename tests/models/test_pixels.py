@@ -12,8 +12,8 @@ import torch
 
 from statekv.errors import ModelError
 from statekv.models import checkpoint, pixels
-from statekv.models.pixels import InternVLRecipe, LlavaOnevisionRecipe, resize_and_normalise
-from tests import stock
+from statekv.models.pixels import Eagle25Recipe, InternVLRecipe, LlavaOnevisionRecipe, resize_and_normalise
+from tests import eagle_processor, stock
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 INTERNVL: dict[str, Any] = {
@@ -94,6 +94,31 @@ def test_missing_and_null_keys_take_the_stock_defaults(family: str, recipe: Any)
 def test_what_is_not_reproduced_is_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError, match=told) as caught:
         InternVLRecipe.from_dict(INTERNVL | wrong)
+    assert caught.value.hint
+
+
+def test_eagle_frames_are_square_tiles_of_the_size_that_its_file_says() -> None:
+    values = eagle_processor.JSON_FILES["preprocessor_config.json"]
+    assert Eagle25Recipe.from_dict(values) == Eagle25Recipe(height=32, width=32)
+    assert (Eagle25Recipe().height, Eagle25Recipe().width) == (448, 448)
+    side = {"height": 448, "width": 448}
+    assert Eagle25Recipe.from_dict({"size": side, "crop_size": side}) == Eagle25Recipe()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"pad_during_tiling": True}, "pad_during_tiling=True"),
+        ({"min_dynamic_tiles": 2}, "min_dynamic_tiles=2"),
+        ({"size": {"height": 32, "width": 64}}, "size="),
+        ({"crop_size": {"height": 16, "width": 16}}, "crop_size="),
+        ({"do_center_crop": True}, "do_center_crop=True"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor"),
+    ],
+)
+def test_what_is_not_reproduced_of_eagles_tiles_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ModelError, match=told) as caught:
+        Eagle25Recipe.from_dict(eagle_processor.JSON_FILES["preprocessor_config.json"] | wrong)
     assert caught.value.hint
 
 
