@@ -10,6 +10,8 @@ from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
 RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
+# Dials of carry="attention" beyond the paper; with their defaults they do nothing.
+ATTENTION_DIALS = ("decay", "value_norms", "layer_slope", "pin_newest", "coverage")
 RETRIEVED_POSITIONS = ("keep", "reindex")
 LAYOUTS = ("hf", "release")
 KERNELS = ("auto", "naive", "blocked", "triton")
@@ -41,6 +43,14 @@ class Config:
             each question; no frame enters the stream).
         sinks: tokens from the start of the stream that sink_recent keeps; they count towards the budget.
         pin_prefix: keep the prompt's prefix in the carried cache whatever its scores; it counts towards the budget.
+        decay: what the score that a carried key had before counts beside its score in a new step, 0 … 1; 0 forgets
+            it, 1 adds up.
+        value_norms: multiply a key's score by the length (L2) of its value.
+        layer_slope: the first layer's budget is `budget` · (1 + layer_slope), the last one's `budget` · (1 -
+            layer_slope), those between lie on a line, so that the sum stays; between -1 and 1.
+        pin_newest: newest steps whose keys stay carried whatever their scores; they count towards the budget.
+        coverage: share of the budget (without a pinned prefix) that goes to a sample of the whole stream, drawn as
+            carry="random" draws it, 0 … 1; the rest goes by score.
         retrieve: steps that recall="retrieve" shows to an answer in each layer, besides the text around the frames.
         retrieve_newest: newest steps that it shows besides those, whatever the question.
         retrieve_carried: whether it shows the carried keys too.
@@ -70,6 +80,11 @@ class Config:
     recall: str = "all"
     sinks: int = 4
     pin_prefix: bool = False
+    decay: float = 0.0
+    value_norms: bool = False
+    layer_slope: float = 0.0
+    pin_newest: int = 0
+    coverage: float = 0.0
     retrieve: int = 64
     retrieve_newest: int = 0
     retrieve_carried: bool = False
@@ -97,6 +112,8 @@ class Config:
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
         _check_rate(self.fps)
+        for name, (least, most) in _SHARES.items():
+            _check_share(name, getattr(self, name), least, most)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 rule = f"{name} is {getattr(self, name)!r}, but must be True or False"
@@ -111,6 +128,16 @@ class Config:
                 f"sinks is {self.sinks} with a budget of {self.budget}, but the sinks count towards the budget",
                 "raise budget or lower sinks",
             )
+        for name in ATTENTION_DIALS:
+            value = getattr(self, name)
+            if self.carry != "attention" and value:
+                told = f"{name} is {value!r} with carry {self.carry!r}, but it is a dial of carry 'attention'"
+                yield told, f"set carry to 'attention', or leave {name} out"
+        if self.budget * (1 - abs(self.layer_slope)) < 1:
+            told = (
+                f"layer_slope is {self.layer_slope} with a budget of {self.budget}, which leaves a layer without a key"
+            )
+            yield told, "raise budget, or bring layer_slope nearer to 0"
         if self.recall == "retrieve" and self.retrieve_carried:
             if self.carry == "all":
                 told = "retrieve_carried is True with carry 'all', but where all keys are carried there is no choice"
@@ -176,9 +203,10 @@ _COUNTS = {
         ("budget", "max_frames", "horizon", "max_new_tokens", "score_every", "prefetch", "vision_batch"), 1
     ),
     **dict.fromkeys(("retrieve", "last_frames"), 1),
-    **dict.fromkeys(("sinks", "seed", "retrieve_newest"), 0),
+    **dict.fromkeys(("sinks", "seed", "retrieve_newest", "pin_newest"), 0),
 }
-_SWITCHES = ("pin_prefix", "retrieve_carried", "uniform", "graph", "pack")
+_SHARES = {"decay": (0, 1), "layer_slope": (-1, 1), "coverage": (0, 1)}
+_SWITCHES = ("pin_prefix", "value_norms", "retrieve_carried", "uniform", "graph", "pack")
 
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:
@@ -193,6 +221,14 @@ def _check_count(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         rule = f"{name} is {value!r}, but must be a whole number of at least {least}"
         raise ConfigError(rule, f"give {least} or more")
+
+
+def _check_share(name: str, value: object, least: int, most: int) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and least <= value <= most):  # type: ignore[operator]
+        raise ConfigError(
+            f"{name} is {value!r}, but must be a number from {least} to {most}", "leave it out for the default"
+        )
 
 
 def _check_rate(fps: object) -> None:

@@ -19,7 +19,7 @@ from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.graphs import StepGraphs
-from statekv.models.attention import Pass, take_attention
+from statekv.models.attention import Observer, Pass, take_attention
 from statekv.models.base import Segment, VideoModel
 from statekv.ops import implementation
 from statekv.packing import StepProducts
@@ -78,21 +78,24 @@ class Stepper:
         return StreamState(geometry, config, horizon, frames_expected, room)
 
     @torch.inference_mode()
-    def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
+    def prefill(
+        self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
+    ) -> torch.Tensor:
         """Run a segment through the language model and remember it.
 
         Args:
             state: the stream; both memories, position and spans move on.
             segment: what enters.
             mode: see `Mode`.
+            observer: told every layer's key scores; it sees what happens and changes nothing.
 
         Returns:
             [streams, T, hidden], the last layer's normalised hidden states.
 
         Raises:
             HorizonError: the segment would pass the stream's horizon; nothing has entered.
-            ConfigError: a pinned prefix that fills the budget, or a model whose keys cannot be reindexed; nothing has
-                entered.
+            ConfigError: a pinned prefix that fills the budget, newest steps that do not fit into it, or a model whose
+                keys cannot be reindexed; nothing has entered.
             MemoryLimitError: the device is out of memory.
         """
         reach = state.horizon - (state.room if mode == "carry" else 0)
@@ -105,12 +108,14 @@ class Stepper:
             state.expect_prefix(segment.length)
         if segment.kind == "step":
             _check_follows(state, segment)
+        if mode == "carry":
+            state.expect_newest(segment.kind, segment.length)
         take_attention(self.model.model)
         packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
         with self.model.rope.held(state.horizon), memory_limit(), packed:
             if segment.kind == "question":
                 state.begin_answer(segment.positions, partial(self.model.rope.angles, horizon=state.horizon))
-            hidden = self._run(state, segment, mode)
+            hidden = self._run(state, segment, mode, observer)
             if segment.kind == "step":
                 self._index(state, segment)
         state.position = segment.next_position
@@ -127,14 +132,14 @@ class Stepper:
             block = Block(state.tokens - segment.length, state.tokens, segment.next_position - state.position)
             state.blocks.add(state.detailed, block, *self.model.rope.angles(segment.positions, state.horizon))
 
-    def _run(self, state: StreamState, segment: Segment, mode: Mode) -> torch.Tensor:
-        forward = partial(self._forward, config=state.config)
+    def _run(self, state: StreamState, segment: Segment, mode: Mode, observer: Observer | None) -> torch.Tensor:
+        forward = partial(self._forward, config=state.config, observer=observer)
         cache = state.recalled if mode == "answer" else state.carried
         evicting = False
         if isinstance(cache, CarriedCache):
             cache.make_room(segment.length)
-            evicting = mode == "carry" and cache.length + segment.length > cache.budget
-            if evicting and state.config.graph and self.graphs.fits(cache, segment):
+            evicting = mode == "carry" and cache.judges(segment.length)
+            if evicting and observer is None and state.config.graph and self.graphs.fits(cache, segment):
                 return self.graphs.step(cache, segment, partial(forward, evicting=True))
         return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
 
@@ -147,6 +152,7 @@ class Stepper:
         *,
         evicting: bool,
         config: Config,
+        observer: Observer | None,
     ) -> torch.Tensor:
         run = Pass(
             evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticStep)) else None,
@@ -154,6 +160,7 @@ class Stepper:
             kernel=config.kernel,
             score_every=config.score_every,
             retrieved=cache if isinstance(cache, Retrieved) else None,
+            observer=observer,
         )
         hidden: torch.Tensor = self.model.language_model(
             inputs_embeds=embeds,

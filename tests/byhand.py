@@ -60,6 +60,12 @@ class Head:
     all_keys: list[torch.Tensor] = field(default_factory=list)
     all_values: list[torch.Tensor] = field(default_factory=list)
 
+    def keep_only(self, stay: list[int]) -> None:
+        """Carry these keys alone, told by their place."""
+        self.keys = [self.keys[j] for j in stay]
+        self.values = [self.values[j] for j in stay]
+        self.born = [self.born[j] for j in stay]
+
 
 class ByHand:
     """A language model that is stepped by hand.
@@ -75,7 +81,7 @@ class ByHand:
         self.config = made.config.get_text_config()
         self.budget, self.keep = budget, keep
         self.weights: dict[str, torch.Tensor] = {
-            name: value.double() for name, value in made.model.model.language_model.state_dict().items()
+            name: value.double() for name, value in made.language_model.state_dict().items()
         }
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.dim: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
@@ -89,8 +95,7 @@ class ByHand:
         for layer, heads in enumerate(self.memory):
             x = x + self._attention(layer, heads, self._norm(x, f"layers.{layer}.input_layernorm"), angles)
             y = self._norm(x, f"layers.{layer}.post_attention_layernorm")
-            gate, up = (self._linear(y, f"layers.{layer}.mlp.{name}_proj") for name in ("gate", "up"))
-            x = x + self._linear(gate * torch.sigmoid(gate) * up, f"layers.{layer}.mlp.down_proj")
+            x = x + self._mlp(layer, y)
             if layer < len(piece.added):
                 x = x + piece.added[layer].double()
         return self._norm(x, "norm")
@@ -128,18 +133,36 @@ class ByHand:
                 attention = attention / attention.sum(-1, keepdim=True)
                 mixed[g] = attention @ visible_values
                 scores += attention.sum(0)
-            if past + own > self.budget:
-                stay = self.keep(scores, head.born, self.budget)
-                head.keys = [head.keys[j] for j in stay]
-                head.values = [head.values[j] for j in stay]
-                head.born = [head.born[j] for j in stay]
+            self._evict(layer, h, scores)
         return self._linear(mixed.transpose(0, 1).reshape(own, -1), f"layers.{layer}.self_attn.o_proj")
+
+    def _evict(self, layer: int, h: int, scores: torch.Tensor) -> None:
+        head = self.memory[layer][h]
+        if len(head.born) > self.budget:
+            head.keep_only(self.keep(scores, head.born, self.budget))
 
     def _project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
         projected = self._linear(x, f"layers.{layer}.self_attn.{name}_proj")
         projected = projected.view(len(x), -1, self.dim).transpose(0, 1)
         norm = f"layers.{layer}.self_attn.{name}_norm"
         return self._norm(projected, norm) if f"{norm}.weight" in self.weights else projected
+
+    def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        name = f"layers.{layer}.mlp"
+        if f"{name}.experts.down_proj" in self.weights:
+            return torch.stack([self._experts(name, token) for token in x])
+        gate, up = (self._linear(x, f"{name}.{each}_proj") for each in ("gate", "up"))
+        return self._linear(gate * torch.sigmoid(gate) * up, f"{name}.down_proj")
+
+    def _experts(self, name: str, token: torch.Tensor) -> torch.Tensor:
+        """[hidden] through the few experts that suit it best, mixed in proportion."""
+        shares = torch.softmax(self.weights[f"{name}.gate.weight"] @ token, dim=0)
+        chosen = shares.topk(self.config.num_experts_per_tok)
+        mixed = torch.zeros_like(token)
+        for share, expert in zip(chosen.values / chosen.values.sum(), chosen.indices.tolist(), strict=True):
+            gate, up = (self.weights[f"{name}.experts.gate_up_proj"][expert] @ token).chunk(2)
+            mixed += share * (self.weights[f"{name}.experts.down_proj"][expert] @ (gate * torch.sigmoid(gate) * up))
+        return mixed
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         product = x @ self.weights[f"{name}.weight"].T
@@ -193,6 +216,10 @@ def pieces_of(made: Tiny, inputs: dict[str, Any], prefix: int) -> list[Piece]:
         features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
         embeds[spots] = features.flatten(0, 1).double()
         positions = torch.arange(ids.shape[1])[None]
+    elif made.family == "eagle2_5":
+        spots = ids[0] == made.config.image_token_index
+        embeds[spots] = model.extract_feature(inputs["pixel_values"]).flatten(0, 1).double()
+        positions = torch.arange(ids.shape[1])[None]
     elif made.family == "llava_onevision":
         spots = ids[0] == made.config.video_token_id
         features = model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output[0]
@@ -222,7 +249,7 @@ def _ends(made: Tiny, inputs: dict[str, Any], spots: torch.Tensor) -> list[int]:
         steps = int(inputs["video_grid_thw"][0, 0]) if qwen else inputs["pixel_values_videos"].shape[1]
         each = len(where) // steps  # LLaVA's newline is left over
         return [where[0] + (step + 1) * each for step in range(steps)]
-    end = made.tokenizer.convert_tokens_to_ids("</img>" if made.family == "internvl" else "<|vision_end|>")
+    end = made.tokenizer.convert_tokens_to_ids("<|vision_end|>" if made.family == "qwen3_vl" else "</img>")
     # Qwen3-VL's template writes one more end token behind the last step.
     return [i + 1 for i in range(1, len(ids)) if ids[i] == end and spots[i - 1]]
 

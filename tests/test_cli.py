@@ -192,6 +192,15 @@ def test_retrieval_is_chosen_step_by_step(film: Path) -> None:
     assert succeed("ask", film, COUNT, *carried).strip()
 
 
+def test_the_dials_of_attention_arrive(film: Path, watched: list[Session]) -> None:
+    options = "--budget 40 --decay 0.5 --value-norms --layer-slope 0.5 --pin-newest 1 --coverage 0.25"
+    answer = json.loads(succeed("ask", film, COUNT, "--json", *options.split()))
+    config = watched[0].state.config
+    assert (config.decay, config.value_norms, config.layer_slope) == (0.5, True, 0.5)
+    assert (config.pin_newest, config.coverage) == (1, 0.25)
+    assert (answer["budget"], answer["carried"]) == (40, 60)  # the first layer's
+
+
 def test_a_methods_prefix_stays_pinned_unless_told_otherwise(film: Path) -> None:
     line = ("ask", film, COUNT, "--json", "--budget", "30", "--method", "rekv")
     assert json.loads(succeed(*line))["method"] == "rekv"
@@ -236,6 +245,17 @@ def test_models_tells_the_demo_as_it_is() -> None:
     assert float(line.split()[1]) * 1e9 == pytest.approx(
         sum(p.numel() for p in engine.model.model.parameters()), rel=0.05
     )
+
+
+def test_models_tells_of_every_family_what_it_was_tested_against_and_whose_code_runs() -> None:
+    told = succeed("models")
+    _, tested = told.split("Tested token for token against\n")
+    for name, family in FAMILIES.items():
+        (line,) = [line for line in tested.splitlines() if line.strip().startswith(f"{family.tested}: ")]
+        assert name in line.partition(": ")[2].split(", ")
+        for checkpoint in family.checkpoints:
+            runs = f"{checkpoint.name} runs code of its own, with --trust-remote-code alone. Commit: " in told
+            assert runs == family.own_code
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, RETRIEVED_POSITIONS, Config, check_name
+from statekv.config import (
+    ATTENTION_DIALS,
+    CARRIES,
+    KERNELS,
+    LAYOUTS,
+    METHODS,
+    RECALLS,
+    RETRIEVED_POSITIONS,
+    Config,
+    check_name,
+)
 from statekv.errors import ConfigError
 
 
@@ -16,6 +26,7 @@ def test_the_defaults_are_the_paper() -> None:
     assert config.method == "statekv"
     assert (config.carry, config.recall, config.budget, config.pin_prefix) == ("attention", "all", 4096, False)
     assert config.score_every == 1
+    assert not any(getattr(config, name) for name in ATTENTION_DIALS)
     assert config == Config.of() == Config.of("statekv")
 
 
@@ -121,6 +132,22 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"prefetch": 0}, ["prefetch is 0", "at least 1"]),
         ({"sinks": -1}, ["sinks is -1", "at least 0"]),
         ({"seed": -1}, ["seed is -1", "at least 0"]),
+        ({"decay": -0.1}, ["decay is -0.1", "from 0 to 1"]),
+        ({"decay": 1.5}, ["decay is 1.5", "from 0 to 1"]),
+        ({"decay": float("nan")}, ["decay is nan", "from 0 to 1"]),
+        ({"decay": True}, ["decay is True", "a number"]),
+        ({"coverage": 2}, ["coverage is 2", "from 0 to 1"]),
+        ({"layer_slope": -1.2}, ["layer_slope is -1.2", "from -1 to 1"]),
+        ({"layer_slope": "0"}, ["layer_slope is '0'", "a number"]),
+        ({"layer_slope": 1.0}, ["layer_slope is 1.0", "budget of 4096", "raise budget"]),
+        ({"layer_slope": -0.9, "budget": 9}, ["layer_slope is -0.9", "budget of 9", "without a key"]),
+        ({"pin_newest": -1}, ["pin_newest is -1", "at least 0"]),
+        ({"value_norms": 1}, ["value_norms is 1", "True or False"]),
+        ({"carry": "recent", "decay": 0.5}, ["decay is 0.5", "carry 'recent'", "set carry to 'attention'"]),
+        ({"carry": "random", "coverage": 0.5}, ["coverage is 0.5", "carry 'random'", "leave coverage out"]),
+        ({"carry": "all", "layer_slope": 0.5}, ["layer_slope is 0.5", "carry 'all'"]),
+        ({"carry": "sink_recent", "pin_newest": 2}, ["pin_newest is 2", "carry 'sink_recent'"]),
+        ({"carry": "all", "value_norms": True}, ["value_norms is True", "carry 'all'"]),
         ({"fps": 0}, ["fps is 0", "above 0"]),
         ({"fps": -1.5}, ["fps is -1.5", "above 0"]),
         ({"fps": float("nan")}, ["fps is nan", "above 0"]),
@@ -158,6 +185,9 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
         {"retrieve": 1, "retrieve_newest": 0, "last_frames": 1, "recall": "retrieve", "retrieve_carried": True},
         {"retrieve_carried": True, "carry": "all", "retrieve_positions": "reindex"},  # likewise
         {"uniform": True, "max_frames": 1},
+        {"decay": 1, "coverage": 1.0, "layer_slope": -0.99, "pin_newest": 0},
+        {"decay": 0, "coverage": 0.0, "layer_slope": 0.5, "budget": 2, "value_norms": True},
+        {"carry": "all", "decay": 0.0, "coverage": 0, "layer_slope": 0.0, "pin_newest": 0, "value_norms": False},
     ],
     ids=str,
 )

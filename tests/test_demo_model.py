@@ -21,7 +21,7 @@ from statekv.engine import Engine
 from statekv.models.base import Segment
 from statekv.models.loading import DEMO
 from statekv.session import Session
-from statekv.stepper import Mode, Stepper
+from statekv.stepper import Stepper
 from statekv.video.frame import Frame
 from statekv.video.reader import read_frames
 from tests import stock
@@ -69,9 +69,9 @@ class Watcher(Stepper):
         super().__init__(stepper.model)
         self.ids: list[int] = []
 
-    def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
+    def prefill(self, state: StreamState, segment: Segment, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.ids += segment.ids[0].tolist()
-        return super().prefill(state, segment, mode)
+        return super().prefill(state, segment, *args, **kwargs)
 
 
 # The folder

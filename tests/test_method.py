@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +12,17 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.models.base import Segment
 from statekv.session import Session
-from statekv.stepper import Mode, Stepper
+from statekv.stepper import Stepper
 from tests.byhand import ByHand, Keep, always, best, newest, pieces_of
 from tests.talk import QUESTION, frames_of, inputs_of, session_answer, shared_engine, stock_model
-from tests.tiny import FAMILIES, video
+from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video
 
 PREFIX = {
     "internvl": "<|im_start|>user\n",
     "qwen3_vl": "<|im_start|>user\n<|vision_start|>",
     "qwen2_5_vl": "<|im_start|>user\n<|vision_start|>",
     "llava_onevision": "<|im_start|>user\n",
+    "eagle2_5": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nThe first video:",
 }
 
 
@@ -31,21 +33,27 @@ class Watcher(Stepper):
         super().__init__(*args)
         self.hidden: list[torch.Tensor] = []
 
-    def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
-        hidden = super().prefill(state, segment, mode)
+    def prefill(self, state: StreamState, segment: Segment, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = super().prefill(state, segment, *args, **kwargs)
         self.hidden.append(hidden)
         return hidden
 
 
 def compare(
-    family: str, frames: int, keep: Keep = best, horizon: int = 0, trained: int = 4096, **settings: Any
+    family: str,
+    frames: int,
+    keep: Keep = best,
+    horizon: int = 0,
+    trained: int = 4096,
+    by_hand: Callable[..., ByHand] = ByHand,
+    **settings: Any,
 ) -> None:
     """Feed a session and the loop by hand with the same video, and look at both after every step."""
     made, engine = stock_model(family, trained), shared_engine(family, trained)
     pictures = video(frames, seed=5)
-    prefix = len(made.tokenizer(PREFIX[family])["input_ids"])
+    prefix = prefix_of(made)
     pieces = pieces_of(made, inputs_of(made, pictures, QUESTION), prefix)
-    hand = ByHand(made, settings["budget"], keep, horizon)
+    hand = by_hand(made, settings["budget"], keep, horizon)
     session = engine.open(**settings, horizon=horizon or None)
     watcher = session.stepper = Watcher(engine.model)
     per_step = engine.model.frames_per_step
@@ -58,6 +66,10 @@ def compare(
     assert len(watcher.hidden) == len(expected)
     for found, hidden in zip(watcher.hidden, expected, strict=True):
         assert_close(found[0], hidden.float())
+
+
+def prefix_of(made: Tiny) -> int:
+    return len(made.tokenizer(PREFIX[made.family])["input_ids"])
 
 
 def assert_same(session: Session, hand: ByHand) -> None:
@@ -77,21 +89,21 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kernel", ["naive", "blocked"])
 @pytest.mark.parametrize("budget", [3, 24])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_attention_keeps_the_keys_with_the_highest_scores(family: str, budget: int, kernel: str) -> None:
     compare(family, frames=8, budget=budget, kernel=kernel)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_a_budget_that_is_just_enough_evicts_nothing(family: str) -> None:
     made = stock_model(family)
     tokens = inputs_of(made, video(4, seed=5), QUESTION)["input_ids"].shape[1]
     compare(family, frames=4, budget=tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_MODEL)
 def test_a_pinned_prefix_stays_whatever_its_scores(family: str) -> None:
-    prefix = len(stock_model(family).tokenizer(PREFIX[family])["input_ids"])
+    prefix = prefix_of(stock_model(family))
     compare(family, frames=6, keep=always(prefix, best), budget=prefix + 4, pin_prefix=True)
 
 

@@ -12,6 +12,7 @@ from statekv.cache.blocks import Blocks
 from statekv.cache.retrieved import Retrieved
 from statekv.cache.stream import StreamState
 from statekv.errors import ConfigError
+from statekv.models.attention import Observer
 from statekv.models.base import Segment
 from statekv.session import Session
 from statekv.stepper import Mode, Stepper
@@ -50,8 +51,10 @@ class Listener(Stepper):
 
     told: Told
 
-    def prefill(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> torch.Tensor:
-        hidden = super().prefill(state, segment, mode)
+    def prefill(
+        self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
+    ) -> torch.Tensor:
+        hidden = super().prefill(state, segment, mode, observer)
         if segment.kind == "question":
             self.told = Told()
             if isinstance(state.recalled, Retrieved):

@@ -111,7 +111,7 @@ def test_out_of_memory_while_a_cache_grows_is_told_as_such(family: str, monkeypa
     def refuse(*_: Any) -> None:
         raise RuntimeError(NO_MEMORY)
 
-    monkeypatch.setattr(session.state.carried, "_allocate", refuse)
+    monkeypatch.setattr(session.state.carried, "allocate", refuse)
     with pytest.raises(MemoryLimitError):
         session.push(some_frames(30))
     monkeypatch.undo()

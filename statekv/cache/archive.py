@@ -83,6 +83,8 @@ def _tensors(state: StreamState) -> dict[str, torch.Tensor]:
             length = state.carried.lengths[layer]
             found[f"carried.{layer}"] = state.carried.buffers[layer][..., :length, :].contiguous()
             found[f"born.{layer}"] = state.carried.born[layer][..., :length].contiguous()
+            if state.carried.totals:
+                found[f"totals.{layer}"] = state.carried.totals[layer][..., :length].contiguous()
         if state.blocks is not None:
             found[f"blocks.{layer}"] = state.blocks.means[layer][:, :, : len(state.blocks)].contiguous()
     return found
@@ -117,11 +119,13 @@ def _restore(state: StreamState, tensors: dict[str, torch.Tensor], pinned: int) 
     for layer in range(state.geometry.layers):
         key, value = tensors[f"detailed.{layer}"]
         state.detailed.append(key, value, layer)
-    if not isinstance(state.carried, CarriedCache):
+    carried = state.carried
+    if not isinstance(carried, CarriedCache):
         return
-    state.carried.make_room(tensors["born.0"].shape[-1])
+    carried.allocate([tensors[f"born.{layer}"].shape[-1] for layer in range(state.geometry.layers)])
+    carried.lengths = carried.slots
     for layer in range(state.geometry.layers):
-        length = tensors[f"born.{layer}"].shape[-1]
-        state.carried.buffers[layer][..., :length, :] = tensors[f"carried.{layer}"]
-        state.carried.born[layer][..., :length] = tensors[f"born.{layer}"]
-        state.carried.lengths[layer] = length
+        carried.buffers[layer][:] = tensors[f"carried.{layer}"]
+        carried.born[layer][:] = tensors[f"born.{layer}"]
+        if carried.totals:
+            carried.totals[layer][:] = tensors[f"totals.{layer}"]

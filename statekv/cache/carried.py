@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 
+from statekv.cache.budgets import layer_budgets
 from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.slots import one_block
 from statekv.ops import select
 
 
@@ -22,44 +25,73 @@ class CarriedCache(Cache):
 
     Args:
         geometry: sizes of the model's keys.
-        budget: keys kept per layer and head.
+        budget: keys kept per layer and head, the mean of all layers.
         rule: scores that decide who stays.
         detailed: receives every key and value too.
+        slope: by how much the first layer's budget is larger than the mean, and the last one's smaller.
+        decay: what a kept key's former score counts beside that of a new step. Where it is not 0, each slot's score
+            stays with its key, and steps are scored from the first on.
     """
 
-    def __init__(self, geometry: Geometry, budget: int, rule: Rule, detailed: DetailedCache) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        budget: int,
+        rule: Rule,
+        detailed: DetailedCache,
+        slope: float = 0.0,
+        decay: float = 0.0,
+    ) -> None:
         super().__init__(layers=[])
         self.geometry = geometry
         self.budget = budget
+        self.budgets = layer_budgets(budget, geometry.layers, slope)
         self.rule = rule
         self.detailed = detailed
+        self.decay = decay
         self.lengths = [0] * geometry.layers
         self.buffers: list[torch.Tensor] = []  # per layer [2, streams, kv_heads, slots, head_dim]
         self.born: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] int32: which token a slot holds
-        self._allocate(0)
+        self.totals: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none without decay
+        self._newest: dict[torch.device, torch.Tensor] = {}  # first token of the pinned newest steps, 0-d int32
+        self.allocate([0] * geometry.layers)
 
     def __len__(self) -> int:
         return self.geometry.layers
 
     @property
     def length(self) -> int:
-        """Tokens held per layer and head."""
-        return self.lengths[-1]
+        """Tokens held per layer and head; where layers differ, by those that hold the most."""
+        return max(self.lengths)
 
     @property
-    def slots(self) -> int:
-        return self.buffers[0].shape[-2]
+    def slots(self) -> list[int]:
+        """Of each layer."""
+        return [born.shape[-1] for born in self.born]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, the record of births included."""
-        return sum(buffer.nbytes for buffer in self.buffers) + sum(born.nbytes for born in self.born)
+        """Bytes allocated, the record of births and accumulated scores included."""
+        return sum(tensor.nbytes for tensor in (*self.buffers, *self.born, *self.totals))
 
     def make_room(self, tokens: int) -> None:
         """Before a step of `tokens` tokens: have a slot for each of them behind the carried ones."""
-        needed = self.length + tokens
-        if needed > self.slots:
-            self._allocate(max(needed, min(2 * self.slots, self.budget + tokens)))
+        needed = [length + tokens for length in self.lengths]
+        if any(n > slots for n, slots in zip(needed, self.slots, strict=True)):
+            grown = zip(needed, self.slots, self.budgets, strict=True)
+            self.allocate([max(n, slots, min(2 * slots, budget + tokens)) for n, slots, budget in grown])
+
+    def pin_from(self, token: int) -> None:
+        """From here on tokens with this number and above stay whatever their scores; the host does not wait."""
+        for device in dict.fromkeys(self.geometry.devices):
+            if device not in self._newest:
+                self._newest[device] = torch.empty((), dtype=torch.int32, device=device)
+            self._newest[device].fill_(token)
+
+    def judges(self, tokens: int) -> bool:
+        """Whether a step of `tokens` tokens ends with `evict`: where some layer overflows, or scores accumulate."""
+        over = any(length + tokens > budget for length, budget in zip(self.lengths, self.budgets, strict=True))
+        return over or bool(self.decay)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -74,62 +106,71 @@ class CarriedCache(Cache):
         slots[1, :, :, start:stop] = value_states
         born = self.born[layer_idx]
         born[:, :, start:stop] = torch.arange(first, first + stop - start, dtype=torch.int32, device=born.device)
+        if self.totals:
+            self.totals[layer_idx][:, :, start:stop] = 0
         self.lengths[layer_idx] = stop
         return slots[0, :, :, :stop], slots[1, :, :, :stop]
 
     def evict(self, layer: int, scores: torch.Tensor | None) -> None:
-        """Shrink a layer to the budget.
+        """Shrink a layer to its budget.
 
         Args:
             layer: index of the layer, just attended.
             scores: [streams, kv_heads, length] key scores; None for rules that ignore them.
         """
-        length = self.lengths[layer]
-        if length > self.budget:
+        length, scores = self.lengths[layer], self.accumulated(layer, scores)
+        if length > self.budgets[layer]:
             self.replace(layer, scores, length)
-            self.lengths[layer] = self.budget
+            self.lengths[layer] = self.budgets[layer]
+
+    def accumulated(self, layer: int, scores: torch.Tensor | None) -> torch.Tensor | None:
+        """A step's scores, with what their keys had before where it counts; own keys had nothing."""
+        if scores is None or not self.totals:
+            return scores
+        return self.totals[layer][:, :, : scores.shape[-1]].mul_(self.decay).add_(scores)
 
     def replace(self, layer: int, scores: torch.Tensor | None, length: int) -> None:
-        """Make the first `budget` slots of a layer hold the best of its first `length` keys, in place."""
-        born = self.born[layer][:, :, :length]
-        kept = select.best(self.rule(scores, born, layer), self.budget)
-        source, target = select.moves(kept, self.budget)
+        """Make as many first slots of a layer as its budget hold the best of its first `length` keys, in place."""
+        budget, born = self.budgets[layer], self.born[layer][:, :, :length]
+        values = self.buffers[layer][1, :, :, :length]
+        newest = self._newest[born.device] if self._newest else None
+        kept = select.best(self.rule(scores, born, layer, values=values, budget=budget, newest=newest), budget)
+        source, target = select.moves(kept, budget)
         select.apply_moves(self.buffers[layer], source, target)
-        born.scatter_(-1, target, born.gather(-1, source))
+        for beside in (born, self.totals[layer][:, :, :length]) if self.totals else (born,):
+            beside.scatter_(-1, target, beside.gather(-1, source))
 
     @property
     def full(self) -> bool:
         """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
-        return self.lengths == [self.budget] * self.geometry.layers
+        return self.lengths == self.budgets
 
     def kept(self, layer: int) -> torch.Tensor:
         """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries."""
         return self.born[layer][:, :, : self.lengths[layer]].sort(-1).values
 
     def crop(self, max_length: int) -> None:
-        """Drop what was appended behind the first `max_length` slots; only right while nothing was evicted since."""
-        self.lengths = [min(length, max_length) for length in self.lengths]
+        """Drop what was appended since `length` was `max_length`; only right while nothing was evicted since.
+
+        A layer whose budget is smaller than that held no more than its budget then.
+        """
+        self.lengths = [
+            min(length, max_length, budget) for length, budget in zip(self.lengths, self.budgets, strict=True)
+        ]
 
     def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
         return self.lengths[layer_idx]
 
-    def _allocate(self, slots: int) -> None:
+    def allocate(self, slots: Sequence[int]) -> None:
+        """Have so many slots in each layer; what the layers hold moves along."""
         g = self.geometry
-        rows: dict[torch.device, int] = {device: g.devices.count(device) for device in g.devices}
-        blocks = {
-            device: torch.empty(n, 2, g.streams, g.kv_heads, slots, g.head_dim, dtype=g.dtype, device=device)
-            for device, n in rows.items()
-        }
-        births = {
-            device: torch.empty(n, g.streams, g.kv_heads, slots, dtype=torch.int32, device=device)
-            for device, n in rows.items()
-        }
-        old_buffers, old_born = self.buffers, self.born
-        self.buffers, self.born = [], []
-        for device in g.devices:
-            row = sum(buffer.device == blocks[device].device for buffer in self.buffers)
-            self.buffers.append(blocks[device][row])
-            self.born.append(births[device][row])
-        for layer, length in enumerate(self.lengths if old_buffers else []):
-            self.buffers[layer][..., :length, :] = old_buffers[layer][..., :length, :]
-            self.born[layer][..., :length] = old_born[layer][..., :length]
+        former, beside = self.buffers, (self.born, self.totals)
+        rows = [(g.streams, g.kv_heads, n) for n in slots]
+        self.buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
+        self.born = one_block(rows, torch.int32, g.devices)
+        self.totals = one_block(rows, torch.float32, g.devices) if self.decay else []
+        for layer, length in enumerate(self.lengths if former else []):
+            self.buffers[layer][..., :length, :] = former[layer][..., :length, :]
+            for new, old in zip((self.born, self.totals), beside, strict=True):
+                if new:
+                    new[layer][..., :length] = old[layer][..., :length]

@@ -14,9 +14,9 @@ from statekv.cache.carried import CarriedCache
 class StaticStep(Cache):
     """What `CarriedCache` does in a step, with the tokens' places read from the device instead of known to the host.
 
-    The carried keys fill the slots below the budget, own keys come behind them, and evicted slots are replaced in
-    place. Where the new keys go in the detailed cache is a tensor, so that the same recorded commands write to another
-    place at every step.
+    The carried keys fill the slots below the layer's budget, own keys come behind them, and evicted slots are replaced
+    in place. Where the new keys go in the detailed cache is a tensor, so that the same recorded commands write to
+    another place at every step.
 
     Args:
         carried: a cache that holds its budget.
@@ -51,7 +51,7 @@ class StaticStep(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by transformers' attention layers: append to both memories, hand out carried and own keys."""
-        carried, budget = self.carried, self.carried.budget
+        carried, budget = self.carried, self.carried.budgets[layer_idx]
         slots = carried.buffers[layer_idx][..., : budget + self.tokens, :]
         own = slots[..., budget:, :]  # [2, streams, kv_heads, T, D]
         own[0].copy_(key_states)
@@ -60,11 +60,14 @@ class StaticStep(Cache):
         places = self.places[held.device]
         held.index_copy_(-2, places, own)
         carried.born[layer_idx][..., budget : budget + self.tokens] = places
+        if carried.totals:
+            carried.totals[layer_idx][..., budget : budget + self.tokens] = 0
         return slots[0], slots[1]
 
     def evict(self, layer: int, scores: torch.Tensor | None) -> None:
         """As `CarriedCache.evict`."""
-        self.carried.replace(layer, scores, self.carried.budget + self.tokens)
+        carried = self.carried
+        carried.replace(layer, carried.accumulated(layer, scores), carried.budgets[layer] + self.tokens)
 
     def end(self) -> None:
         """After a step: the host takes note that the detailed cache has grown."""

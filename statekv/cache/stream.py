@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
 from statekv.cache.blocks import Blocks
+from statekv.cache.budgets import layer_budgets
 from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
@@ -114,13 +116,34 @@ class StreamState:
         if not self.config.pin_prefix or self.config.carry == "all":
             return
         assert not self.tokens, "the prefix comes first"
-        if tokens >= self.config.budget:
+        if tokens >= self._least_budget:
             raise ConfigError(
-                f"budget is {self.config.budget}, but the pinned prefix alone takes {tokens} tokens",
+                f"budget is {self._told_budget}, but the pinned prefix alone takes {tokens} tokens",
                 f"raise budget above {tokens} or leave the prefix unpinned",
             )
         self.pinned = tokens
         self._carried = self._make_carried()
+
+    def expect_newest(self, kind: str, tokens: int) -> None:
+        """Say what enters before it does, so that the newest steps can be pinned.
+
+        Raises:
+            ConfigError: the newest steps do not fit into the part of the budget that goes by score.
+        """
+        pinned, carried = self.config.pin_newest, self.carried
+        if not pinned or isinstance(carried, DetailedCache):
+            return
+        own = kind == "step"
+        before = islice((span.start for span in reversed(self.spans) if span.kind == "step"), pinned - own)
+        first = min((*before, self.tokens if own else self.tokens + tokens))
+        taken, room = self.tokens + tokens - first, carried.rule.chosen(self._least_budget)
+        if taken > room:
+            raise ConfigError(
+                f"pin_newest is {pinned} with a budget of {self._told_budget}, but these steps take {taken} tokens "
+                f"where {room} go by score",
+                "raise budget or lower pin_newest",
+            )
+        carried.pin_from(first)
 
     def note(self, kind: str, length: int, pts_seconds: float | None) -> None:
         """Record that `length` tokens of a segment have just entered."""
@@ -165,5 +188,16 @@ class StreamState:
 
     def _make_carried(self) -> CarriedCache:
         c = self.config
-        rule = Rule(c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned)
-        return CarriedCache(self.geometry, c.budget, rule, self.detailed)
+        rule = Rule(
+            c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned, value_norms=c.value_norms, coverage=c.coverage
+        )
+        return CarriedCache(self.geometry, c.budget, rule, self.detailed, c.layer_slope, c.decay)
+
+    @property
+    def _least_budget(self) -> int:
+        return min(layer_budgets(self.config.budget, self.geometry.layers, self.config.layer_slope))
+
+    @property
+    def _told_budget(self) -> str:
+        least = f" ({self._least_budget} in the smallest layer)" if self.config.layer_slope else ""
+        return f"{self.config.budget}{least}"

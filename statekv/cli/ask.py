@@ -11,7 +11,7 @@ import typer
 import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, progress
-from statekv.config import Config
+from statekv.config import ATTENTION_DIALS, Config
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _SETTINGS = (
     "recall",
     "sinks",
     "pin_prefix",
+    *ATTENTION_DIALS,
     "retrieve",
     "retrieve_newest",
     "retrieve_carried",
@@ -56,6 +57,11 @@ def ask(
     recall: options.Recall = None,
     sinks: options.Sinks = _DEFAULT.sinks,
     pin_prefix: options.PinPrefix = None,
+    decay: options.Decay = _DEFAULT.decay,
+    value_norms: options.ValueNorms = False,
+    layer_slope: options.LayerSlope = _DEFAULT.layer_slope,
+    pin_newest: options.PinNewest = _DEFAULT.pin_newest,
+    coverage: options.Coverage = _DEFAULT.coverage,
     retrieve: options.Retrieve = _DEFAULT.retrieve,
     retrieve_newest: options.RetrieveNewest = _DEFAULT.retrieve_newest,
     retrieve_carried: options.RetrieveCarried = False,

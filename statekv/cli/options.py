@@ -26,6 +26,13 @@ PinPrefix = Annotated[
         "--pin-prefix/--no-pin-prefix", help="Always carry the prompt's prefix; by default as the method does."
     ),
 ]
+Decay = Annotated[float, typer.Option(help="What a key's former score counts, 0 to 1.")]
+ValueNorms = Annotated[bool, typer.Option("--value-norms", help="Multiply a key's score by the length of its value.")]
+LayerSlope = Annotated[
+    float, typer.Option(help="Share by which the first layer carries more than the mean, and the last less.")
+]
+PinNewest = Annotated[int, typer.Option(help="Newest steps that are carried whatever their scores.")]
+Coverage = Annotated[float, typer.Option(help="Share of the budget for a random sample of the whole stream, 0 to 1.")]
 Retrieve = Annotated[int, typer.Option(help="Steps that recall retrieve shows to an answer, chosen in each layer.")]
 RetrieveNewest = Annotated[int, typer.Option(help="Newest steps that it shows besides those.")]
 RetrieveCarried = Annotated[bool, typer.Option("--retrieve-carried", help="Let it show the carried keys too.")]

@@ -32,6 +32,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "release": {"budget": 30, "layout": "release"},
     "retrieve": {"budget": 30, "recall": "retrieve", "retrieve": 2, "retrieve_carried": True},
     "roomy": {"budget": 4000},
+    "dials": {"budget": 30, "decay": 0.5, "layer_slope": 0.3, "pin_newest": 1, "coverage": 0.2, "value_norms": True},
 }
 
 

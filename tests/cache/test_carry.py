@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -95,3 +97,59 @@ def test_random_leaves_the_global_generator_alone() -> None:
 def test_random_ignores_the_scores() -> None:
     rules = [Rule("random", sinks=0, seed=3, pinned=0) for _ in range(2)]
     assert torch.equal(rules[0](scores(1), born()), rules[1](None, born()))
+
+
+def dial(slots: torch.Tensor, budget: int, pinned: int = 0, seed: int = 0, **dials: Any) -> torch.Tensor:
+    """[streams, heads, budget] token numbers that carry attention keeps with its dials, ascending."""
+    newest, values = dials.pop("newest", None), dials.pop("values", None)
+    rule = Rule("attention", sinks=0, seed=seed, pinned=pinned, **dials)
+    found = rule(scores(), slots, layer=2, values=values, budget=budget, newest=newest)
+    return slots[select.best(found, budget)].view(*SHAPE[:2], budget).sort(-1).values
+
+
+def test_value_norms_multiply() -> None:
+    values = torch.randn(*SHAPE, 4, generator=torch.Generator().manual_seed(7))
+    worth = scores() * values.square().sum(-1).sqrt()
+    expected = born().gather(-1, worth.topk(15).indices).sort(-1).values
+    assert torch.equal(dial(born(), 15, values=values, value_norms=True), expected)
+    assert not torch.equal(expected, dial(born(), 15))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_of_one_length_change_nothing(dtype: torch.dtype) -> None:
+    values = torch.full((*SHAPE, 4), 0.5, dtype=dtype)  # a length of 1
+    assert torch.equal(dial(born(), 15, values=values, value_norms=True), dial(born(), 15))
+
+
+@pytest.mark.parametrize("pinned", [0, 6])
+def test_full_coverage_is_random(pinned: int) -> None:
+    tokens = torch.arange(40, dtype=torch.int32).expand(SHAPE)
+    lots = Rule("random", sinks=0, seed=5, pinned=pinned)(None, tokens, 2)
+    expected = tokens[select.best(lots, 15)].view(*SHAPE[:2], 15).sort(-1).values
+    assert torch.equal(dial(tokens, 15, pinned, seed=5, coverage=1.0), expected)
+
+
+@pytest.mark.parametrize(("coverage", "sampled"), [(0.2, 3), (0.5, 8), (0.01, 0)])
+def test_coverage_is_a_sample_and_the_best_of_the_others(coverage: float, sampled: int) -> None:
+    lots = Rule("random", sinks=0, seed=5, pinned=0)(None, born(), 2)
+    sample = torch.zeros(SHAPE, dtype=torch.bool).scatter_(-1, lots.topk(sampled).indices, True)
+    others = scores().masked_fill(sample, -1).topk(15 - sampled).indices
+    expected = born()[sample.scatter(-1, others, True)].view(*SHAPE[:2], 15).sort(-1).values
+    assert torch.equal(dial(born(), 15, seed=5, coverage=coverage), expected)
+
+
+def test_what_is_pinned_is_no_part_of_the_sample() -> None:
+    rule = Rule("attention", sinks=0, seed=0, pinned=5, coverage=0.5)
+    assert (rule.covering(15), rule.chosen(15)) == (5, 5)
+    found = dial(torch.arange(40, dtype=torch.int32).expand(SHAPE), 15, 5, coverage=0.5)
+    assert (found[..., :5] == torch.arange(5)).all()
+    unpinned = Rule("attention", sinks=0, seed=0, pinned=0, coverage=0.5)
+    assert (unpinned.covering(16), unpinned.chosen(16)) == (8, 8)
+
+
+@pytest.mark.parametrize("first", [92, 99, 100])
+def test_the_newest_stay_and_the_best_of_the_others(first: int) -> None:
+    newest = born() >= first
+    others = scores().masked_fill(newest, -1).topk(10 - (100 - first)).indices
+    expected = born()[newest.scatter(-1, others, True)].view(*SHAPE[:2], 10).sort(-1).values
+    assert torch.equal(dial(born(), 10, newest=torch.tensor(first, dtype=torch.int32)), expected)

@@ -16,9 +16,10 @@ from statekv.cache.static import StaticStep
 BUDGET, TOKENS = 12, 5
 
 
-def full(carry: str = "attention", streams: int = 2) -> CarriedCache:
+def full(carry: str = "attention", streams: int = 2, slope: float = 0.0, decay: float = 0.0) -> CarriedCache:
     geometry = Geometry(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
-    cache = CarriedCache(geometry, BUDGET, Rule(carry, sinks=2, seed=1, pinned=1), DetailedCache(geometry))
+    rule = Rule(carry, sinks=2, seed=1, pinned=1)
+    cache = CarriedCache(geometry, BUDGET, rule, DetailedCache(geometry), slope, decay)
     for number in range(3):
         walk(cache, cache, TOKENS, number)
     return cache
@@ -45,13 +46,17 @@ def assert_same(found: CarriedCache, expected: CarriedCache) -> None:
         length = found.lengths[layer]
         assert torch.equal(found.born[layer][..., :length], expected.born[layer][..., :length])
         assert torch.equal(found.buffers[layer][..., :length, :], expected.buffers[layer][..., :length, :])
+        for total, other in zip(found.totals[layer : layer + 1], expected.totals[layer : layer + 1], strict=True):
+            assert torch.equal(total[..., :length], other[..., :length])
         assert torch.equal(found.detailed.keys(layer), expected.detailed.keys(layer))
         assert torch.equal(found.detailed.values(layer), expected.detailed.values(layer))
 
 
+@pytest.mark.parametrize(("slope", "decay"), [(0.0, 0.0), (0.25, 0.0), (-0.25, 0.5), (0.0, 1.0)])
 @pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
-def test_static_steps_equal_ordinary_ones(carry: str) -> None:
-    mine, other = full(carry), full(carry)
+def test_static_steps_equal_ordinary_ones(carry: str, slope: float, decay: float) -> None:
+    mine, other = (full(carry, slope=slope, decay=decay) for _ in range(2))
+    assert mine.full
     static = StaticStep(mine, TOKENS)
     for number in range(10, 16):
         mine.make_room(TOKENS)

@@ -24,6 +24,8 @@ def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_s
     """Run a segment as the stepper does, with scores that prefer even tokens."""
     g, new = state.geometry, range(state.tokens, state.tokens + tokens)
     cache = state.detailed if mode == "answer" else state.carried
+    if mode == "carry":
+        state.expect_newest(kind, tokens)
     if isinstance(cache, CarriedCache):
         cache.make_room(tokens)
     for layer in range(g.layers):
@@ -198,6 +200,31 @@ def test_a_pinned_prefix_must_leave_room(tokens: int) -> None:
     with pytest.raises(ConfigError, match=rf"^budget is 8, .*prefix.* {tokens} tokens \(raise budget above {tokens}"):
         state.expect_prefix(tokens)
     assert state.tokens == 0
+
+
+def test_the_newest_steps_stay_with_the_text_behind_them() -> None:
+    """Scores prefer even tokens, so odd ones are there because they are pinned."""
+    state = stream(budget=14, pin_newest=2)
+    for kind, tokens, first in [("prefix", 3, 3), ("step", 4, 3), ("step", 5, 3), ("text", 2, 3), ("step", 6, 7)]:
+        enter(state, kind, tokens)
+        assert all(set(range(first, state.tokens)) <= set(kept) for kept in carried_tokens(state))
+    assert carried_tokens(state) == [[6, *range(7, 20)]] * 3
+
+
+def test_newest_steps_that_do_not_fit_are_refused() -> None:
+    state = stream(budget=14, pin_newest=2, coverage=0.25)  # 4 of the 14 are a sample
+    enter(state, "step", 5)
+    with pytest.raises(ConfigError, match=r"^pin_newest is 2 with a budget of 14, .* 11 tokens where 10 go by score"):
+        state.expect_newest("step", 6)
+    enter(state, "step", 5)
+    with pytest.raises(ConfigError, match=r"11 tokens where 10"):
+        state.expect_newest("text", 1)
+
+
+def test_other_carries_pin_nothing_new() -> None:
+    state = stream("full", budget=8)
+    state.expect_newest("step", 100)
+    assert state.carried is state.detailed
 
 
 @pytest.mark.parametrize("tokens", [5, 100])
