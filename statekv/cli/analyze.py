@@ -1,0 +1,127 @@
+"""`statekv analyze`: where a model's attention goes in a video, and what the carried cache holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+import statekv
+from statekv.cli import options
+from statekv.cli.console import notes, out, progress
+from statekv.config import Config
+from statekv.errors import ConfigError
+from statekv.video.source import check_file, local_path
+
+if TYPE_CHECKING:
+    from statekv.analysis.watching import Analysis
+
+_DEFAULT = Config()
+
+
+def analyze(
+    video: options.Video,
+    model: options.Model = "demo",
+    budget: options.Budget = _DEFAULT.budget,
+    layers: Annotated[str | None, typer.Option(help="Layers to look at, with commas; all if left out.")] = None,
+    fps: options.Fps = 1.0,
+    max_frames: Annotated[int, typer.Option(help="Frames at most, spread over the video.")] = 128,
+    horizon: options.Horizon = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where tables and pictures go.")] = Path("statekv-analysis"),
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> None:
+    """Show where attention goes in VIDEO, how long it stays there, and which patches are carried on."""
+    settings: dict[str, Any] = {"budget": budget, "fps": fps, "horizon": horizon}
+    Config.of(**settings, max_frames=max_frames)
+    chosen = None if layers is None else _numbers(layers)
+    path = local_path(video)
+    if path is not None:
+        check_file(path)
+    from statekv.analysis.curves import check_drawing
+
+    check_drawing()
+    _make(folder)
+    engine = statekv.load(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **settings,
+    )
+    from statekv.analysis.watching import analyse
+
+    with progress() as bar:
+        task = bar.add_task("frames", total=None)
+        found = analyse(
+            engine,
+            video,
+            max_frames=max_frames,
+            layers=chosen,
+            on_step=lambda frames: bar.update(task, completed=frames),
+        )
+    _publish(found, Path(model).name, folder, as_json)
+
+
+def _publish(found: Analysis, name: str, folder: Path, as_json: bool) -> None:
+    from statekv.analysis.canvas import write_film, write_strip
+    from statekv.analysis.curves import draw_curves
+    from statekv.analysis.tables import summary, write_tables
+
+    files = [
+        *write_tables(found, folder),
+        *draw_curves(found, name, folder),
+        write_strip(found, name, folder / "held-strip.png"),
+        write_film(found, name, folder / "held.webp"),
+    ]
+    if as_json:
+        typer.echo(json.dumps({"model": name, **summary(found), "files": [str(file) for file in files]}, indent=2))
+    else:
+        _show(found)
+    if found.budget >= found.tokens:
+        told = f"budget {found.budget} holds all {found.tokens} tokens of the stream, so nothing was let go"
+        notes.print(f"statekv: {told} (--budget {max(1, found.tokens // 10)} would be a tenth)", soft_wrap=True)
+    notes.print(f"in {folder}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
+
+
+def _show(found: Analysis) -> None:
+    from statekv.analysis.concentration import BUDGETS
+
+    mean = found.mean_shares()
+    title = f"{found.frames} frames, {found.tokens} tokens; shares in %, mean over {len(found.shares)} layers"
+    table = Table(title=title, title_justify="left")
+    for heading in ("budget", "captured", "weighted recall", "retention", "churn"):
+        table.add_column(heading, justify="right")
+    for budget, *shares in zip(BUDGETS, mean.captured, mean.recall, mean.retention, mean.churn, strict=True):
+        table.add_row(str(budget), *(f"{100 * share:.1f}" for share in shares))
+    out().print(table)
+    held = f"The carried cache of {found.budget} captured {100 * mean.carried:.1f} % of the historical attention"
+    out().print(f"{held}; the best choice of as many keys would have captured {100 * mean.best:.1f} %.")
+    told = f"At the end {100 * found.moments[-1].text:.0f} % of the carried cache is text (prompt, marks around frames)"
+    out().print(f"{told}; of the stream {100 * found.text:.0f} %.")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(piece) for piece in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"layers is {text!r}, must be numbers with commas", "for example 0,5,11") from None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder: {error.strerror}", "name another") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} cannot be written to", "name another")
