@@ -35,8 +35,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # The tests compare with processors that need torchvision. Beside a torch of another build it breaks every import of
-# transformers, so it lies apart, where only the tests look.
-$(VENV)/.ready-dev: $(VENV)/.ready
+# transformers, so it lies apart, where only the tests look. So does lmms-eval with what it needs.
+$(VENV)/.ready-dev: $(VENV)/.ready tests/lmms-eval.txt
 	$(PIP) -e '.[plot,dev]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/stock torchvision==0.28.0
+	$(PIP) --no-deps --upgrade --target $(VENV)/lmms -r tests/lmms-eval.txt
 	touch $@

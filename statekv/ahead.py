@@ -71,6 +71,10 @@ class Ahead:
         (seen,) = self._model.look([frames], self._state.frames_expected)
         return seen
 
+    def offer(self, seen: Seen) -> None:
+        """Hand over a step that another stream of the same frames has had looked at."""
+        self._looked.append((seen, None))
+
     def forget(self) -> None:
         """Let go of all frames."""
         self._frames.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +15,6 @@ from statekv.models.base import VideoModel
 from statekv.models.loading import load_model
 from statekv.session import Session
 from statekv.stepper import Stepper, room_for_answers
-from statekv.video.frame import Frame
 from statekv.video.reader import VideoInfo, count_frames, probe, read_frames
 
 
@@ -38,6 +37,7 @@ class Engine:
         source: str | os.PathLike[str] | None = None,
         method: str | None = None,
         stream: int | None = None,
+        until_seconds: float | None = None,
         **settings: Any,
     ) -> Session:
         """Open a stream.
@@ -46,6 +46,7 @@ class Engine:
             source: path or URL of a video; None for a stream whose frames are pushed.
             method: one of statekv.config.METHODS; None: the engine's dials.
             stream: which of the file's video streams, from 0; None: the one FFmpeg thinks best.
+            until_seconds: where the video ends, as if it had been cut there; None: whole.
             settings: fields of `Config` that differ from the engine's.
 
         Raises:
@@ -59,10 +60,14 @@ class Engine:
             _check_length(config, None)
             return Session(self.stepper, self.stepper.open(config))
         info = probe(source, stream)
+        if until_seconds is not None:
+            seconds = until_seconds - info.start_seconds
+            info = replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
         _check_length(config, info.duration_seconds)
-        frames = _count(source, config, stream)
+        frames = _count(source, config, stream, until_seconds)
         horizon = self._horizon(config, frames, info)
-        return Session(self.stepper, self.stepper.open(config, horizon, frames), _read(source, config, stream))
+        reading = read_frames(source, config.fps, config.max_frames, stream, config.prefetch, until_seconds)
+        return Session(self.stepper, self.stepper.open(config, horizon, frames), reading)
 
     def check_question(self, question: str) -> None:
         """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
@@ -141,14 +146,12 @@ def _check_length(config: Config, duration_seconds: float | None) -> None:
         )
 
 
-def _count(source: str | os.PathLike[str], config: Config, stream: int | None) -> int | None:
+def _count(
+    source: str | os.PathLike[str], config: Config, stream: int | None, until_seconds: float | None
+) -> int | None:
     # Counting reads the file once without decoding it; a URL would be fetched twice.
     if urlsplit(str(source)).netloc:
         return None
-    found = count_frames(source, config.fps, config.max_frames, stream)
+    found = count_frames(source, config.fps, config.max_frames, stream, until_seconds)
     # Positions and pictures are sized by what enters together.
     return min(found, config.last_frames) if config.recall == "last_frames" else found
-
-
-def _read(source: str | os.PathLike[str], config: Config, stream: int | None) -> Iterator[Frame]:
-    return read_frames(source, config.fps, config.max_frames, stream, ahead=config.prefetch)

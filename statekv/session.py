@@ -16,7 +16,7 @@ from statekv.cache.stream import StreamState
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
 from statekv.interrupts import deferred_interrupts
-from statekv.models.base import Segment
+from statekv.models.base import Seen, Segment
 from statekv.progress import Progress, Seconds
 from statekv.stepper import Stepper, memory_limit, room_for_answers
 from statekv.streaming_text import StreamingText
@@ -79,14 +79,20 @@ class Session:
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
 
-    def push(self, frames: Iterable[Frame], on_step: Callable[[Progress], None] | None = None) -> None:
+    def push(
+        self, frames: Iterable[Frame], on_step: Callable[[Progress], None] | None = None, seen: Seen | None = None
+    ) -> None:
         """Let frames enter; they become part of the stream as soon as a step is full.
+
+        `seen` is what the vision tower made of the step that they end, where several streams share it.
 
         Raises:
             ConfigError: not a frame, or one of another size than its partner in the step; those before it have entered.
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
+        if seen is not None and not self._only_newest:
+            self._ahead.offer(seen)
         for frame in frames:
             self._check_growing()
             self._check_frame(frame)
@@ -261,19 +267,19 @@ class Session:
                 self.stepper.prefill(self.state, waiting, "carry" if self._only_newest else "peek")
         return model.question(question, self.state)
 
-    def _check_growing(self) -> None:
+    def _check_free(self) -> None:
         if self._closed:
             raise ConfigError("this session is closed", "open a new one")
         if self._answering:
             raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+
+    def _check_growing(self) -> None:
+        self._check_free()
         if self._broken:
             raise StateKVError(self._broken, "questions still work; open a new session to watch on")
 
     def _check_askable(self) -> None:
-        if self._closed:
-            raise ConfigError("this session is closed", "open a new one")
-        if self._answering:
-            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+        self._check_free()
         if not self.frames:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
 

@@ -14,7 +14,7 @@ from statekv.models.base import Seen
 from statekv.progress import Seconds
 from statekv.session import Session
 from statekv.video.frame import Frame
-from tests.talk import shared_engine, some_frames
+from tests.talk import assert_same_stream, shared_engine, some_frames
 from tests.tiny import FAMILIES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -111,6 +111,30 @@ def test_time_is_noted_where_it_was_spent() -> None:
     spent = seconds.vision
     ahead.take([frame])
     assert seconds.vision == spent
+
+
+@EVERY_FAMILY
+def test_what_another_stream_has_had_looked_at_is_taken(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = shared_engine(family)
+    size = engine.model.frames_per_step
+    frames = some_frames(3 * size)
+    steps = [frames[i : i + size] for i in range(0, len(frames), size)]
+    alone, offered = (engine.open(budget=20) for _ in range(2))
+    alone.push(frames)
+    seen = [engine.model.look([step])[0] for step in steps]
+    monkeypatch.setattr(engine.model, "look", lambda *_: pytest.fail("looked again"))
+    for step, found in zip(steps, seen, strict=True):
+        offered.push(step, seen=found)
+    assert_same_stream(offered, alone)
+
+
+def test_of_other_frames_it_is_not_taken() -> None:
+    engine, frames = shared_engine("internvl"), some_frames(2)
+    (wrong,) = engine.model.look([[frames[1]]])
+    alone, offered = (engine.open(budget=20) for _ in range(2))
+    alone.push(frames[:1])
+    offered.push(frames[:1], seen=wrong)
+    assert_same_stream(offered, alone)
 
 
 def test_frames_let_go_are_gone() -> None:

@@ -125,6 +125,21 @@ def test_a_files_horizon_holds_all_of_it_and_a_long_question(family: str, layout
     assert session.ask("What is it? " * 60)
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_frames": 4}, {"method": "uniform", "max_frames": 2}])
+@EVERY_FAMILY
+def test_until_a_time_it_is_the_video_cut_there(
+    family: str, settings: dict[str, Any], clip: Path, tmp_path: Path
+) -> None:
+    write_video(tmp_path / "short.mp4", video(12)[:7], fps=2)
+    loaded = engine(family, trained=128 if family == "internvl" else 4096)  # whose positions are scaled to the length
+    long = loaded.open(clip, until_seconds=3.5, **settings)
+    short = loaded.open(tmp_path / "short.mp4", **settings)
+    for session in (long, short):
+        session.watch()
+    assert long.frames == long.state.frames_expected == short.frames
+    assert (long.state.horizon, long.state.spans) == (short.state.horizon, short.state.spans)
+
+
 @EVERY_FAMILY
 def test_frames_expected_are_the_frames_that_come(family: str, clip: Path) -> None:
     for settings in ({}, {"fps": 0.5}, {"max_frames": 4}, {"fps": 2.0}):

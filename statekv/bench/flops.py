@@ -1,4 +1,4 @@
-"""FLOPs of a video's prefill through the language model, by formula, and counted by torch to check the formula."""
+"""FLOPs of a video's prefill through real language models, and counted by torch to check the formula."""
 
 from __future__ import annotations
 
@@ -14,41 +14,12 @@ from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
 from statekv.bench.sizes import Size, size_of
 from statekv.config import Config
+from statekv.flops import matrix_weights, step_flops
 from statekv.models import adapter
 from statekv.stepper import Stepper
 
 _TERA = 1e12
 _POINTS = 24  # of a line in the picture
-
-
-def matrix_weights(size: Size) -> int:
-    """Weights that are factors of a product with every token; norms and biases are not."""
-    attention = 2 * size.hidden * (size.heads + size.kv_heads) * size.head_dim
-    return size.layers * (attention + 3 * size.hidden * size.intermediate)
-
-
-def step_flops(size: Size, steps: Iterable[int], budget: int | None = None, scored_products: int = 3) -> Iterator[int]:
-    """FLOPs of each step: products with the weights, and of every query with every key.
-
-    As in `torch.utils.flop_counter`, masked pairs count and everything but products is free.
-
-    Args:
-        size: the language model.
-        steps: tokens of each step, in order.
-        budget: carried keys at most; None carries all of them, as the stock model does.
-        scored_products: products between queries and keys' side in a step that makes key scores: queries with keys,
-            probabilities with values, and in two passes queries with keys once more. Other steps make two.
-
-    Source: StateKV's step as in `Stepper.prefill`: only a step that evicts is scored.
-    """
-    carried = 0
-    for tokens in steps:
-        keys = carried + tokens
-        evicts = budget is not None and keys > budget
-        products = scored_products if evicts else 2
-        attention = 2 * size.layers * size.heads * size.head_dim * tokens * keys * products
-        yield 2 * matrix_weights(size) * tokens + attention
-        carried = budget if evicts and budget is not None else keys
 
 
 @contextmanager

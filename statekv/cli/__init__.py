@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from statekv.cli import ask, bench, bench_streams, demo, models
+from statekv.cli import analyze, ask, bench, bench_streams, demo, evals, evals_report, models
 from statekv.cli.console import notes, show_warning
 from statekv.cli.heap import keep_freed_memory
 from statekv.errors import StateKVError
@@ -37,10 +37,14 @@ app = typer.Typer(
 )
 app.command()(ask.ask)
 app.command()(demo.demo)
+app.command()(analyze.analyze)
 app.command()(models.models)
 for command in (bench_streams.prefill, bench_streams.answer, bench_streams.video):
     bench.app.command()(command)
 app.add_typer(bench.app)
+evals.app.command()(evals_report.report)
+evals.app.command()(evals_report.picture)
+app.add_typer(evals.app)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from statekv.video.frame import Frame
 from statekv.video.orientation import Orientation
 from statekv.video.prefetch import prefetch
 from statekv.video.sampling import Sampler, check_limits, count_kept
-from statekv.video.source import Source, check_file, display_name, explain, local_path, unusable
+from statekv.video.source import Source, check_file, display_name, explain, local_path, nothing_decodes, unusable
 
 _URL_TIMEOUT_SECONDS = (30.0, 60.0)  # to connect, to read on
 
@@ -71,7 +71,7 @@ def probe(source: Source, stream: int | None = None) -> VideoInfo:
     with _open(source, stream) as track:
         picture = next(track.pictures(Damage()), None)
         if picture is None:
-            raise _nothing_decodes(source)
+            raise nothing_decodes(source)
         orientation = _orientation(picture)
         size = (picture.width, picture.height)
         width, height = size if orientation.rotation_degrees % 180 == 0 else size[::-1]
@@ -95,6 +95,7 @@ def read_frames(
     max_frames: int | None = None,
     stream: int | None = None,
     ahead: int = 0,
+    until_seconds: float | None = None,
 ) -> Generator[Frame, None, None]:
     """Yield the sampled frames of a video in presentation order; memory does not grow with its length.
 
@@ -105,18 +106,23 @@ def read_frames(
         fps, max_frames: what to keep, as in `Sampler`.
         stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
         ahead: frames to decode ahead on a thread; 0 decodes when asked.
+        until_seconds: presentation time at which the video ends, as if it had been cut there; None: whole.
 
     Raises:
         VideoError: at the first frame, if the source cannot be opened or holds no video that decodes.
         ConfigError: a limit that is not positive; at the first frame, if there is no such stream.
     """
     check_limits(fps, max_frames)
-    items = _read(source, fps, max_frames, stream)
+    items = _read(source, fps, max_frames, stream, until_seconds)
     return _issue_warnings(prefetch(items, ahead) if ahead else items)
 
 
 def count_frames(
-    source: Source, fps: float | None = None, max_frames: int | None = None, stream: int | None = None
+    source: Source,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    stream: int | None = None,
+    until_seconds: float | None = None,
 ) -> int:
     """Count the frames that `read_frames` will yield for a local file, without decoding it.
 
@@ -130,26 +136,29 @@ def count_frames(
     if local_path(source) is None:
         raise VideoError(f"{display_name(source)} is not local: cannot count its frames", "download it")
     with _open(source, stream) as track:
-        return count_kept(track.sampler(fps, max_frames), track.packet_times())
+        times = (pts for pts in track.packet_times() if until_seconds is None or pts < until_seconds)
+        return count_kept(track.sampler(fps, max_frames, until_seconds), times)
 
 
 def _read(
-    source: Source, fps: float | None, max_frames: int | None, stream: int | None
+    source: Source, fps: float | None, max_frames: int | None, stream: int | None, until_seconds: float | None
 ) -> Generator[Frame | VideoWarning, None, None]:
     with _open(source, stream) as track:
-        sampler, clock, damage = track.sampler(fps, max_frames), track.clock(), Damage()
+        sampler, clock, damage = track.sampler(fps, max_frames, until_seconds), track.clock(), Damage()
         for picture in track.pictures(damage):
             damage.pieces += picture.is_corrupt
             # PyAV before 15 does not tell a frame's duration.
             duration = track.seconds(getattr(picture, "duration", None))
             pts, duration = clock.tick(track.seconds(picture.pts), duration)
+            if until_seconds is not None and pts >= until_seconds:
+                return
             # Most frames are dropped here, before the costly conversion to RGB.
             if sampler.keep(pts):
                 yield Frame(_rgb(picture), pts, duration)
                 if sampler.exhausted:
                     return
         if not clock.started:
-            raise _nothing_decodes(source)
+            raise nothing_decodes(source)
         complaint = damage.complaint(
             track.start_seconds, clock.end_seconds, track.duration_seconds, track.frame_seconds
         )
@@ -199,8 +208,9 @@ class _Track:
     def seconds(self, ticks: int | None) -> float | None:
         return None if ticks is None or self.video.time_base is None else float(ticks * self.video.time_base)
 
-    def sampler(self, fps: float | None, max_frames: int | None) -> Sampler:
-        return Sampler(fps, max_frames, self.start_seconds, self.duration_seconds)
+    def sampler(self, fps: float | None, max_frames: int | None, until_seconds: float | None) -> Sampler:
+        ends = (self.duration_seconds, until_seconds and until_seconds - self.start_seconds)
+        return Sampler(fps, max_frames, self.start_seconds, min((end for end in ends if end), default=None))
 
     def clock(self) -> Clock:
         return Clock(self.start_seconds, self.frame_seconds)
@@ -249,14 +259,14 @@ def _open(source: Source, stream: int | None) -> Iterator[_Track]:
         video = _pick(container, videos, stream, source)
         # There is no context where FFmpeg has no decoder; older PyAV crashes when asked to decode then.
         if video.codec_context is None:
-            raise _nothing_decodes(source)
+            raise nothing_decodes(source)
         yield _Track(container, videos, video)
 
 
 def _video_streams(container: InputContainer, source: Source) -> list[VideoStream]:
     # FFmpeg reads any text file as "ANSI art"; nobody means that.
     if container.format.name == "tty":
-        raise _nothing_decodes(source)
+        raise nothing_decodes(source)
     videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
     if not videos:
         what = "only sound" if container.streams.audio else "no video stream"
@@ -287,7 +297,3 @@ def _orientation(picture: VideoFrame) -> Orientation:
 
 def _reason(error: FFmpegError) -> str:
     return (error.strerror or "unknown reason").lower()
-
-
-def _nothing_decodes(source: Source) -> VideoError:
-    return unusable(source, "has no frame that decodes", "check that it plays elsewhere")

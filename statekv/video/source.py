@@ -81,3 +81,8 @@ def _lacks_mp4_index(path: Path) -> bool:
                 break
             offset += length
     return offset > 0
+
+
+def nothing_decodes(source: Source) -> VideoError:
+    """For a source whose pictures cannot be read."""
+    return unusable(source, "has no frame that decodes", "check that it plays elsewhere")

@@ -1,63 +1,11 @@
-"""The formula against torch's count: on tiny models fed with real frames, and on real sizes as shapes."""
+"""Real sizes: the formula against torch's count of shapes, and the table of costs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
-import torch
 
-from statekv.bench.flops import check, counting, matrix_weights, measure, panel, step_flops
-from statekv.bench.sizes import SIZES, Size, size_of
-from statekv.cache.stream import StreamState
-from statekv.models.base import Segment
-from statekv.stepper import Stepper
-from tests.talk import shared_engine, some_frames, stock_model
-from tests.tiny import FAMILIES
-
-
-def size_of_config(config: Any) -> Size:
-    """A tiny model's sizes; what the formula does not look at stays somebody else's."""
-    text = config.get_text_config()
-    return replace(
-        SIZES["internvl3-1b"],
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-    )
-
-
-class Counting(Stepper):
-    """A stepper that notes tokens and FLOPs of every segment."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        super().__init__(stepper.model)
-        self.lengths: list[int] = []
-        self.counted: list[int] = []
-
-    def prefill(self, state: StreamState, segment: Segment, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with counting() as counter:
-            found = super().prefill(state, segment, *args, **kwargs)
-        self.lengths.append(segment.length)
-        self.counted.append(counter.get_total_flops())
-        return found
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [None, 20, 10_000])
-def test_torch_counts_the_same_in_every_step(family: str, budget: int | None) -> None:
-    engine = shared_engine(family)
-    method = "full" if budget is None else "statekv"
-    with engine.open(method=method, kernel="naive", budget=budget or 1) as session:
-        session.stepper = stepper = Counting(session.stepper)
-        session.push(some_frames(8))
-    size = size_of_config(stock_model(family).config)
-    assert len(stepper.lengths) > 4
-    assert stepper.counted == list(step_flops(size, stepper.lengths, budget, scored_products=2))
+from statekv.bench.flops import check, measure, panel
+from statekv.bench.sizes import SIZES, size_of
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -70,25 +18,6 @@ def test_torch_counts_the_same_in_real_depth() -> None:
     row = check("internvl3-1b", 300, [256, 256], layers=None)
     assert row.distance == 1
     assert row.samples[0] > 0.3
-
-
-def test_by_hand() -> None:
-    size = replace(SIZES["internvl3-1b"], hidden=4, intermediate=8, layers=2, heads=2, kv_heads=1, head_dim=3)
-    projections = 4 * 6 + 2 * 4 * 3 + 6 * 4 + 3 * 4 * 8
-    assert matrix_weights(size) == 2 * projections
-    pair = 2 * 2 * 2 * 3  # multiply and add, layers, heads, head_dim
-    weights = 2 * 2 * projections
-    assert list(step_flops(size, [5, 5, 5], budget=7)) == [
-        5 * weights + 2 * pair * 5 * 5,
-        5 * weights + 3 * pair * 5 * 10,
-        5 * weights + 3 * pair * 5 * 12,
-    ]
-    assert list(step_flops(size, [5, 5])) == [5 * weights + 2 * pair * 5 * 5, 5 * weights + 2 * pair * 5 * 10]
-
-
-def test_weights_of_products_are_nearly_all_weights() -> None:
-    for size in SIZES.values():
-        assert 0.999 * size.parameters < matrix_weights(size) < size.parameters
 
 
 def test_full_is_quadratic_and_statekv_is_linear() -> None:

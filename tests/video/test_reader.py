@@ -284,6 +284,17 @@ def test_a_full_sampler_stops_reading(clip):
         next(stream)
 
 
+@pytest.mark.parametrize("first", [0, 125])
+@pytest.mark.parametrize("limits", [{}, {"fps": 3.0}, {"max_frames": 4}, {"fps": 5.0, "max_frames": 100}])
+def test_until_a_time_it_is_the_video_cut_there(tmp_path, limits, first):
+    long = write_clip(tmp_path / "long.mkv", range(first, first + 30))
+    short = write_clip(tmp_path / "short.mkv", range(first, first + 17))
+    end = (first + 16.9) / 25
+    assert times(read_frames(long, until_seconds=end, **limits)) == near(times(read_frames(short, **limits)))
+    assert count_frames(long, until_seconds=end, **limits) == count_frames(short, **limits)
+    assert times(read_frames(long, until_seconds=99.0, **limits)) == near(times(read_frames(long, **limits)))
+
+
 def test_wrong_limits_fail_before_the_first_frame(clip):
     with pytest.raises(ConfigError, match="fps is 0"):
         read_frames(clip, fps=0)

@@ -1,0 +1,5 @@
+"""`python -m statekv`: the command line."""
+
+from statekv.cli import main
+
+main()

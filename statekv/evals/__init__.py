@@ -1,0 +1,38 @@
+"""Benchmarks: tasks, one prefill for all questions of a video, results that can be resumed and merged, the report."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from statekv.errors import ConfigError
+from statekv.evals.task import Task
+
+# Resolved at first use; a class takes the folder of its data, or None.
+TASKS: Mapping[str, str] = {
+    "cards": "statekv.evals.cards:Cards",
+    "videomme": "statekv.evals.videomme:VideoMME",
+    "mlvu": "statekv.evals.mlvu:MLVU",
+    "ovo_realtime": "statekv.evals.ovo:OVORealtime",
+    "ovo_backward": "statekv.evals.ovo:OVOBackward",
+}
+
+
+def open_task(name: str, folder: Path | None = None, **options: Any) -> Task:
+    """A benchmark by its name.
+
+    Args:
+        name: of the table.
+        folder: where its data lie; None: its default place.
+        options: further arguments of its class.
+
+    Raises:
+        ConfigError: an unknown name; the known ones are listed.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}", f"known: {', '.join(TASKS)}")
+    module, _, kind = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), kind)(folder, **options)
+    return task

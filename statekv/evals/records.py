@@ -1,0 +1,173 @@
+"""Records of a data set: read from the files that it ships, checked field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statekv.errors import ConfigError
+from statekv.evals.task import Broken
+
+_KINDS: Mapping[type, str] = {str: "text", list: "a list of texts", int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    Attributes:
+        where: file and line, or number in the file.
+        number: in the data set, from 0.
+        fields: its values by name.
+    """
+
+    where: str
+    number: int
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where the records of a data set are found, and what they must have.
+
+    Attributes:
+        repository: on the Hugging Face hub, asked where a folder holds no records.
+        patterns: of the files in a folder; the first that matches any is it, and all that it matches are read.
+        needed: fields that every record must have, with their types.
+    """
+
+    repository: str
+    patterns: Sequence[str]
+    needed: Mapping[str, type]
+
+    def read(self, folder: Path) -> Iterator[Record | Broken]:
+        """All records, in order; those that cannot be used are told.
+
+        Raises:
+            ConfigError: no records in the folder nor from the hub, a file that cannot be read, or none of use in it.
+        """
+        files = self._matches(folder) or self._matches(self._fetched(folder))
+        number, first, usable = 0, "", False
+        for file in files:
+            for where, fields, reason in _rows(file):
+                reason = reason or fault(fields, self.needed)
+                usable, first = usable or not reason, first or reason
+                yield Broken(where, reason) if reason else Record(where, number, fields)
+                number += 1
+        if not usable:
+            told = f"no record in {files[0]} can be used; the first {first}" if first else f"{files[0]} has no records"
+            raise ConfigError(told, "docs/data-sets.md lists the fields")
+
+    def _matches(self, folder: Path) -> list[Path]:
+        return next((found for pattern in self.patterns if (found := sorted(folder.glob(pattern)))), [])
+
+    def _fetched(self, folder: Path) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = list(self.patterns)
+            fetched = Path(snapshot_download(self.repository, repo_type="dataset", allow_patterns=patterns))
+            if self._matches(fetched):
+                return fetched
+            reason = f"{self.repository} has none"
+        except Exception as error:  # of the network, of its library, or of the disk
+            why = str(error).strip().splitlines() or [repr(error)]
+            reason = f"{self.repository} cannot be read: {why[0]}"
+        raise ConfigError(
+            f"{folder} holds no records ({', '.join(self.patterns)}), and {reason}",
+            f"hf download {self.repository} --repo-type dataset --local-dir {folder}",
+        )
+
+
+def fault(fields: Mapping[str, Any], needed: Mapping[str, type]) -> str:
+    """What keeps a record from being used: a field that it lacks, or of another type; "" if nothing does."""
+    for name, kind in needed.items():
+        if name not in fields:
+            return f"lacks the field {name!r}; it has {', '.join(fields) or 'none'}"
+        if not _is(fields[name], kind):
+            return f"has {name} {fields[name]!r}, but it must be {_KINDS[kind]}"
+    return ""
+
+
+def distinct(records: Iterable[Record | Broken], field: str) -> Iterator[Record | Broken]:
+    """Records, but the second one with an id is told instead."""
+    seen: dict[Any, str] = {}
+    for record in records:
+        if isinstance(record, Record):
+            id = record.fields[field]
+            if id in seen:
+                yield Broken(record.where, f"has the {field} {id!r} of {seen[id]}, which is used instead")
+                continue
+            seen[id] = record.where
+        yield record
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float)) if kind is float else isinstance(value, kind) and value != ""
+
+
+_Row = tuple[str, Mapping[str, Any], str]  # where it stands, its fields, what is wrong with it or ""
+
+
+def _rows(file: Path) -> Iterator[_Row]:
+    if file.suffix == ".jsonl":
+        yield from _lines(file)
+        return
+    whole = _parquet(file) if file.suffix == ".parquet" else _json(file)
+    for number, fields in enumerate(whole):
+        yield _row(f"{file.name} record {number}", fields)
+
+
+def _lines(file: Path) -> Iterator[_Row]:
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        where = f"{file.name} line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield _row(where, json.loads(line))
+        except ValueError as error:
+            yield where, {}, f"is not JSON: {error}"
+
+
+def _row(where: str, fields: Any) -> _Row:
+    return (where, fields, "") if isinstance(fields, dict) else (where, {}, f"is {fields!r}, but must be an object")
+
+
+def _json(file: Path) -> list[Any]:
+    try:
+        found = json.loads(_text(file))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}", "mend it or download it again") from None
+    if not isinstance(found, list):
+        raise ConfigError(f"{file} holds {type(found).__name__}, but must hold a list of records", "name another")
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", "download it again") from None
+
+
+def _parquet(file: Path) -> list[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(
+            f"{file.name} is a Parquet file, which pyarrow reads, and pyarrow is not installed",
+            "pip install 'statekv[eval]', or convert the file to JSON lines",
+        ) from None
+    try:
+        found: list[Any] = parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}", "download it again") from None
+    return found

@@ -1,0 +1,240 @@
+"""Result files made into figures: a row for each configuration, shards put together, beside full attention."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from statekv.config import METHODS, Config
+from statekv.errors import ConfigError
+from statekv.evals import open_task
+from statekv.evals.interval import Rows, interval
+from statekv.evals.paper import paper_share
+from statekv.evals.results import Results, read
+from statekv.evals.task import REFERENCE, Task
+
+
+@dataclass
+class Run:
+    """One configuration's results on one task and model, out of all its shards.
+
+    Attributes:
+        first: one of the files; its header speaks for all of them.
+        rows: of each video the questions' rows.
+        flops: of each video's prefill.
+        failed: why other videos failed.
+        notes: what a reader of the figures must know.
+    """
+
+    first: Results
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        """Settings as the file has them; such as are no longer known are left out."""
+        known = {setting.name for setting in fields(Config)}
+        return Config(**{name: value for name, value in self.first.header.config.items() if name in known})
+
+    @property
+    def method(self) -> str:
+        """The method's name, and what was set by hand besides its budget and horizon."""
+        config = self.config
+        own = METHODS.get(config.method, {"carry": config.carry, "recall": config.recall})
+        prescribed = open_task(self.first.header.task).settings
+        plain = Config(**{"budget": config.budget, "horizon": config.horizon, **prescribed, **own})
+        names = [
+            setting.name for setting in fields(Config) if getattr(config, setting.name) != getattr(plain, setting.name)
+        ]
+        return " ".join([config.method, *(f"{name}={getattr(config, name)}" for name in names)])
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens carried; None where all are."""
+        return None if self.config.carry == "all" else self.config.budget
+
+    @property
+    def questions(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return [row for rows in self.rows.values() for row in rows]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the report says about one run; shares of 1.
+
+    Attributes:
+        task, variant, model, method, budget: what was run; no budget where all tokens are carried.
+        questions, videos: how many.
+        failed: why further videos, which are not in the figures, failed.
+        headlines: the benchmark's figures by name, the first being the one that is talked about.
+        low, high: 95 % interval of the first.
+        difference, difference_low, difference_high: of it to full attention's, on questions that both have answered;
+            None where full attention was not run.
+        kl: mean KL(full ‖ method) of the answers' first tokens, in nats.
+        agreement: share of answers that equal full attention's.
+        chance: what guessing gets.
+        flops: of the language model for one video's prefill, by formula; the mean.
+        paper: what the paper reports for the first headline.
+        notes: what a reader must know.
+    """
+
+    task: str
+    variant: str
+    model: str
+    method: str
+    budget: int | None
+    questions: int
+    videos: int
+    failed: Mapping[str, str]
+    headlines: Mapping[str, float]
+    low: float
+    high: float
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    kl: float | None
+    agreement: float | None
+    chance: float
+    flops: float
+    paper: float | None
+    notes: tuple[str, ...]
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """Result files among files and folders.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    found = []
+    for path in paths:
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise ConfigError(f"there are no results at {path}", "give the --out of statekv eval")
+        found += files
+    return list(dict.fromkeys(file.resolve() for file in found))
+
+
+def merge(results: Sequence[Results]) -> list[Run]:
+    """Shards of one configuration put together; questions that several have answered count once."""
+    runs: dict[str, Run] = {}
+    shards: dict[str, list[str]] = {}
+    for found in results:
+        header = found.header
+        key = json.dumps([header.task, header.variant, header.model, header.revision, header.dtype, header.config])
+        run = runs.setdefault(key, Run(found))
+        shards.setdefault(key, []).append(header.shard)
+        _add(run, found)
+        if header.versions != run.first.header.versions:
+            run.notes.append("shards ran on different versions of packages")
+    for key, run in runs.items():
+        run.failed = {video: reason for video, reason in run.failed.items() if video not in run.rows}
+        run.notes += _missing(shards[key])
+    return list(runs.values())
+
+
+def figures(runs: Sequence[Run]) -> list[Figures]:
+    """Figures of each run, beside full attention on the same task and model where that was run.
+
+    Raises:
+        ConfigError: a task that is not known any more.
+    """
+    references = {_place(run): run for run in reversed(runs) if run.config.method == REFERENCE}
+    return [_figures(run, references.get(_place(run))) for run in runs]
+
+
+def _figures(run: Run, reference: Run | None) -> Figures:
+    header, config, rows = run.first.header, run.config, run.questions
+    task = open_task(header.task)
+    low, high = interval(run.rows, lambda drawn: _headline(task, drawn))
+    return Figures(
+        task=header.task,
+        variant=header.variant,
+        model=header.model,
+        method=run.method,
+        budget=run.budget,
+        questions=len(rows),
+        videos=len(run.rows),
+        failed=run.failed,
+        headlines=task.headlines(rows),
+        low=low,
+        high=high,
+        **_differences(task, run, reference),
+        kl=_mean([row["kl"] for row in rows if "kl" in row]),
+        agreement=_mean([row["agrees"] for row in rows if "agrees" in row]),
+        chance=_mean([row["chance"] for row in rows]) or math.nan,
+        flops=_mean(list(run.flops.values())) or math.nan,
+        paper=paper_share(header.task, header.model, config),
+        notes=tuple(run.notes),
+    )
+
+
+def _differences(task: Task, run: Run, reference: Run | None) -> dict[str, float | None]:
+    names = ("difference", "difference_low", "difference_high")
+    if reference is None or reference is run:
+        return dict.fromkeys(names)
+    ids = {row["id"] for row in run.questions} & {row["id"] for row in reference.questions}
+    ours, theirs = (
+        {video: kept for video, rows in side.rows.items() if (kept := [row for row in rows if row["id"] in ids])}
+        for side in (run, reference)
+    )
+    if not ids:
+        return dict.fromkeys(names)
+    found = [_headline(task, [row for rows in side.values() for row in rows]) for side in (ours, theirs)]
+    low, high = interval(ours, lambda drawn: _headline(task, drawn), theirs)
+    return dict(zip(names, (found[0] - found[1], low, high), strict=True))
+
+
+def _headline(task: Task, rows: Rows) -> float:
+    return next(iter(task.headlines(rows).values()))
+
+
+def _place(run: Run) -> tuple[str | int | None, ...]:
+    """What two runs must share to be compared."""
+    header, config = run.first.header, run.config
+    return header.task, header.variant, header.model, header.revision, header.dtype, config.layout, config.horizon
+
+
+def _add(run: Run, found: Results) -> None:
+    known = {row["id"]: row["answered"] for row in run.questions}
+    twice = [row for row in found.questions if row["id"] in known]
+    for row in found.questions:
+        if row["id"] not in known:
+            run.rows.setdefault(row["video"], []).append(row)
+    run.flops = {**{video: line["prefill_flops"] for video, line in found.videos.items()}, **run.flops}
+    run.failed |= found.failed
+    if twice:
+        unlike = sum(row["answered"] != known[row["id"]] for row in twice)
+        run.notes.append(f"{len(twice)} questions were answered twice, {unlike} of them differently; the first counts")
+
+
+def _missing(shards: Sequence[str]) -> list[str]:
+    """A note unless some number of shards is complete."""
+    found: dict[int, set[int]] = {}
+    for shard in shards:
+        index, count = map(int, shard.split("/"))
+        found.setdefault(count, set()).add(index)
+    if any(len(there) == count for count, there in found.items()):
+        return []
+    count, there = max(found.items())
+    return [f"shard {index}/{count} is missing" for index in range(count) if index not in there]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def load(paths: Iterable[Path]) -> list[Figures]:
+    """Figures of all result files among files and folders.
+
+    Raises:
+        ConfigError: nothing there, or a file that is not a result file.
+    """
+    return figures(merge([read(path) for path in find(paths)]))

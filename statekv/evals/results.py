@@ -1,0 +1,202 @@
+"""What an evaluation leaves behind: JSON lines, one file for each configuration and shard, which can be gone on with.
+
+The first line is the header. For each video there follow a line for each of its questions and then one that closes the
+video; or one that says why it failed. A video is written in one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from statekv.errors import ConfigError
+
+Line = Mapping[str, Any]
+
+_PACKAGES = ("statekv", "torch", "transformers", "av")
+_CLOSING = ("header", "video", "failed")  # lines behind which nothing is missing
+
+
+def versions() -> dict[str, str]:
+    """Of what answers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything that tells one result file from another.
+
+    Attributes:
+        task, variant: which benchmark.
+        model, revision: the checkpoint.
+        dtype, device: where and how it ran.
+        config: every setting.
+        shard: `0/2`.
+        versions: of the packages, when the file was begun.
+    """
+
+    task: str
+    variant: str
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    config: Mapping[str, Any]
+    shard: str
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def differences(self, other: Header) -> str:
+        """Where two headers differ, in words; "" where they don't."""
+        ours, theirs = _flat(asdict(self)), _flat(asdict(other))
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        return ", ".join(f"{name} {ours.get(name)!r} instead of {theirs.get(name)!r}" for name in names)
+
+
+@dataclass
+class Results:
+    """A result file, read.
+
+    Attributes:
+        path: where it lies.
+        header: its first line.
+        questions: rows of complete videos.
+        videos: closing lines of complete videos, by the video's id.
+        failed: why a video failed, by its id; those that a later try completed are not among them.
+        length: bytes up to the last complete video.
+    """
+
+    path: Path
+    header: Header
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    videos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    length: int = 0
+
+
+def read(path: Path) -> Results:
+    """Read a result file; an end that was cut off is left out.
+
+    Raises:
+        ConfigError: unreadable, or not a result file.
+    """
+    lines = _lines(path)
+    end, first = next(lines, (0, {}))
+    try:
+        header = Header(**{name: value for name, value in first.items() if name != "type"})
+    except TypeError:
+        header = None
+    if first.get("type") != "header" or header is None:
+        raise ConfigError(f"{path} does not begin with the header of an evaluation", "name another file or folder")
+    found = Results(path, header, length=end)
+    try:
+        _take(found, lines)
+    except KeyError as error:
+        raise ConfigError(f"{path} has a video without {error}", "move the file away to begin it anew") from None
+    return found
+
+
+def _take(found: Results, lines: Iterator[tuple[int, dict[str, Any]]]) -> None:
+    waiting = []
+    for end, line in lines:
+        kind = line.get("type")
+        if kind == "question":
+            waiting.append(line)
+        elif kind == "video":
+            found.videos[line["video"]] = line
+            found.questions += waiting
+            found.failed.pop(line["video"], None)
+        elif kind == "failed":
+            found.failed[line["video"]] = line["reason"]
+        if kind in _CLOSING:
+            waiting, found.length = [], end
+
+
+class ResultFile:
+    """A result file that grows video by video.
+
+    Args:
+        path: made with the header where it is not there; otherwise gone on with.
+        header: what the file must be about.
+
+    Attributes:
+        done: ids of complete videos.
+        failed: why others failed.
+
+    Raises:
+        ConfigError: a file of another configuration, unreadable, or a place that cannot be written to.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        try:
+            self._open(header)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}", "give another --out") from None
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Write one video's lines, the closing one last; all of them are on disk afterwards.
+
+        Raises:
+            ConfigError: the disk is full, or the like.
+        """
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            with self.path.open("ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be written: {error.strerror}", "make room and resume") from None
+
+    def _open(self, header: Header) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or b"\n" not in self.path.read_bytes():  # at most a header that was cut off
+            self.path.write_bytes(b"")
+            self.append([{"type": "header", **asdict(header)}])
+            return
+        found = read(self.path)
+        if differences := header.differences(found.header):
+            raise ConfigError(f"{self.path} is of another run: {differences}", "give another --out, or move it away")
+        os.truncate(self.path, found.length)
+        self.done, self.failed = set(found.videos), found.failed
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole line of a file, and the bytes up to its end."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+    end = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            return  # the end of a line that was being written
+        end += len(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ConfigError(f"line {number} of {path} is not a JSON object", "move the file away to begin it anew")
+        yield end, found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{name} ") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

@@ -1,0 +1,195 @@
+"""A task with one or several configurations: one prefill for each video and configuration serves all its questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from statekv.config import Config
+from statekv.engine import Engine
+from statekv.errors import StateKVError
+from statekv.evals.results import Header, Line, ResultFile
+from statekv.evals.shard import Shard
+from statekv.evals.streams import Feed, Stream
+from statekv.evals.task import REFERENCE, Broken, EvalQuestion, EvalVideo, Maker, Task
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    configs: Mapping[str, Config],
+    out: Path,
+    *,
+    model: str,
+    revision: str | None = None,
+    shard: Shard | None = None,
+    most: int | None = None,
+    on_video: Callable[[str, Mapping[str, str]], None] | None = None,
+) -> None:
+    """Answer a task's questions with every configuration, and write what came of it.
+
+    All configurations go through a video side by side. A video whose results are complete is not watched again.
+
+    Args:
+        engine: a loaded model.
+        task: the benchmark.
+        configs: by name; the one named "full" is what the others are compared with.
+        out: folder of the result files.
+        model, revision: how the checkpoint was named.
+        shard: which videos; None: all.
+        most: so many of the task's first videos; None: all.
+        on_video: called after each video with its id, and by configuration's name why it failed, where it did.
+
+    Raises:
+        ConfigError: result files that are of another run, unreadable, or cannot be written.
+    """
+    shard = shard or Shard()
+    files = {}
+    for name, config in configs.items():
+        header = _header(engine, task, config, model, revision, shard)
+        files[name] = ResultFile(out / f"{name}.{shard.index}-of-{shard.count}.jsonl", header)
+    for video in shard.of(_distinct(islice(task.videos(), most))):
+        missing = [name for name, file in files.items() if video.id not in file.done]
+        if not missing:
+            continue
+        # Distances from the reference need it at their side, also where its own results are there.
+        wanted = {name: config for name, config in configs.items() if name in missing or name == REFERENCE}
+        found = watch(engine, task, video, wanted)
+        failures = {name: found[name][-1]["reason"] for name in missing if found[name][-1]["type"] == "failed"}
+        for name in missing:
+            if name not in failures or failures[name] != files[name].failed.get(video.id):
+                files[name].append(found[name])
+        if on_video is not None:
+            on_video(video.id, failures)
+
+
+def watch(
+    engine: Engine, task: Task, video: EvalVideo | Broken, configs: Mapping[str, Config]
+) -> dict[str, list[Line]]:
+    """One video with several configurations, side by side.
+
+    Returns:
+        By configuration's name the lines of its result file: questions, and the one that closes the video.
+    """
+    if isinstance(video, Broken):
+        return {name: [_failed(video.id, video.reason)] for name in configs}
+    streams: dict[str, Stream] = {}
+    lines: dict[str, list[Line]] = {name: [] for name in configs}
+    try:
+        for name, config in configs.items():
+            try:
+                if isinstance(task, Maker):
+                    task.make(video)
+                streams[name] = Stream(engine, video.path, config, video.until_seconds)
+            except StateKVError as error:
+                lines[name] = [_failed(video.id, str(error))]
+        _go_through(task, video, streams, lines)
+    finally:
+        for stream in streams.values():
+            stream.close()
+    for name, stream in streams.items():
+        lines[name] = [_failed(video.id, stream.failure)] if stream.failure else [*lines[name], _closing(video, stream)]
+    return lines
+
+
+def _go_through(task: Task, video: EvalVideo, streams: Mapping[str, Stream], lines: Mapping[str, list[Line]]) -> None:
+    sampled: dict[tuple[float | None, int | None], list[Stream]] = {}
+    for stream in streams.values():
+        if not stream.config.uniform:
+            sampled.setdefault((stream.config.fps, stream.config.max_frames), []).append(stream)
+    feeds = [Feed(alike) for alike in sampled.values()]
+    for at_seconds, asked in groupby(video.questions, lambda question: question.at_seconds):
+        for feed in feeds:
+            feed.advance(at_seconds)
+        for stream in streams.values():
+            if not stream.failure:
+                with stream.trying():
+                    stream.arrive(at_seconds)
+        for question in asked:
+            _ask(task, video, question, {name: s for name, s in streams.items() if not s.failure}, lines)
+
+
+def _ask(
+    task: Task,
+    video: EvalVideo,
+    question: EvalQuestion,
+    streams: Mapping[str, Stream],
+    lines: Mapping[str, list[Line]],
+) -> None:
+    reference, expected = None, ""
+    for name in sorted(streams, key=lambda name: name != REFERENCE):
+        stream, compared = streams[name], {}
+        with stream.trying():
+            answered = stream.ask(question.prompt)
+            if name == REFERENCE:
+                reference, expected = stream.first_token(question.prompt), answered
+            if reference is not None:
+                own = reference if name == REFERENCE else stream.first_token(question.prompt)
+                compared = {"kl": float((reference.exp() * (reference - own)).sum()), "agrees": answered == expected}
+            lines[name].append(_row(task, video, question, stream, answered) | compared)
+
+
+def _row(task: Task, video: EvalVideo, question: EvalQuestion, stream: Stream, answered: str) -> dict[str, Any]:
+    return {
+        "type": "question",
+        "video": video.id,
+        "id": question.id,
+        "kind": question.kind,
+        "group": question.group,
+        "at_seconds": question.at_seconds,
+        "frames": stream.session.frames,
+        "tokens": stream.tokens,
+        "expected": question.expected,
+        "answered": answered,
+        "chance": question.chance,
+        **task.right(question, answered),
+    }
+
+
+def _closing(video: EvalVideo, stream: Stream) -> Line:
+    seconds = stream.session.seconds
+    return {
+        "type": "video",
+        "video": video.id,
+        "questions": len(video.questions),
+        "prefill_flops": stream.flops,
+        "prefill_seconds": round(seconds.prefill, 3),
+        "answer_seconds": round(seconds.answer, 3),
+    }
+
+
+def _failed(video: str, reason: str) -> Line:
+    return {"type": "failed", "video": video, "reason": " ".join(reason.split())}
+
+
+def _distinct(videos: Iterable[EvalVideo | Broken]) -> Iterator[EvalVideo | Broken]:
+    """Videos as they come; one whose id, or whose question's id, has been there before is told and not watched."""
+    videos_seen: set[str] = set()
+    questions_seen: set[str] = set()
+    for number, video in enumerate(videos):
+        questions = [question.id for question in video.questions] if isinstance(video, EvalVideo) else []
+        twice = [name for name in questions if name in questions_seen or questions.count(name) > 1]
+        if video.id in videos_seen:
+            yield Broken(f"{video.id} (record {number})", f"a video with the id {video.id} has been there before")
+        elif twice:
+            yield Broken(video.id, f"a question with the id {twice[0]} has been there before")
+        else:
+            yield video
+        videos_seen.add(video.id)
+        questions_seen.update(questions)
+
+
+def _header(engine: Engine, task: Task, config: Config, model: str, revision: str | None, shard: Shard) -> Header:
+    loaded = engine.model.model
+    return Header(
+        task=task.name,
+        variant=task.variant,
+        model=model,
+        revision=revision,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=loaded.device.type,
+        config=vars(config),
+        shard=f"{shard.index}/{shard.count}",
+    )

@@ -1,0 +1,80 @@
+"""Video-MME without subtitles, as lmms-eval's task `videomme` asks and scores it: 2,700 questions, 900 videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from statekv.evals.letters import chosen_letter, first_letter, sole_letter
+from statekv.evals.records import DataSet, Record, distinct
+from statekv.evals.shares import Rows, share, shares
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo
+from statekv.evals.videos import VideoFiles
+
+# It speaks of subtitles although there are none: that is the task.
+_INTRODUCTION = (
+    "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+_CLOSING = "\nAnswer with the option's letter from the given choices directly."
+_LETTERS = "ABCD"
+_DATA = DataSet(
+    repository="lmms-lab/Video-MME",
+    patterns=("videomme/test-*.parquet", "test*.parquet", "test*.jsonl", "test*.json"),
+    needed={
+        **dict.fromkeys(("question_id", "videoID", "duration", "domain", "question", "answer"), str),
+        "options": list,
+    },
+)
+
+
+class VideoMME:
+    """Accuracy over all questions; kinds are the six domains, groups the length classes short, medium and long.
+
+    Verdicts: "score" is lmms-eval's reading since 0.7.2, "letter" the strict one, "early" lmms-eval's up to 0.7.1.
+
+    Args:
+        folder: of records and videos; None: statekv-eval/videomme.
+    """
+
+    name = "videomme"
+    variant = ""
+    settings: Mapping[str, Any] = {"fps": 1.0, "max_frames": 512, "max_new_tokens": 16}
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path("statekv-eval", self.name)
+
+    def videos(self) -> Iterator[EvalVideo | Broken]:
+        found: dict[str, list[EvalQuestion]] = {}
+        for record in distinct(_DATA.read(self.folder), "question_id"):
+            question = _question(record) if isinstance(record, Record) else record
+            if isinstance(record, Record) and isinstance(question, EvalQuestion):
+                found.setdefault(record.fields["videoID"], []).append(question)
+            elif isinstance(question, Broken):
+                yield question
+        files = VideoFiles(self.folder)
+        for name, questions in found.items():
+            yield files.video(name, questions)
+
+    def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:
+        readings = {"score": chosen_letter(answered), "letter": sole_letter(answered), "early": first_letter(answered)}
+        return {name: letter == question.expected for name, letter in readings.items()}
+
+    def headlines(self, rows: Rows) -> Mapping[str, float]:
+        return {"accuracy": share(rows), **shares(rows, "group"), **shares(rows, "kind")}
+
+
+def _question(record: Record) -> EvalQuestion | Broken:
+    fields = record.fields
+    options, answer = fields["options"], fields["answer"]
+    if answer not in list(_LETTERS[: len(options)]):
+        return Broken(record.where, f"has the answer {answer!r} to {len(options)} options")
+    return EvalQuestion(
+        id=fields["question_id"],
+        kind=fields["domain"],
+        prompt="\n".join((_INTRODUCTION, fields["question"], *options, _CLOSING)),
+        expected=answer,
+        chance=1 / len(options),
+        group=fields["duration"],
+    )
