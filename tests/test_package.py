@@ -75,3 +75,9 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 def test_the_version_is_the_distributions() -> None:
     assert statekv.__version__ == version("statekv")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "statekv", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "statekv" in done.stdout
