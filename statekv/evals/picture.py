@@ -11,6 +11,7 @@ from statekv.evals.report import Figures
 from statekv.evals.task import REFERENCE
 
 _GIGA = 1e9
+_PAPER = "statekv"  # what all others are there for is drawn stronger
 _APART = 1.02  # methods of about equal cost are drawn beside each other
 
 
@@ -62,7 +63,8 @@ def _draw_method(axes: Any, method: str, figures: Sequence[Figures], color: str)
     below = [max(0.0, 100 * (_first(run) - run.low)) for run in runs]
     above = [max(0.0, 100 * (run.high - _first(run))) for run in runs]
     marker, size = ("*", 11) if method == REFERENCE else ("o", 6)
-    looks = {"marker": marker, "markersize": size, "capsize": 2, "elinewidth": 0.8, "color": color}
+    width = 2.5 if method == _PAPER else 1.2
+    looks = {"marker": marker, "markersize": size, "linewidth": width, "capsize": 2, "elinewidth": 0.8, "color": color}
     axes.errorbar(costs, values, [below, above], label=method, **looks)
     for cost, value, run in zip(costs, values, runs, strict=True):
         if run.budget is not None:
