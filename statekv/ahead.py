@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.errors import ConfigError
 from statekv.interrupts import deferred_interrupts
 from statekv.models.base import Seen, VideoModel
 from statekv.progress import Seconds
 from statekv.stepper import memory_limit
 from statekv.video.frame import Frame
+from statekv.video.live import LiveSource
+
+_POLL_SECONDS = 0.1
 
 
 class Ahead:
@@ -37,20 +42,31 @@ class Ahead:
         device = model.model.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def draw(self, source: Iterator[Frame], waiting: Sequence[Frame]) -> Frame | None:
-        """The source's next frame, None behind its last one.
+    def draw(
+        self, source: Iterator[Frame], waiting: Sequence[Frame], pause: Callable[[], bool] | None = None
+    ) -> Frame | None:
+        """The source's next frame, None behind its last one or where `pause` says so.
+
+        A live source is read frame by frame: a batch would keep its first frames waiting for its last.
 
         Args:
             source: where frames come from; its exception is raised behind the frames before it.
             waiting: frames that the next one makes a step with.
+            pause: asked before each frame, and several times a second while a live source has none.
 
         Raises:
             MemoryLimitError: the vision tower ran out of memory; no frame is lost.
         """
-        batch = self._model.frames_per_step
-        if self._state.frames:  # the first step does not wait for a batch
+        live = isinstance(source, LiveSource)
+        while True:
+            if pause is not None and pause():
+                return None
+            if not isinstance(source, LiveSource) or self._frames or source.ready(_POLL_SECONDS):
+                break
+        batch = 1 if live else self._model.frames_per_step
+        if self._state.frames and not live:  # the first step does not wait for a batch
             batch *= self._state.config.vision_batch
-        if len(self._frames) <= (batch if self._stream is not None else 0):
+        if len(self._frames) <= (batch if self._stream is not None and not live else 0):
             self._read(source, len(self._frames) + batch)
         self._look([*waiting, *self._frames])
         if self._frames:
@@ -75,6 +91,19 @@ class Ahead:
         """Hand over a step that another stream of the same frames has had looked at."""
         self._looked.append((seen, None))
 
+    @property
+    def held(self) -> tuple[list[Frame], list[Seen]]:
+        """Frames before their turn, and what the tower has made of some steps; finished, where it works beside us."""
+        for _, done in self._looked:
+            if done is not None:
+                done.synchronize()
+        return list(self._frames), [seen for seen, _ in self._looked]
+
+    def hold(self, frames: Sequence[Frame], looked: Sequence[Seen]) -> None:
+        """Begin with what another one held."""
+        self._frames.extend(frames)
+        self._looked.extend((seen, None) for seen in looked)
+
     def forget(self) -> None:
         """Let go of all frames."""
         self._frames.clear()
@@ -84,7 +113,9 @@ class Ahead:
         began = time.perf_counter()
         try:
             while len(self._frames) < frames and self._error is None:
-                with deferred_interrupts(second_gets_through=True):  # an interrupted source could not go on
+                # An interrupted generator could not go on; a live source could, and may keep one waiting.
+                live = isinstance(source, LiveSource)
+                with nullcontext() if live else deferred_interrupts(second_gets_through=True):
                     frame = next(source, None)
                     if frame is None:
                         return
@@ -118,3 +149,12 @@ def _hand_over(seen: Seen, done: torch.cuda.Event | None) -> None:
     here.wait_event(done)
     for tensor in (seen.features, *seen.deepstack):
         tensor.record_stream(here)
+
+
+def check_frame(frame: Frame, partners: Sequence[Frame]) -> None:
+    """Raise ConfigError unless this is a frame, and of the size of those that it makes a step with."""
+    if not isinstance(frame, Frame):
+        raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
+    if partners and frame.data.shape != partners[0].data.shape:
+        sizes = [tuple(picture.data.shape[1:]) for picture in (partners[0], frame)]
+        raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")

@@ -13,8 +13,10 @@ RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
 # Dials of carry="attention" beyond the paper; with their defaults they do nothing.
 ATTENTION_DIALS = ("decay", "value_norms", "layer_slope", "pin_newest", "coverage")
 RETRIEVED_POSITIONS = ("keep", "reindex")
+ON_HORIZON = ("error", "compact")
 LAYOUTS = ("hf", "release")
 KERNELS = ("auto", "naive", "blocked", "triton")
+SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
 # What each method sets. All of it makes the method what it is, but for numbers, which only say how much.
 METHODS: Mapping[str, Mapping[str, str | bool | int]] = {
@@ -62,11 +64,16 @@ class Config:
         fps: frames per second at most; None keeps every frame.
         max_frames: frames at most, spread over the video; None sets no cap.
         horizon: positions that RoPE is scaled for; None: the video's length where it is known, else the trained length.
+        on_horizon: what happens when the next step would pass the horizon: error, or compact (older steps move closer
+            together, and the stream goes on); None: error for a file of known length, else compact.
         max_new_tokens: longest answer, in tokens.
         kernel: implementation of attention with key scores: auto, naive, blocked, triton.
         score_every: score keys with every n-th query of a step, counted from its last; 1, all, is the method.
         seed: of carry="random" and of sampled answers.
         prefetch: frames decoded ahead of the model.
+        schemes: protocols of sources that may be opened, with commas.
+        max_lag_seconds: how long a frame of a live source waits before a newer one pushes it out.
+        reconnect_seconds: how long a live source that went away is waited for; 0: its end is the end.
         vision_batch: steps whose pictures pass the vision tower together while a source is watched.
         graph: on CUDA, replay recorded steps once the carried cache is full.
         pack: on a CPU in float32, step on a second copy of the weights that MKL has laid out, where memory allows it.
@@ -95,23 +102,32 @@ class Config:
     fps: float | None = 1.0
     max_frames: int | None = None
     horizon: int | None = None
+    on_horizon: str | None = None
     max_new_tokens: int = 128
     kernel: str = "auto"
     score_every: int = 1
     seed: int = 0
     prefetch: int = 8
+    schemes: str = ",".join(SCHEMES)
+    max_lag_seconds: float = 2.0
+    reconnect_seconds: float = 300.0
     vision_batch: int = 8
     graph: bool = True
     pack: bool = True
 
     def __post_init__(self) -> None:
         for name, known in _NAMES.items():
-            check_name(name, getattr(self, name), known)
+            if name != "on_horizon" or self.on_horizon is not None:
+                check_name(name, getattr(self, name), known)
         for name, least in _COUNTS.items():
             _check_count(name, getattr(self, name), least)
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
         _check_rate(self.fps)
+        for scheme in self.schemes.split(","):
+            check_name("scheme", scheme, SCHEMES)
+        for name in ("max_lag_seconds", "reconnect_seconds"):
+            _check_seconds(name, getattr(self, name))
         for name, (least, most) in _SHARES.items():
             _check_share(name, getattr(self, name), least, most)
         for name in _SWITCHES:
@@ -196,6 +212,7 @@ _NAMES = {
     "recall": RECALLS,
     "retrieve_positions": RETRIEVED_POSITIONS,
     "layout": LAYOUTS,
+    "on_horizon": ON_HORIZON,
     "kernel": KERNELS,
 }
 _COUNTS = {
@@ -229,6 +246,12 @@ def _check_share(name: str, value: object, least: int, most: int) -> None:
         raise ConfigError(
             f"{name} is {value!r}, but must be a number from {least} to {most}", "leave it out for the default"
         )
+
+
+def _check_seconds(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 <= value < float("inf")):  # type: ignore[operator]
+        raise ConfigError(f"{name} is {value!r}, but must be a number of at least 0", "leave it out for the default")
 
 
 def _check_rate(fps: object) -> None:

@@ -152,6 +152,9 @@ def _refuse_choice_of_frames(config: Config) -> None:
             f"{config.method} chooses among the frames of a video, but the processor's outputs hold no video any more"
         )
         raise ConfigError(rule, "give the processor the frames to be seen, and use the method full")
+    if config.on_horizon == "compact":
+        rule = "on_horizon is 'compact', but a processor's outputs are one prompt of known length, with fixed positions"
+        raise ConfigError(rule, "leave on_horizon out, or push the frames into a session")
 
 
 def _one_conversation(inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
+from statekv.cache.folder import read_folder
 from statekv.config import Config
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.base import VideoModel
 from statekv.models.loading import load_model
+from statekv.saving import load_session
 from statekv.session import Session
 from statekv.stepper import Stepper, room_for_answers
-from statekv.video.reader import VideoInfo, count_frames, probe, read_frames
+from statekv.video.address import check_scheme, locate
+from statekv.video.frame import Frame
+from statekv.video.live import LiveSettings, LiveSource
+from statekv.video.reader import VideoInfo, count_frames, probe
+from statekv.video.resume import Footage, Reading
+from statekv.video.source import local_path
 
 
 class Engine:
@@ -38,27 +45,37 @@ class Engine:
         method: str | None = None,
         stream: int | None = None,
         until_seconds: float | None = None,
+        realtime: bool = False,
         **settings: Any,
     ) -> Session:
         """Open a stream.
 
+        Cameras, standard input, UDP, TCP, RTP, RTSP and RTMP are live, and so is HTTP without a known length.
+
         Args:
-            source: path or URL of a video; None for a stream whose frames are pushed.
+            source: path or URL of a video, a camera (/dev/video0), "-" for standard input; None for a stream whose
+                frames are pushed.
             method: one of statekv.config.METHODS; None: the engine's dials.
             stream: which of the file's video streams, from 0; None: the one FFmpeg thinks best.
             until_seconds: where the video ends, as if it had been cut there; None: whole.
+            realtime: a file is shown no faster than it would be played, and frames are dropped as if it were live.
             settings: fields of `Config` that differ from the engine's.
 
         Raises:
             ConfigError: an unknown method or setting, a value outside its range, or uniform sampling of a source whose
                 length is unknown.
-            VideoError: the source cannot be opened.
+            VideoError: the source cannot be opened, or its protocol is not allowed.
             HorizonError: the file is longer than the model's positions reach.
         """
         config = self.config.with_(method, **settings)
         if source is None:
             _check_length(config, None)
-            return Session(self.stepper, self.stepper.open(config))
+            return Session(self.stepper, self.stepper.open(config, compacts=_compacts(config, None)))
+        check_scheme(source, tuple(config.schemes.split(",")))
+        if locate(source).live:
+            _check_length(config, None)
+            state = self.stepper.open(config, compacts=_compacts(config, None))
+            return Session(self.stepper, state, _live(source, config, stream, until_seconds))
         info = probe(source, stream)
         if until_seconds is not None:
             seconds = until_seconds - info.start_seconds
@@ -66,8 +83,43 @@ class Engine:
         _check_length(config, info.duration_seconds)
         frames = _count(source, config, stream, until_seconds)
         horizon = self._horizon(config, frames, info)
-        reading = read_frames(source, config.fps, config.max_frames, stream, config.prefetch, until_seconds)
-        return Session(self.stepper, self.stepper.open(config, horizon, frames), reading)
+        reading: Iterator[Frame]
+        if realtime or (local_path(source) is None and info.duration_seconds is None):
+            ends = None if until_seconds is None else until_seconds - info.start_seconds
+            reading = _live(source, config, stream, ends, info.duration_seconds)
+        else:
+            how = Reading(config.fps, config.max_frames, stream, until_seconds, config.prefetch)
+            reading = Footage(source, how)
+        state = self.stepper.open(config, horizon, frames, compacts=_compacts(config, frames))
+        return Session(self.stepper, state, reading)
+
+    def restore(
+        self, folder: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, **settings: Any
+    ) -> Session:
+        """Go on with a session that `Session.save` wrote; its settings are those that it had, not the engine's.
+
+        What follows equals, to the bit, what would have followed on the same machine. A file is read on from where it
+        was left, once the session is watched; without it, what was seen can still be asked.
+
+        Args:
+            folder: where it was saved.
+            source: where the video is now; None: where it was.
+            settings: of answers and speed, such as max_new_tokens, to have anew.
+
+        Raises:
+            SaveError: the folder holds no saved session, or a damaged one, or one of another version.
+            ModelError: the session belongs to another model, or to this one in another dtype.
+            ConfigError: a setting that the stream was made with and that cannot change any more.
+            VideoError: `source` is not the file that was watched.
+        """
+        saved = read_folder(folder)
+        state, standing = load_session(saved, self.model, settings)
+        self.stepper.check_kernel(state.config)
+        known = saved.facts["source"]
+        footage = Footage.resumed(known, source) if known is not None else None
+        if state.spans:
+            self.stepper.reserve(state)
+        return Session.resumed(self.stepper, state, standing, footage)
 
     def check_question(self, question: str) -> None:
         """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
@@ -78,13 +130,13 @@ class Engine:
         self.model.model.set_attn_implementation({"text_config": self._attention_before})
 
     def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
-        """Positions for a file of so many frames; never fewer than the model was trained for.
+        """Positions for a file of so many frames, at least the trained length; just that where the stream compacts.
 
         Raises:
             HorizonError: the model's RoPE cannot be scaled that far; known before any work is done.
         """
         trained = self.model.trained_length
-        if frames is None or config.horizon is not None:
+        if frames is None or config.horizon is not None or config.on_horizon == "compact":
             return trained
         layout = self.model.prompts[config.layout].layout
         # The newest frames alone are a clip that is no longer than its own few positions.
@@ -94,7 +146,7 @@ class Engine:
         if needed > trained and self.model.rope.kind != "dynamic":
             raise HorizonError(
                 f"{frames} frames need up to {needed} positions, but the model was trained for {trained}",
-                f"lower fps or max_frames, or accept the risk with horizon={needed}",
+                f"lower fps or max_frames, set on_horizon='compact', or accept the risk with horizon={needed}",
             )
         return max(needed, trained)
 
@@ -138,6 +190,11 @@ def load(
     return Engine(loaded, config)
 
 
+def _compacts(config: Config, frames: int | None) -> bool:
+    """What happens at the horizon: nobody knows how long a stream without a file of known length will be."""
+    return config.on_horizon == "compact" or (config.on_horizon is None and frames is None)
+
+
 def _check_length(config: Config, duration_seconds: float | None) -> None:
     if config.uniform and duration_seconds is None:
         raise ConfigError(
@@ -146,11 +203,31 @@ def _check_length(config: Config, duration_seconds: float | None) -> None:
         )
 
 
+def _live(
+    source: str | os.PathLike[str],
+    config: Config,
+    stream: int | None,
+    until_seconds: float | None,
+    duration_seconds: float | None = None,
+) -> LiveSource:
+    """A live source; `until_seconds` counts from its first frame."""
+    settings = LiveSettings(
+        fps=config.fps,
+        max_frames=config.max_frames,
+        duration_seconds=duration_seconds,
+        depth=config.prefetch,
+        max_lag_seconds=config.max_lag_seconds,
+        reconnect_seconds=config.reconnect_seconds,
+        until_seconds=until_seconds,
+    )
+    return LiveSource(source, settings, stream)
+
+
 def _count(
     source: str | os.PathLike[str], config: Config, stream: int | None, until_seconds: float | None
 ) -> int | None:
     # Counting reads the file once without decoding it; a URL would be fetched twice.
-    if urlsplit(str(source)).netloc:
+    if local_path(source) is None:
         return None
     found = count_frames(source, config.fps, config.max_frames, stream, until_seconds)
     # Positions and pictures are sized by what enters together.

@@ -37,6 +37,10 @@ class MemoryLimitError(StateKVError):
     """The device ran out of memory."""
 
 
+class SaveError(StateKVError):
+    """A session that cannot be written, or a folder that cannot be read as one."""
+
+
 class VideoWarning(UserWarning):
     """Something about the video that the user should know, but that does not stop the work."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from statekv.video.status import LiveStatus
+
 
 @dataclass
 class Seconds:
@@ -26,6 +28,7 @@ class Progress:
         step_seconds: how long the language model took.
         carried: tokens that go on to the next step.
         tokens: tokens in the detailed cache.
+        live: how the live source is doing; None for other sources.
     """
 
     step: int
@@ -34,3 +37,4 @@ class Progress:
     step_seconds: float
     carried: int
     tokens: int
+    live: LiveStatus | None = None

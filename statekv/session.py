@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
 
 import torch
 
-from statekv.ahead import Ahead
+from statekv import asking
+from statekv.ahead import Ahead, check_frame
 from statekv.cache.stream import StreamState
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
 from statekv.interrupts import deferred_interrupts
-from statekv.models.base import Seen, Segment
+from statekv.models.base import Seen
 from statekv.progress import Progress, Seconds
-from statekv.stepper import Stepper, memory_limit, room_for_answers
-from statekv.streaming_text import StreamingText
+from statekv.saving import Standing, save_session
+from statekv.stepper import Stepper, memory_limit, uncompacted
 from statekv.video.frame import Frame
-
-_LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
+from statekv.video.live import LiveSource
+from statekv.video.resume import Footage
+from statekv.video.status import LiveStatus
 
 
 @dataclass
@@ -53,12 +54,34 @@ class Session:
         self._ahead = Ahead(self.stepper.model, self.state, self.seconds)
         self._only_newest = self.state.config.recall == "last_frames"
 
+    @classmethod
+    def resumed(
+        cls, stepper: Stepper, state: StreamState, standing: Standing, source: Iterator[Frame] | None
+    ) -> Session:
+        """A session that goes on from where another one stood."""
+        s, waiting = standing, list(standing.waiting)
+        if source is None and s.ahead:
+            source = iter(())  # what was read before its turn is still to be watched
+        session = cls(stepper, state, source, replace(s.seconds), s.steps, waiting, s.passed, s.broken)
+        session._ahead.hold(s.ahead, s.looked)
+        return session
+
     @property
     def frames(self) -> int:
         """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
         return (self._passed if self._only_newest else self.state.frames) + len(self._waiting)
 
-    def watch(self, until_seconds: float | None = None, on_step: Callable[[Progress], None] | None = None) -> None:
+    @property
+    def live(self) -> LiveStatus | None:
+        """How the live source is doing; None for other sources."""
+        return self.source.status if isinstance(self.source, LiveSource) else None
+
+    def watch(
+        self,
+        until_seconds: float | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        pause: Callable[[], bool] | None = None,
+    ) -> None:
         """Prefill the source's frames; in linear time with a bounded carry.
 
         May be called again to go on. After Ctrl-C or a damaged source, what was seen can still be asked.
@@ -66,6 +89,7 @@ class Session:
         Args:
             until_seconds: stop behind this presentation time; None goes to the end.
             on_step: called after each step.
+            pause: asked between frames, and several times a second while a live source shows none; True: stop here.
 
         Raises:
             ConfigError: the session has no source.
@@ -74,7 +98,7 @@ class Session:
         self._check_growing()
         if self.source is None:
             raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
-        while (frame := self._ahead.draw(self.source, self._waiting)) is not None:
+        while (frame := self._ahead.draw(self.source, self._waiting, pause)) is not None:
             self.push([frame], on_step)
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
@@ -95,7 +119,7 @@ class Session:
             self._ahead.offer(seen)
         for frame in frames:
             self._check_growing()
-            self._check_frame(frame)
+            check_frame(frame, self._waiting[-1:] if self.stepper.model.frames_per_step > 1 else [])
             with deferred_interrupts():
                 self._waiting.append(frame)
                 progress = self._pass() if self._only_newest else self._step()
@@ -126,7 +150,7 @@ class Session:
             HorizonError: question and answer would pass the stream's horizon.
         """
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = self._sampling(max_new_tokens, **drawing)
+        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
         return "".join(self._answer(question, sampling, stop))
 
     def stream(
@@ -142,18 +166,41 @@ class Session:
     ) -> Iterator[str]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return self._answer(question, self._sampling(max_new_tokens, **drawing), stop)
+        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        return self._answer(question, sampling, stop)
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
         self._check_askable()
-        mark = self.state.mark()
-        try:
-            with torch.inference_mode():
-                segment = self._entering_question(question)
-                return self.stepper.logits(self.stepper.prefill(self.state, segment, "answer")).float()
-        finally:
-            self.state.crop_to(mark)
+        return asking.first_logits(self.stepper, self.state, self._waiting, question)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
+
+        A session that the folder holds already is replaced once this one is whole. Frames that an iterator of the
+        user's own has yet to give are not part of it.
+
+        Raises:
+            ConfigError: the session is closed, or an answer is being given.
+            SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
+        """
+        self._check_free()
+        source = self.source.facts() if isinstance(self.source, Footage) else None
+        with deferred_interrupts():
+            save_session(folder, self.stepper.model, self.state, self._standing, source)
+
+    def fork(self) -> Session:
+        """A second session from here on; neither sees what becomes of the other.
+
+        The detailed cache's memory is shared until both have written behind the common part: the second to do so moves
+        to a copy. A file is read on separately; an iterator of the user's own stays with this session.
+
+        Raises:
+            ConfigError: the session is closed, or an answer is being given.
+        """
+        self._check_free()
+        source = self.source.again() if isinstance(self.source, Footage) else None
+        return Session.resumed(self.stepper, self.state.fork(), self._standing, source)
 
     def close(self) -> None:
         """Free both memories and the source; may be called twice."""
@@ -174,6 +221,11 @@ class Session:
     ) -> None:
         self.close()
 
+    @property
+    def _standing(self) -> Standing:
+        ahead, looked = self._ahead.held
+        return Standing(self.seconds, self.steps, self._waiting, self._passed, self._broken, ahead, looked)
+
     def _pass(self) -> Progress | None:
         """Let go of the frame that a newer one pushes out; nothing enters before a question."""
         passed = max(0, len(self._waiting) - self.state.config.last_frames)
@@ -182,7 +234,7 @@ class Session:
         self.steps = self.frames // self.stepper.model.frames_per_step
         ends_step = self.frames % self.stepper.model.frames_per_step == 0
         newest = self._waiting[-1].pts_seconds
-        return Progress(self.steps, self.frames, newest, 0.0, carried=0, tokens=0) if ends_step else None
+        return Progress(self.steps, self.frames, newest, 0.0, 0, 0, self.live) if ends_step else None
 
     def _step(self) -> Progress | None:
         if len(self._waiting) < self.stepper.model.frames_per_step:
@@ -193,9 +245,12 @@ class Session:
         try:
             with torch.inference_mode(), memory_limit():
                 began = time.perf_counter()
-                entering = self.stepper.model.enter(self._ahead.take(frames), self.state)
+                entering = self.stepper.enter(self.state, self._ahead.take(frames))
+                mark = self.state.mark()  # entering may have moved positions
                 seen = time.perf_counter()
                 self.seconds.vision += seen - began
+                for gap in (frame for frame in frames if frame.gap_seconds):
+                    self.state.note("gap", 0, gap.pts_seconds - gap.gap_seconds, uncompacted(self.state, entering[-1]))
                 for segment in entering:
                     self.stepper.prefill(self.state, segment)
         except BaseException as error:
@@ -206,20 +261,9 @@ class Session:
         self.seconds.prefill += took
         self.steps += 1
         if self.steps == 1:
-            self._reserve()
+            self.stepper.reserve(self.state)
         carried, tokens = self.state.carried.length, self.state.tokens
-        return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens)
-
-    def _reserve(self) -> None:
-        """Where the video's length is known, the detailed cache is allocated once."""
-        state = self.state
-        if state.frames_expected is None:
-            return
-        steps = -(-state.frames_expected // self.stepper.model.frames_per_step)
-        longest = state.spans[-1].length + _LABEL_GROWTH
-        # A video too long for the memory is watched as far as it goes.
-        with suppress(MemoryLimitError), memory_limit():
-            state.detailed.reserve(state.tokens + (steps - 1) * longest + room_for_answers(state.config))
+        return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens, self.live)
 
     def _step_failed(self, error: BaseException, frames: list[Frame], tokens: int) -> None:
         if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
@@ -232,40 +276,12 @@ class Session:
     def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[str]:
         self._check_askable()
         began = time.perf_counter()
-        mark = self.state.mark()
         self._answering = True
         try:
-            with torch.inference_mode():
-                segment = self._entering_question(question)
-            text = StreamingText(self.stepper.model.tokenizer, stop)
-            for token, _ in self.stepper.answer(self.state, segment, sampling):
-                if token in sampling.end_tokens:
-                    break
-                yield text.push(token)
-                if text.stopped:
-                    break
-            yield text.rest()
+            yield from asking.answer(self.stepper, self.state, self._waiting, question, sampling, stop)
         finally:
             self._answering = False
-            self.state.crop_to(mark)
             self.seconds.answer += time.perf_counter() - began
-
-    def _entering_question(self, question: str) -> Segment:
-        """The question's segment, after frames that wait have been shown to it.
-
-        Those do not become part of the stream: they are cropped away with the question.
-        """
-        model, frames = self.stepper.model, self._waiting
-        segment = model.question(question, self.state)
-        if not frames:
-            return segment
-        steps = [frames[i : i + model.frames_per_step] for i in range(0, len(frames), model.frames_per_step)]
-        # The newest frames alone are a clip of their own, whose steps follow each other.
-        expected = len(frames) if self._only_newest else self.state.frames_expected
-        for seen in model.look(steps, expected):
-            for waiting in model.enter(seen, self.state):
-                self.stepper.prefill(self.state, waiting, "carry" if self._only_newest else "peek")
-        return model.question(question, self.state)
 
     def _check_free(self) -> None:
         if self._closed:
@@ -282,18 +298,3 @@ class Session:
         self._check_free()
         if not self.frames:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
-
-    def _check_frame(self, frame: Frame) -> None:
-        if not isinstance(frame, Frame):
-            raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
-        partners = self._waiting[-1:] if self.stepper.model.frames_per_step > 1 else []
-        if partners and frame.data.shape != partners[0].data.shape:
-            sizes = [tuple(picture.data.shape[1:]) for picture in (*partners, frame)]
-            raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
-
-    def _sampling(self, max_new_tokens: int | None, **drawing: Any) -> Sampling:
-        config = self.state.config
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1", "raise max_new_tokens")
-        longest, ends = max_new_tokens or config.max_new_tokens, self.stepper.model.end_tokens
-        return Sampling(longest, ends, seed=config.seed, **drawing)

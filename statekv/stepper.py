@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.graphs import StepGraphs
 from statekv.models.attention import Observer, Pass, take_attention
-from statekv.models.base import Segment, VideoModel
+from statekv.models.base import Seen, Segment, VideoModel
 from statekv.ops import implementation
 from statekv.packing import StepProducts
 
@@ -31,6 +31,7 @@ Mode = Literal["carry", "peek", "answer"]
 
 # Positions that a stream leaves to a question, besides the longest answer.
 _QUESTION_ROOM = 512
+_LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
 
 
 def room_for_answers(config: Config) -> int:
@@ -57,6 +58,7 @@ class Stepper:
         horizon: int | None = None,
         frames_expected: int | None = None,
         room: int | None = None,
+        compacts: bool = False,
     ) -> StreamState:
         """An empty stream.
 
@@ -65,17 +67,53 @@ class Stepper:
             horizon: positions to scale RoPE for; None: the trained length.
             frames_expected: frames of the whole video, where known.
             room: positions below the horizon that steps leave to questions; None: enough for most.
+            compacts: whether steps move closer together once the horizon is reached.
 
         Raises:
             ConfigError: the kernel that was asked for cannot run here.
         """
-        geometry = self.model.geometry()
-        if config.carry == "attention":  # a kernel that cannot run is told before the work
-            implementation(config.kernel, geometry.devices[0], geometry.dtype, geometry.head_dim)
+        self.check_kernel(config)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
-        return StreamState(geometry, config, horizon, frames_expected, room)
+        return StreamState(self.model.geometry(), config, horizon, frames_expected, room, compacts=compacts)
+
+    @torch.inference_mode()
+    def enter(self, state: StreamState, seen: Seen) -> list[Segment]:
+        """Segments of one step, at the stream's next position; where its range is used up, room is made first.
+
+        Args:
+            state: the stream; where it compacts, older steps may move.
+            seen: what `look` made of the step's pictures.
+
+        Raises:
+            HorizonError: the range of a stream that compacts is too small for such steps; nothing has changed.
+        """
+        entering, reach = self.model.enter(seen, state), state.horizon - state.room
+        step = entering[-1]
+        if not state.compacts or step.reach <= reach or not state.frames:
+            return entering
+        place = uncompacted(state, step)
+        to = state.compacted(place, reach)
+        behind = to.place(place) + step.reach - (place - state.compaction.gained)
+        if behind > reach:
+            raise HorizonError(
+                f"with a horizon of {state.horizon}, steps may take {reach} positions; older ones compacted, "
+                f"this one would need {behind}",
+                f"open the stream with a horizon above {state.horizon + behind - reach}, or with smaller pictures",
+            )
+        state.compact(to, partial(self._angles, state), self.model.own_time)
+        return self.model.enter(seen, state)
+
+    def _angles(self, state: StreamState, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys are turned by whose steps move so far, [T] on the CPU."""
+        return self.model.rope.angles(self.model.displacement(by.to(self.model.model.device)), state.horizon)
+
+    def check_kernel(self, config: Config) -> None:
+        """Raise the ConfigError of a kernel that cannot run here before the work instead of in it."""
+        geometry = self.model.geometry()
+        if config.carry == "attention":
+            implementation(config.kernel, geometry.devices[0], geometry.dtype, geometry.head_dim)
 
     @torch.inference_mode()
     def prefill(
@@ -102,7 +140,8 @@ class Stepper:
         if segment.reach > reach:
             raise HorizonError(
                 f"position {segment.reach} is past {reach}, as far as RoPE reaches for this stream",
-                f"open the stream with a horizon above {state.horizon}; questions about what was seen still work",
+                f"open the stream with a horizon above {state.horizon}, or with on_horizon='compact'; "
+                "questions about what was seen still work",
             )
         if segment.kind == "prefix":
             state.expect_prefix(segment.length)
@@ -118,8 +157,8 @@ class Stepper:
             hidden = self._run(state, segment, mode, observer)
             if segment.kind == "step":
                 self._index(state, segment)
+        state.note(segment.kind, segment.length, segment.pts_seconds, uncompacted(state, segment))
         state.position = segment.next_position
-        state.note(segment.kind, segment.length, segment.pts_seconds)
         if mode == "carry":
             state.frames += segment.frames
             if state.origin_seconds is None:
@@ -172,6 +211,17 @@ class Stepper:
         ).last_hidden_state
         return hidden
 
+    def reserve(self, state: StreamState) -> None:
+        """Once a step has entered: where the video's length is known, allocate the detailed cache once."""
+        if state.frames_expected is None:
+            return
+        frames = max(0, state.frames_expected - state.frames)
+        steps = -(-frames // self.model.frames_per_step)
+        longest = state.spans[-1].length + _LABEL_GROWTH
+        # A video too long for the memory is watched as far as it goes.
+        with suppress(MemoryLimitError), memory_limit():
+            state.detailed.reserve(state.tokens + steps * longest + room_for_answers(state.config))
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[streams, T, hidden] → [streams, vocabulary] of the last position."""
@@ -210,6 +260,11 @@ class Stepper:
                 return
             chosen[:, asked + number] = token
             segment = self.model.token(token, state)
+
+
+def uncompacted(state: StreamState, segment: Segment) -> int:
+    """Where a segment that comes next would begin on the axis of time if nothing had ever been compacted."""
+    return (state.position if segment.moment is None else segment.moment) + state.compaction.gained
 
 
 def _check_follows(state: StreamState, segment: Segment) -> None:

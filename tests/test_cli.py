@@ -211,6 +211,10 @@ def test_options_arrive(film: Path) -> None:
     options = "--max-frames 5 --layout release --kernel naive --horizon 3000 --dtype bfloat16"
     answer = json.loads(succeed("ask", film, COUNT, "--json", *options.split()))
     assert (answer["frames"], answer["layout"], answer["kernel"], answer["horizon"]) == (5, "release", "naive", 3000)
+    assert answer["compacted"] == 1
+    short = json.loads(succeed("ask", film, COUNT, "--json", "--horizon", "96", "--on-horizon", "compact"))
+    assert (short["frames"], short["horizon"]) == (FRAMES, 96)
+    assert short["compacted"] > 1
     assert json.loads(succeed("ask", film, COUNT, "--json", "--fps", "0.5"))["frames"] == FRAMES // 2
     assert json.loads(succeed("ask", film, COUNT, "--json", "--fps", "2"))["frames"] == 2 * FRAMES
     short = succeed("ask", film, COLOR, "--max-new-tokens", "1").strip()

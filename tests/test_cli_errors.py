@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from statekv import cli
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, ON_HORIZON, RECALLS
 from statekv.demo.film import write_film
 from statekv.demo.world import FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
@@ -178,6 +178,13 @@ def test_a_stream_past_its_horizon(film: Path, horizon: str) -> None:
     line = refused("ask", film, COUNT, "--horizon", horizon)
     assert "as far as RoPE reaches for this stream" in line
     assert f"a horizon above {horizon}" in line
+    assert "on_horizon='compact'" in line
+
+
+def test_an_unknown_way_of_living_with_the_horizon(film: Path) -> None:
+    line = refused("ask", film, COUNT, "--on-horizon", "wrap")
+    assert "unknown on_horizon 'wrap'" in line
+    assert all(name in line for name in ON_HORIZON)
 
 
 # Questions

@@ -13,6 +13,7 @@ from statekv.config import (
     KERNELS,
     LAYOUTS,
     METHODS,
+    ON_HORIZON,
     RECALLS,
     RETRIEVED_POSITIONS,
     Config,
@@ -128,6 +129,7 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"vision_batch": 0}, ["vision_batch is 0", "at least 1"]),
         ({"graph": "off"}, ["graph is 'off'", "True or False"]),
         ({"horizon": 0}, ["horizon is 0", "at least 1"]),
+        ({"on_horizon": "wrap"}, ["on_horizon 'wrap'", *ON_HORIZON]),
         ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
         ({"prefetch": 0}, ["prefetch is 0", "at least 1"]),
         ({"sinks": -1}, ["sinks is -1", "at least 0"]),
@@ -178,7 +180,8 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
     "settings",
     [
         {"budget": 1, "max_frames": 1, "horizon": 1, "max_new_tokens": 1, "prefetch": 1, "sinks": 0, "seed": 0},
-        {"fps": None, "max_frames": None, "horizon": None},
+        {"fps": None, "max_frames": None, "horizon": None, "on_horizon": None},
+        {"on_horizon": "compact", "carry": "all"},
         {"fps": 29.97},
         {"budget": 4, "sinks": 4},  # sinks say nothing while no dial uses them
         {"budget": 4, "sinks": 3, "carry": "sink_recent"},

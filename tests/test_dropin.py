@@ -223,6 +223,7 @@ def test_a_mask_that_hides_more_than_padding_in_front_is_refused(hidden: list[in
         ({"budget": 0}, "budget"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"on_horizon": "compact"}, "on_horizon"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
     ],
 )

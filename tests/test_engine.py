@@ -125,6 +125,23 @@ def test_a_files_horizon_holds_all_of_it_and_a_long_question(family: str, layout
     assert session.ask("What is it? " * 60)
 
 
+@EVERY_FAMILY
+def test_files_end_at_their_horizon_and_streams_of_unknown_length_compact(family: str, clip: Path) -> None:
+    loaded = engine(family)
+    assert not loaded.open(clip).state.compacts
+    assert loaded.open().state.compacts
+    assert loaded.open(clip, on_horizon="compact").state.compacts
+    assert not loaded.open(on_horizon="error").state.compacts
+
+
+@EVERY_FAMILY
+def test_a_file_that_compacts_needs_no_more_positions_than_were_trained(family: str, clip: Path) -> None:
+    session = engine(family, trained=100).open(clip, on_horizon="compact", fps=None)
+    session.watch()
+    assert (session.frames, session.state.horizon) == (12, 100)
+    assert session.ask(QUESTION)
+
+
 @pytest.mark.parametrize("settings", [{}, {"max_frames": 4}, {"method": "uniform", "max_frames": 2}])
 @EVERY_FAMILY
 def test_until_a_time_it_is_the_video_cut_there(

@@ -19,8 +19,8 @@ from statekv.graphs import StepGraphs
 from statekv.session import Session
 from statekv.stepper import Stepper
 from tests.gpu import need_gpu
-from tests.talk import assert_same_stream, session_answer, shared_engine, some_frames
-from tests.tiny import FAMILIES
+from tests.talk import assert_same_stream, frames_of, session_answer, shared_engine, some_frames
+from tests.tiny import FAMILIES, video
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 Call = Callable[[], torch.Tensor]
@@ -80,6 +80,20 @@ def test_replayed_steps_equal_plain_ones(family: str, settings: dict[str, Any]) 
         assert_same_stream(mine, other)
         assert torch.equal(session_answer(mine).logits, session_answer(other).logits)
     assert tape.replayed > tape.recorded > 0
+
+
+@EVERY_FAMILY
+def test_replays_go_on_when_positions_are_compacted(family: str) -> None:
+    """Keys are rotated in place, and positions are inputs of a recorded step."""
+    tape = Tape()
+    mine, other = session(family, tape, horizon=160), session(family, None, horizon=160)
+    for each in (mine, other):
+        each.state.compacts = True
+        each.state.detailed.reserve(1000)
+        each.push(frames_of(video(40), fps=2.0))
+    assert mine.state.compaction.factor > 1
+    assert_same_stream(mine, other)
+    assert tape.replayed > 2 * tape.recorded > 0
 
 
 @EVERY_FAMILY

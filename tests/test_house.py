@@ -19,7 +19,7 @@ HOUSE = Path(statekv.__file__).parent
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "interrupts": set(),
-    "progress": set(),
+    "progress": {"video.status"},
     "memory": {"errors"},
     "flops": set(),
     "config": {"errors"},
@@ -37,13 +37,15 @@ ROOMS: dict[str, set[str]] = {
     "packing": {"ops", "cache", "models.base", "memory"},
     "stepper": {"errors", "config", "ops", "cache", "models", "decoding", "graphs", "packing"},
     # … one stream …
-    "ahead": {"cache", "models.base", "stepper", "interrupts", "progress", "video.frame"},
+    "ahead": {"errors", "cache", "models.base", "stepper", "interrupts", "progress", "video.frame", "video.live"},
+    "asking": {"errors", "cache", "models.base", "stepper", "decoding", "streaming_text", "video.frame"},
+    "saving": {"errors", "config", "cache", "models.base", "models.identity", "progress", "video.frame"},
     "session": {
-        *("errors", "config", "cache", "models.base", "stepper", "decoding", "ahead"),
-        *("streaming_text", "interrupts", "progress", "video.frame"),
+        *("errors", "config", "cache", "models.base", "stepper", "decoding", "ahead", "asking", "saving"),
+        *("interrupts", "progress", "video.frame", "video.live", "video.resume", "video.status"),
     },
     # … and the front doors
-    "engine": {"errors", "config", "models", "stepper", "session", "video"},
+    "engine": {"errors", "config", "cache", "models", "stepper", "saving", "session", "video"},
     "dropin": {"errors", "config", "models", "stepper", "decoding"},
 }
 FRONT = {"errors", "config", "video", "cache.stream", "session", "engine", "dropin"}
@@ -63,7 +65,10 @@ ROOF: dict[str, set[str]] = {
 }
 
 # Only the command line reaches its siblings, and only inside its commands; it also lists models and kernels.
-ROOMS |= ROOF | {"cli": FRONT | {"", "models", "ops"} | set(ROOF), "__main__": {"cli"}}
+ROOMS |= ROOF | {
+    "cli": FRONT | {"", "models", "ops", "progress", "cache.folder"} | set(ROOF),
+    "__main__": {"cli"},
+}
 LAZY = {"cli": set(ROOF)}
 
 # Third-party packages: everyone may use the standard library and torch's tensors where tensors are; the others have
@@ -71,8 +76,8 @@ LAZY = {"cli": set(ROOF)}
 DOORS: dict[str, set[str] | None] = {
     "torch": None,
     "numpy": {"video", "demo", "evals", "analysis"},
-    "av": {"video.reader", "video.writer"},
-    "safetensors": {"cache.archive", "models.loading"},
+    "av": {"video.track", "video.writer"},
+    "safetensors": {"cache.folder", "models.loading"},
     "transformers": {"cache", "models", "decoding", "streaming_text", "dropin", "bench.build"},
     "triton": {"ops.flash"},
     "flash_attn": {"ops.plain"},

@@ -113,7 +113,7 @@ def test_a_question_that_cannot_be_asked_loses_nothing(family: str, question: st
 
 @EVERY_FAMILY
 def test_what_was_seen_up_to_the_horizon_can_be_asked(family: str) -> None:
-    session = shared_engine(family).open(horizon=150, max_new_tokens=6, budget=20)
+    session = shared_engine(family).open(horizon=150, on_horizon="error", max_new_tokens=6, budget=20)
     with pytest.raises(HorizonError, match="150"):
         session.push(some_frames(100))
     seen = session.frames

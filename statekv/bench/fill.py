@@ -72,7 +72,7 @@ def stand(state: StreamState, tokens: int, position: int, step: int) -> None:
         carried.lengths = [min(tokens, carried.budget)] * state.geometry.layers
     state.position, state.frames, state.origin_seconds = position, 0, None
     newest = range(max(0, tokens - _NEWEST * step), tokens - step + 1, step)
-    state.spans[:] = [Span("step", start, step, None) for start in newest]
+    state.spans[:] = [Span("step", start, step, None, start) for start in newest]
 
 
 def _hold(detailed: DetailedCache, tokens: int) -> None:

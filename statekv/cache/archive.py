@@ -1,101 +1,91 @@
-"""A stream's memory on disk: tensors as safetensors, the rest as JSON; never pickle."""
+"""A stream's memory as facts and tensors, and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
+from statekv.cache.compaction import Compaction
+from statekv.cache.folder import Saved, read_folder, write_folder
 from statekv.cache.geometry import Geometry
 from statekv.cache.stream import Span, StreamState
 from statekv.config import Config
-from statekv.errors import ModelError, StateKVError
+from statekv.errors import ModelError, SaveError
 
-_FORMAT = 1
-_PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds")
+Parts = Iterable[tuple[str, dict[str, torch.Tensor]]]
+
+_PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
 
 
-def save_stream(state: StreamState, folder: str | os.PathLike[str]) -> None:
-    """Write a stream to a new folder, which appears once it is whole.
+def save_stream(
+    state: StreamState, folder: str | os.PathLike[str], beside: Mapping[str, Any] | None = None, parts: Parts = ()
+) -> None:
+    """Write a stream to a folder, whose former save is replaced once this one is whole.
+
+    Args:
+        state: the stream; it is left as it is.
+        folder: made where there is none.
+        beside: facts that are saved with it, under names of their own.
+        parts: tensors that are saved with it.
 
     Raises:
-        StateKVError: the folder exists already.
+        SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
     """
-    target = Path(folder)
-    if target.exists():
-        raise StateKVError(f"{target} exists already", "choose another name, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        partial.mkdir()
-        save_file(_tensors(state), partial / "stream.safetensors")
-        (partial / "stream.json").write_text(json.dumps(_facts(state), indent=1), encoding="utf-8")
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    write_folder(folder, {"stream": _facts(state), **(beside or {})}, chain(_layers(state), parts))
 
 
-def load_stream(folder: str | os.PathLike[str], geometry: Geometry) -> StreamState:
+def load_stream(source: Saved | str | os.PathLike[str], geometry: Geometry) -> StreamState:
     """Read a stream for a model whose keys have this geometry.
 
     Raises:
-        StateKVError: the folder holds no saved stream, or one of another version.
+        SaveError: the folder holds no saved stream, a damaged one, or one of another version.
         ModelError: the stream belongs to a model with other keys.
     """
-    source = Path(folder)
-    try:
-        facts = json.loads((source / "stream.json").read_text(encoding="utf-8"))
-        if facts["format"] != _FORMAT:
-            raise StateKVError(f"{source} has format {facts['format']}, this version reads {_FORMAT}", "save it anew")
-        expected = _geometry(geometry)
-        if facts["geometry"] != expected:
-            rule = f"{source} holds keys of {facts['geometry']}, the model's are {expected}"
-            raise ModelError(rule, "load that model")
-        state = StreamState(geometry, Config(**facts["config"]), **{name: facts[name] for name in _PLAIN})
+    saved = source if isinstance(source, Saved) else read_folder(source)
+    with saved.reading():
+        facts = saved.facts["stream"]
+        _check_geometry(saved, facts["geometry"], _geometry(geometry))
+        config = _config(saved, facts["config"])
+        state = StreamState(geometry, config, **{name: facts[name] for name in _PLAIN})
+        state.compaction = Compaction(**facts["compaction"])
         state.spans = [Span(**span) for span in facts["spans"]]
-        tensors = load_file(source / "stream.safetensors")
-        _restore(state, tensors, facts["pinned"])
-        if state.blocks is not None:
-            means = [tensors[f"blocks.{layer}"] for layer in range(geometry.layers)]
-            state.blocks.restore([Block(**block) for block in facts["blocks"]], means)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
-        raise StateKVError(
-            f"{source} holds no saved stream, or a damaged one", "name a folder that save_stream wrote"
-        ) from None
+        _restore(state, saved, facts)
     return state
 
 
-def _tensors(state: StreamState) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+def _layers(state: StreamState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     for layer in range(state.geometry.layers):
-        found[f"detailed.{layer}"] = state.detailed.buffers[layer][..., : state.detailed.lengths[layer], :].contiguous()
+        detailed = state.detailed.buffers[layer][..., : state.detailed.lengths[layer], :]
+        found = {"detailed": detailed.contiguous()}
         if isinstance(state.carried, CarriedCache):
             length = state.carried.lengths[layer]
-            found[f"carried.{layer}"] = state.carried.buffers[layer][..., :length, :].contiguous()
-            found[f"born.{layer}"] = state.carried.born[layer][..., :length].contiguous()
+            found["carried"] = state.carried.buffers[layer][..., :length, :].contiguous()
+            found["born"] = state.carried.born[layer][..., :length].contiguous()
             if state.carried.totals:
-                found[f"totals.{layer}"] = state.carried.totals[layer][..., :length].contiguous()
+                found["totals"] = state.carried.totals[layer][..., :length].contiguous()
         if state.blocks is not None:
-            found[f"blocks.{layer}"] = state.blocks.means[layer][:, :, : len(state.blocks)].contiguous()
-    return found
+            found["blocks"] = state.blocks.means[layer][:, :, : len(state.blocks)].contiguous()
+        yield _layer_name(layer), found
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:02d}"
 
 
 def _facts(state: StreamState) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
         "geometry": _geometry(state.geometry),
         "config": dataclasses.asdict(state.config),
         "pinned": state.pinned,
+        "compaction": dataclasses.asdict(state.compaction),
+        "carried": list(state.carried.lengths),
         "spans": [dataclasses.asdict(span) for span in state.spans],
         "blocks": [dataclasses.asdict(block) for block in state.blocks.spots] if state.blocks is not None else [],
         **{name: getattr(state, name) for name in _PLAIN},
@@ -112,20 +102,43 @@ def _geometry(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
-def _restore(state: StreamState, tensors: dict[str, torch.Tensor], pinned: int) -> None:
-    if pinned:
-        state.expect_prefix(pinned)
-    for layer in range(state.geometry.layers):
-        key, value = tensors[f"detailed.{layer}"]
-        state.detailed.append(key, value, layer)
-    carried = state.carried
-    if not isinstance(carried, CarriedCache):
+def _check_geometry(saved: Saved, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if found == expected:
         return
-    carried.allocate([tensors[f"born.{layer}"].shape[-1] for layer in range(state.geometry.layers)])
-    carried.lengths = carried.slots
+    if found == {**expected, "dtype": found["dtype"]}:
+        rule = f"{saved.folder} holds keys of {found['dtype']}, the model's are {expected['dtype']}"
+        raise ModelError(rule, f"load it with dtype {found['dtype']}")
+    raise ModelError(
+        f"{saved.folder} holds keys of {found}, the model's are {expected}", "load the model that it names"
+    )
+
+
+def _config(saved: Saved, settings: dict[str, Any]) -> Config:
+    unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        rule = f"{saved.folder} was saved with the setting {min(unknown)!r}, which this version does not know"
+        raise SaveError(rule, "restore it with the version that saved it")
+    return Config(**settings)
+
+
+@torch.inference_mode()
+def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
+    if facts["pinned"]:
+        state.expect_prefix(facts["pinned"])
+    carried, means = state.carried, []
+    if isinstance(carried, CarriedCache):
+        carried.allocate(facts["carried"])
+        carried.lengths = list(facts["carried"])
     for layer in range(state.geometry.layers):
-        carried.buffers[layer][:] = tensors[f"carried.{layer}"]
-        carried.born[layer][:] = tensors[f"born.{layer}"]
-        if carried.totals:
-            carried.totals[layer][:] = tensors[f"totals.{layer}"]
+        tensors = saved.part(_layer_name(layer))
+        key, value = tensors["detailed"]
+        state.detailed.append(key, value, layer)
+        if isinstance(carried, CarriedCache):
+            carried.buffers[layer][:] = tensors["carried"]
+            carried.born[layer][:] = tensors["born"]
+            if carried.totals:
+                carried.totals[layer][:] = tensors["totals"]
+        if state.blocks is not None:
+            means.append(tensors["blocks"])
+    if state.blocks is not None:
+        state.blocks.restore([Block(**block) for block in facts["blocks"]], means)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,11 +83,21 @@ class Blocks:
         while self.spots and self.spots[-1].stop > tokens:
             self.spots.pop()
 
+    def respace(self, positions: list[int]) -> None:
+        """Take note of how many positions each step takes from now on."""
+        self.spots = [replace(spot, positions=taken) for spot, taken in zip(self.spots, positions, strict=True)]
+
     def restore(self, spots: list[Block], means: list[torch.Tensor]) -> None:
         """Take over saved blocks: a mean [streams, kv_heads, blocks, head_dim] for each layer."""
         for layer, saved in enumerate(means):
             self._put(layer, saved)
         self.spots = spots
+
+    def fork(self) -> Blocks:
+        """A copy."""
+        found = Blocks(self.geometry)
+        found.restore(list(self.spots), [means[:, :, : len(self)] for means in self.means])
+        return found
 
     def _put(self, layer: int, fresh: torch.Tensor) -> None:
         held, first = self.means[layer], len(self)

@@ -14,6 +14,7 @@ from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.slots import one_block
 from statekv.ops import select
+from statekv.ops.rope import Angles, rotate
 
 
 class CarriedCache(Cache):
@@ -140,6 +141,22 @@ class CarriedCache(Cache):
         for beside in (born, self.totals[layer][:, :, :length]) if self.totals else (born,):
             beside.scatter_(-1, target, beside.gather(-1, source))
 
+    def turn(self, first: int, by: torch.Tensor, angles: Angles) -> None:
+        """Rotate carried keys further, in float32 and in place.
+
+        Args:
+            first: token from which on.
+            by: [tokens - first] int64 on the CPU, how far each token of the stream moves.
+            angles: of such distances.
+        """
+        still = torch.cat([by.new_zeros(1), by])
+        for layer, length in enumerate(self.lengths):
+            born = self.born[layer][..., :length]
+            moved = still[(born.cpu() - first + 1).clamp(min=0)]  # [streams, kv_heads, length]
+            cos, sin = (part.view(*born.shape, -1).to(born.device) for part in angles(moved.flatten()))
+            keys = self.buffers[layer][0, :, :, :length]
+            keys.copy_(rotate(keys.float(), cos, sin))
+
     @property
     def full(self) -> bool:
         """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
@@ -160,6 +177,17 @@ class CarriedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
         return self.lengths[layer_idx]
+
+    def fork(self, detailed: DetailedCache) -> CarriedCache:
+        """A copy that enters keys and values into another detailed cache."""
+        found = CarriedCache(self.geometry, self.budget, self.rule, detailed, decay=self.decay)
+        found.budgets = self.budgets
+        found.allocate(self.slots)
+        found.lengths = list(self.lengths)
+        for mine, its in ((self.buffers, found.buffers), (self.born, found.born), (self.totals, found.totals)):
+            for old, new in zip(mine, its, strict=True):
+                new.copy_(old)
+        return found
 
     def allocate(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer; what the layers hold moves along."""

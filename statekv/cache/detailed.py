@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import Cache
 
 from statekv.cache.geometry import Geometry
+from statekv.ops.rope import Angles, rotate
 
 _FIRST_CAPACITY = 256  # tokens
+_TURNED_AT_ONCE = 4096  # tokens: what float32 copies of a layer's keys may take
 
 
 class DetailedCache(Cache):
@@ -35,6 +38,7 @@ class DetailedCache(Cache):
         self.buffers = [self._allocate(layer, 0) for layer in range(geometry.layers)]
         self.grown = 0  # how many times a buffer was copied into a larger one
         self._answering_from: int | None = None
+        self._sharing: WeakSet[DetailedCache] = WeakSet([self])  # forks, which may lie in the same buffers
 
     def __len__(self) -> int:
         return self.geometry.layers
@@ -98,6 +102,35 @@ class DetailedCache(Cache):
             seen = held[..., start:stop, :]
         return seen[0], seen[1]
 
+    def turn(self, first: int, by: torch.Tensor, angles: Angles) -> None:
+        """Rotate keys further, in float32 and in place.
+
+        Args:
+            first: token from which on.
+            by: [length - first] int64 on the CPU, how far each one moves.
+            angles: of such distances.
+        """
+        for layer in range(len(self)):
+            self._claim(layer, first)
+        for start in range(0, len(by), _TURNED_AT_ONCE):
+            part = by[start : start + _TURNED_AT_ONCE]
+            cos, sin = angles(part)
+            spot = slice(first + start, first + start + len(part))
+            for held in self.buffers:
+                keys = held[0, :, :, spot]
+                keys.copy_(rotate(keys.float(), cos.to(keys.device)[:, None], sin.to(keys.device)[:, None]))
+
+    def fork(self) -> DetailedCache:
+        """A second cache with the same tokens, in the same memory.
+
+        Either may write behind them where the other holds nothing; where it does, whoever comes second moves to a copy.
+        """
+        found = DetailedCache(self.geometry, self.recall, self.window, self.sinks)
+        found.lengths, found.buffers = list(self.lengths), list(self.buffers)
+        self._sharing.add(found)
+        found._sharing = self._sharing
+        return found
+
     def begin_answer(self) -> None:
         """From here on everything appended belongs to a question: the recall window stops moving."""
         self._answering_from = self.length
@@ -128,12 +161,23 @@ class DetailedCache(Cache):
         capacity = self.buffers[layer].shape[-2]
         if tokens > capacity:
             self._grow(layer, max(tokens, 2 * capacity, _FIRST_CAPACITY))
+        else:
+            self._claim(layer, self.lengths[layer])
 
     def _grow(self, layer: int, tokens: int) -> None:
-        old = self.buffers[layer]
-        if tokens <= old.shape[-2]:
-            return
-        new = self._allocate(layer, tokens)
+        if tokens > self.buffers[layer].shape[-2]:
+            self._move(layer, tokens)
+
+    def _claim(self, layer: int, start: int) -> None:
+        """Before writing from token `start` on: move to a copy where a fork holds tokens there."""
+        for other in self._sharing:
+            here = other is not self and other.buffers[layer] is self.buffers[layer]
+            if here and other.lengths[layer] > start:
+                self._move(layer, self.buffers[layer].shape[-2])
+                return
+
+    def _move(self, layer: int, tokens: int) -> None:
+        old, new = self.buffers[layer], self._allocate(layer, tokens)
         if self.lengths[layer]:
             new[..., : self.lengths[layer], :] = old[..., : self.lengths[layer], :]
             self.grown += 1

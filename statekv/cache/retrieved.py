@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,7 @@ from statekv.cache.blocks import Blocks
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.config import Config
-from statekv.ops.rope import rotate
-
-# Positions, [streams, T] or [3, streams, T], to the cos and sin [streams, T, head_dim] that keys are turned by.
-Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from statekv.ops.rope import Angles, rotate
 
 
 class Retrieved(Cache):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 
 import torch
 
@@ -11,21 +11,27 @@ from statekv.cache.blocks import Blocks
 from statekv.cache.budgets import layer_budgets
 from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import Rule
+from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
-from statekv.cache.retrieved import Angles, Retrieved
+from statekv.cache.retrieved import Retrieved
 from statekv.config import Config
 from statekv.errors import ConfigError
+from statekv.ops.rope import Angles
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a segment lies in the detailed cache, and when it was: `pts_seconds` is None for text alone."""
+    """Where a segment lies in the detailed cache, and when it was: `pts_seconds` is None for text alone.
+
+    `position` is where it would begin on the axis of time if nothing had ever been compacted.
+    """
 
     kind: str
     start: int
     length: int
     pts_seconds: float | None
+    position: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class StreamState:
         origin_seconds: time of the first frame; prompts count from there.
         spans: one for each segment, in order.
         pinned: tokens of the prefix that stay carried.
+        compacts: whether steps move closer together once the horizon is reached.
+        compaction: how far they have.
     """
 
     geometry: Geometry
@@ -67,6 +75,8 @@ class StreamState:
     origin_seconds: float | None = None
     spans: list[Span] = field(default_factory=list)
     pinned: int = 0
+    compacts: bool = False
+    compaction: Compaction = field(default_factory=Compaction)
 
     def __post_init__(self) -> None:
         c = self.config
@@ -145,9 +155,41 @@ class StreamState:
             )
         carried.pin_from(first)
 
-    def note(self, kind: str, length: int, pts_seconds: float | None) -> None:
-        """Record that `length` tokens of a segment have just entered."""
-        self.spans.append(Span(kind, self.tokens - length, length, pts_seconds))
+    def note(self, kind: str, length: int, pts_seconds: float | None, position: int) -> None:
+        """Record that `length` tokens of a segment have just entered, uncompacted at `position`."""
+        self.spans.append(Span(kind, self.tokens - length, length, pts_seconds, position))
+
+    def compacted(self, position: int, reach: int) -> Compaction:
+        """What would make room for a step, uncompacted at `position`, in a stream that may take `reach` positions."""
+        first = self.spans[0].length if self.spans and self.spans[0].kind == "prefix" else 0
+        return self.compaction.next(position, first, reach)
+
+    def compact(self, to: Compaction, angles: Angles, own_time: bool = False) -> None:
+        """Move steps closer together, once and for all: their keys in both memories are rotated further, in place.
+
+        Args:
+            to: where they stand from now on.
+            angles: of how far each token's step moves, [T] int64 on the CPU, to cos and sin [1, T, head_dim] float32.
+            own_time: whether steps count time on an axis that text does not follow; else the next position moves too.
+        """
+        spans, by = [], []
+        for span in reversed(self.spans):
+            far = to.place(span.position) - self.compaction.place(span.position)
+            if not far:
+                break  # nor have any before it
+            spans.append(span)
+            by.append(far)
+        if spans:
+            moved = torch.tensor(by[::-1]).repeat_interleave(torch.tensor([span.length for span in spans[::-1]]))
+            self.detailed.turn(spans[-1].start, moved, angles)
+            if isinstance(self.carried, CarriedCache):
+                self.carried.turn(spans[-1].start, moved, angles)
+        if not own_time:
+            self.position -= to.gained - self.compaction.gained
+        self.compaction = to
+        if self.blocks is not None and self.config.retrieve_positions == "reindex":
+            places = [to.place(span.position) for span in self.spans if span.kind == "step"]
+            self.blocks.respace([behind - place for place, behind in pairwise([*places, self.position])])
 
     def begin_answer(self, positions: torch.Tensor, angles: Angles) -> None:
         """From here on everything that enters is a question and its answer.
@@ -179,6 +221,17 @@ class StreamState:
             self.blocks.crop(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
         del self.spans[mark.spans :]
+
+    def fork(self) -> StreamState:
+        """A second stream with the same past; neither sees what becomes of the other.
+
+        The detailed cache's memory is shared for as long as that goes well (`DetailedCache.fork`), all else is copied.
+        """
+        found = replace(self, spans=list(self.spans))
+        found.detailed = self.detailed.fork()
+        found.blocks = self.blocks.fork() if self.blocks is not None else None
+        found._carried = self._carried.fork(found.detailed) if self._carried is not None else None
+        return found
 
     def free(self) -> None:
         """Give all memory back; the stream is empty and of no further use."""

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from statekv.cli import analyze, ask, bench, bench_streams, demo, evals, evals_report, models
+from statekv.cli import analyze, ask, bench, bench_streams, demo, evals, evals_report, models, watch
 from statekv.cli.console import notes, show_warning
 from statekv.cli.heap import keep_freed_memory
 from statekv.errors import StateKVError
@@ -36,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask.ask)
+app.command()(watch.watch)
 app.command()(demo.demo)
 app.command()(analyze.analyze)
 app.command()(models.models)

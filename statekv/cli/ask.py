@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,9 +13,10 @@ import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, progress
 from statekv.config import ATTENTION_DIALS, Config
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, StateKVError, VideoError
 
 if TYPE_CHECKING:
+    from statekv.engine import Engine
     from statekv.session import Session
 
 _DEFAULT = Config()
@@ -35,6 +37,7 @@ _SETTINGS = (
     "last_frames",
     "layout",
     "horizon",
+    "on_horizon",
     "kernel",
     "score_every",
     "vision_batch",
@@ -42,11 +45,13 @@ _SETTINGS = (
     "pack",
     "seed",
 )
+_LOADING = ("dtype", "device", "device_map", "revision", "trust_remote_code")
 
 
 def ask(
-    video: options.Video,
-    questions: options.Questions,
+    context: typer.Context,
+    video: options.AskedVideo = None,
+    questions: options.AskedQuestions = None,
     model: options.Model = "demo",
     method: options.Method = None,
     budget: options.Budget = _DEFAULT.budget,
@@ -69,6 +74,7 @@ def ask(
     last_frames: options.LastFrames = _DEFAULT.last_frames,
     layout: options.LayoutName = _DEFAULT.layout,
     horizon: options.Horizon = None,
+    on_horizon: options.OnHorizon = None,
     kernel: options.Kernel = _DEFAULT.kernel,
     score_every: options.ScoreEvery = _DEFAULT.score_every,
     vision_batch: options.VisionBatch = _DEFAULT.vision_batch,
@@ -81,27 +87,76 @@ def ask(
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    save: options.Save = None,
+    restore: options.Restore = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Watch VIDEO once, answer every QUESTION about it."""
     given = dict(locals())
-    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
+    asked = list(questions or ())
+    if restore is not None and video is not None:
+        asked.insert(0, video)
     # Checked before the model is loaded, which takes its time.
+    if not asked:
+        context.fail("Missing argument 'QUESTIONS...'.")
+    _check(asked, save)
+    name, engine, session = _open(given) if restore is None else _restore(given, _typed(context))
+    with session:
+        for question in asked:
+            engine.check_question(question)
+        if session.source is not None:  # else its frames were pushed
+            _watch(session, save, restore)
+        _save(session, save)
+        for question in asked:
+            _answer(session, question, name, as_json)
+
+
+def _open(given: dict[str, Any]) -> tuple[str, Engine, Session]:
+    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
+    Config.of(given["method"], **settings)
+    _check_source(given["video"])
+    loading = {name: given[name] for name in _LOADING}
+    engine = statekv.load(given["model"], given["method"], **loading, **settings)
+    return given["model"], engine, engine.open(given["video"], stream=given["stream"])
+
+
+def _restore(given: dict[str, Any], typed: set[str]) -> tuple[str, Engine, Session]:
+    """The session in a folder, on the model that the folder names; both with what was typed beside it."""
+    from statekv.cache.folder import read_folder
+
+    for name in typed & {"method", "stream"}:
+        rule = f"--{name} was given with --restore, but a session stays as it was opened"
+        raise ConfigError(rule, f"leave --{name} out, or watch the video again")
+    saved = read_folder(given["restore"])
+    with saved.reading():
+        then = saved.facts["model"]
+        name = given["model"] if "model" in typed else then["name"]
+        kept = {"dtype"} if "model" in typed else {"dtype", "revision"}
+        loading = {name: given[name] for name in _LOADING} | {name: then[name] for name in kept - typed}
+    if not name:
+        raise ConfigError(f"{saved.folder} was saved with a model that has no name", "say where it is with --model")
+    anew = {name: given[name] for name in typed & set(_SETTINGS)}
+    engine = statekv.load(name, **loading)
+    return name, engine, engine.restore(saved.folder, **anew)
+
+
+def _typed(context: typer.Context) -> set[str]:
+    """Names of the options on the command line, all others having their defaults."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return {name for name, source in sources if source is not None and source.name == "COMMANDLINE"}
+
+
+def _check(questions: list[str], save: Path | None) -> None:
+    from statekv.cache.folder import check_target
+
     if any(not question.strip() for question in questions):
         raise ConfigError("the question is empty", "ask something about the video")
-    Config.of(method, **settings)
-    _check_source(video)
-    loading = {name: given[name] for name in ("dtype", "device", "device_map", "revision", "trust_remote_code")}
-    engine = statekv.load(model, method, **loading, **settings)
-    with engine.open(video, stream=stream) as session:
-        for question in questions:
-            engine.check_question(question)
-        _watch(session)
-        for question in questions:
-            _answer(session, question, model, as_json)
+    if save is not None:
+        check_target(save)
 
 
-def _watch(session: Session) -> None:
+def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
+    """To the end; what was seen is saved where that is not reached."""
     # With the newest frames alone, that is how many are looked at together, not how many there are.
     expected = None if session.state.config.recall == "last_frames" else session.state.frames_expected
     with progress() as bar:
@@ -109,8 +164,23 @@ def _watch(session: Session) -> None:
         try:
             session.watch(on_step=lambda step: bar.update(task, completed=step.frames))
         except KeyboardInterrupt:
-            notes.print(f"statekv: interrupted after {session.frames} frames", markup=False)
+            _save(session, save)
+            going = f"; --restore {save} goes on from there" if save is not None else ""
+            notes.print(f"statekv: interrupted after {session.frames} frames{going}", markup=False, soft_wrap=True)
             raise typer.Exit(130) from None
+        except VideoError as error:
+            if restored is None or not session.frames:
+                _save(session, save)
+                raise
+            notes.print(f"statekv: warning: {error}; the answers are about what was seen", markup=False, soft_wrap=True)
+        except StateKVError:
+            _save(session, save)
+            raise
+
+
+def _save(session: Session, folder: Path | None) -> None:
+    if folder is not None and session.frames:
+        session.save(folder)
 
 
 def _answer(session: Session, question: str, model: str, as_json: bool) -> None:
@@ -144,6 +214,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
         "carried": state.carried.length,
         "positions": state.position,
         "horizon": state.horizon,
+        "compacted": state.compaction.factor,
         "seconds": {**seconds, "answer": answer_seconds},
         "bytes": state.nbytes,
     }

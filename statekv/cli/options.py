@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, RECALLS, RETRIEVED_POSITIONS
+from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, ON_HORIZON, RECALLS, RETRIEVED_POSITIONS
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
 Questions = Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)]
+AskedVideo = Annotated[
+    str | None, typer.Argument(help="A video file or URL; left out with --restore.", show_default=False)
+]
+AskedQuestions = Annotated[list[str] | None, typer.Argument(help="One or more questions.", show_default=False)]
 Model = Annotated[str, typer.Option(help="A hub id, a folder, or demo.")]
 Method = Annotated[str | None, typer.Option(help=f"One of: {', '.join(METHODS)}.")]
 Budget = Annotated[int, typer.Option(help="Tokens carried per layer and KV head.")]
@@ -40,6 +44,12 @@ RetrievePositions = Annotated[str, typer.Option(help=f"Positions of retrieved ke
 LastFrames = Annotated[int, typer.Option(help="Newest frames that recall last_frames shows.")]
 LayoutName = Annotated[str, typer.Option(help=f"Prompt layout: {', '.join(LAYOUTS)}.")]
 Horizon = Annotated[int | None, typer.Option(help="Positions that RoPE is scaled for.")]
+OnHorizon = Annotated[
+    str | None,
+    typer.Option(
+        help=f"When the horizon is reached: {', '.join(ON_HORIZON)}; by default error for files, else compact."
+    ),
+]
 Kernel = Annotated[str, typer.Option(help=f"Attention with key scores: {', '.join(KERNELS)}.")]
 ScoreEvery = Annotated[int, typer.Option(help="Score keys with every n-th query only.")]
 VisionBatch = Annotated[int, typer.Option(help="Steps whose pictures pass the vision tower together.")]
@@ -52,6 +62,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, for example auto.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Save = Annotated[
+    Path | None, typer.Option(help="Folder that keeps what was seen, for --restore; a session in it is replaced.")
+]
+Restore = Annotated[
+    Path | None,
+    typer.Option(help="Go on with what --save kept; every argument is a question, model and settings stay."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer.")]
 
 Csv = Annotated[

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from statekv.cache.geometry import Geometry
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError
+from statekv.models.placeholders import check_placeholders
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.models.rope_scope import RopeScope
 from statekv.video.frame import Frame
@@ -31,7 +32,7 @@ class Segment:
         frames: pictures inside.
         pts_seconds: time of the first picture.
         extras: further keyword arguments of the language model.
-        farthest: one past the highest position inside, where that lies beyond next_position.
+        moment: where it stands on the axis of time, where the family counts that beside its text; else None.
     """
 
     kind: str
@@ -42,12 +43,12 @@ class Segment:
     frames: int = 0
     pts_seconds: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
-    farthest: int = 0
+    moment: int | None = None
 
     @property
     def reach(self) -> int:
         """One past the highest position that it asks for."""
-        return max(self.next_position, self.farthest)
+        return max(self.next_position, 0 if self.moment is None else self.moment + 1)
 
     @property
     def length(self) -> int:
@@ -99,6 +100,7 @@ class VideoModel(ABC):
 
     frames_per_step: ClassVar[int] = 1
     generates_prompt: ClassVar[bool] = True  # whether stock `generate` returns the prompt in front of the answer
+    own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
         self.model: Any = model
@@ -267,6 +269,13 @@ class VideoModel(ABC):
         """[1, length]; families with multi-axis RoPE return [3, 1, length]."""
         return torch.arange(start, start + length, device=self.model.device).unsqueeze(0)
 
+    def displacement(self, by: torch.Tensor) -> torch.Tensor:
+        """Positions to rotate keys by whose steps move along the stream: [T] → [1, T], or [3, 1, T].
+
+        A step moves as a whole, so rows and columns that are counted from its place move with it.
+        """
+        return by.expand(*self.text_positions(0, 1).shape[:-1], -1)
+
     def _read(self, texts: Texts) -> None:
         self.read_recipe(texts.video_json)
         tokens = self.vision_tokens(texts.tokenizer)
@@ -278,23 +287,3 @@ class VideoModel(ABC):
             )
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
-
-
-def check_placeholders(placeholders: int, features: int) -> None:
-    """Raise a ModelError unless the text has room for exactly the pictures that came with it."""
-    if placeholders != features:
-        raise ModelError(
-            f"the text has placeholders for {placeholders} vision features, the pictures make {features}",
-            "pass all that one call of the checkpoint's own processor returned",
-        )
-
-
-def runs(ids: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, token) of each unbroken run of one of `tokens`."""
-    found = [(i, token) for i, token in enumerate(ids) if token in tokens]
-    start = 0
-    for k, (i, token) in enumerate(found):
-        ends = k + 1 == len(found) or found[k + 1] != (i + 1, token)
-        if ends:
-            yield found[start][0], i + 1, token
-            start = k + 1

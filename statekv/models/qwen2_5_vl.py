@@ -10,13 +10,14 @@ the fraction of a step's seconds, so that a video of more than 2 frames a second
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment, check_placeholders, runs
+from statekv.models.base import Seen, Segment
+from statekv.models.placeholders import check_placeholders, runs
 from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
 from statekv.models.qwen_pixels import Qwen25VLRecipe, qwen2_5_vl_size
 from statekv.models.qwen_vl import QwenVL, temporal_patches
@@ -28,6 +29,7 @@ _ROUNDING = 1e-4
 class Qwen25VL(QwenVL):
     """`Qwen2_5_VLForConditionalGeneration`, for example Qwen/Qwen2.5-VL-3B-Instruct."""
 
+    own_time: ClassVar[bool] = True
     recipe: Qwen25VLRecipe
 
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
@@ -43,7 +45,7 @@ class Qwen25VL(QwenVL):
         return self.prompts[state.config.layout].tokens.pad * len(seen.features)
 
     def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
-        head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state)
+        head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
         prefix = [] if state.frames or not head else [self.text("prefix", head, 0)]
         ids = [self.video_token_id] * len(seen.features)
         return [*prefix, self.picture(ids, seen, len(head), moment)]
@@ -53,9 +55,9 @@ class Qwen25VL(QwenVL):
         token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
         row, embeds, spot = self.embed_picture(ids, token, seen.features)
         positions, following = self.positions(len(ids), spot.start, seen.grid, position, moment)
-        farthest = position + spot.start + moment + 1
+        stands = position + spot.start + moment
         frames = max(1, len(seen.frames))
-        return Segment("step", row, embeds, positions, following, frames, seen.pts_seconds, farthest=farthest)
+        return Segment("step", row, embeds, positions, following, frames, seen.pts_seconds, moment=stands)
 
     def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         head = len(self.prompts[layout].head_ids(self.prompts[layout].tokens.pad))
@@ -89,6 +91,10 @@ class Qwen25VL(QwenVL):
             check_placeholders(stop - start, done - start)
             position = step.next_position
         yield self.text("question", ids[done:], position)
+
+    def displacement(self, by: torch.Tensor) -> torch.Tensor:
+        """Rows and columns are counted from the video's start, which stays: steps move on the axis of time alone."""
+        return torch.stack([by, torch.zeros_like(by), torch.zeros_like(by)]).unsqueeze(1)
 
     @property
     def _per_second(self) -> int:

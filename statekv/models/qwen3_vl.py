@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment, runs
+from statekv.models.base import Seen, Segment
+from statekv.models.placeholders import runs
 from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
 from statekv.models.qwen_pixels import Qwen3VLRecipe, qwen3_vl_size
 from statekv.models.qwen_vl import QwenVL, temporal_patches

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from statekv.models.base import Seen, VideoModel, check_placeholders
+from statekv.models.base import Seen, VideoModel
 from statekv.models.pixels import resize_and_normalise
+from statekv.models.placeholders import check_placeholders
 from statekv.models.qwen_pixels import QwenRecipe, patchify
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+# Positions, [streams, T] or [3, streams, T], to the cos and sin [streams, T, head_dim] that keys are turned by.
+Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def dynamic_ntk_frequencies(theta: float, dim: int, trained_length: int, factor: float, horizon: int) -> torch.Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# A stamp further ahead of its predecessor than this, and than the time since, is another clock's.
+_JUMP_SECONDS = 10.0
+
 
 class Clock:
     """Turns the stamps of one stream into times that never run backwards.
@@ -34,6 +37,48 @@ class Clock:
         self._last_pts = pts
         self.end_seconds = pts + duration
         return pts, duration
+
+
+class LiveClock:
+    """Times of a live stream: seconds since its first frame, by its own stamps, over any number of connections.
+
+    Each connection's first stamp is set against the wall clock, for stamps start anywhere. A stream that jumps, back or
+    far ahead of the wall, is set against it again. Without stamps a frame's time is when it came. Never runs backwards.
+    """
+
+    def __init__(self) -> None:
+        self.began_seconds: float | None = None  # wall clock
+        self.last_seconds: float | None = None  # stream time of the newest frame
+        self._offset: float | None = None
+        self._last_pts = self._last_now = 0.0
+
+    def reconnect(self) -> None:
+        """A new connection begins, whose stamps have nothing to do with the former ones."""
+        self._offset = None
+
+    def tick(self, pts_seconds: float | None, now_seconds: float) -> float:
+        """Return the time of the next frame.
+
+        Args:
+            pts_seconds: its stamp; None where it has none that means anything.
+            now_seconds: the wall clock's time.
+        """
+        if self.began_seconds is None:
+            self.began_seconds = now_seconds
+        elapsed = now_seconds - self.began_seconds
+        if pts_seconds is None:
+            found = elapsed
+        else:
+            if self._offset is None or self._jumped(pts_seconds, now_seconds):
+                self._offset = max(elapsed, self.last_seconds or 0.0) - pts_seconds
+            found = pts_seconds + self._offset
+            self._last_pts, self._last_now = pts_seconds, now_seconds
+        self.last_seconds = max(found, self.last_seconds or 0.0)
+        return self.last_seconds
+
+    def _jumped(self, pts_seconds: float, now_seconds: float) -> bool:
+        advance = pts_seconds - self._last_pts
+        return advance < 0 or advance > now_seconds - self._last_now + _JUMP_SECONDS
 
 
 def parse_timestamp(text: str) -> float | None:

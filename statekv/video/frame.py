@@ -19,6 +19,7 @@ class Frame:
         data: pixels, [3, H, W] uint8, RGB, upright.
         pts_seconds: presentation time on the stream's own clock, which need not start at zero.
         duration_seconds: how long the picture is shown; 0 where unknown.
+        gap_seconds: time right before it from which a live source showed nothing, because it was away.
 
     Raises:
         VideoError: a wrong shape or dtype, or a time that is not a finite number.
@@ -27,6 +28,7 @@ class Frame:
     data: torch.Tensor
     pts_seconds: float
     duration_seconds: float = 0.0
+    gap_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         shape = list(self.data.shape)
@@ -36,11 +38,10 @@ class Frame:
             raise VideoError(f"frame data is {self.data.dtype}, must be torch.uint8", "scale to 0..255, cast")
         if not math.isfinite(self.pts_seconds):
             raise VideoError(f"pts_seconds is {self.pts_seconds}, must be finite", "give the frame a time")
-        if not (math.isfinite(self.duration_seconds) and self.duration_seconds >= 0):
-            raise VideoError(
-                f"duration_seconds is {self.duration_seconds}, must be finite and not negative",
-                "use 0 where it is unknown",
-            )
+        for name in ("duration_seconds", "gap_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise VideoError(f"{name} is {value}, must be finite and not negative", "use 0 where it is unknown")
 
 
 def _channel_hint(shape: list[int]) -> str:

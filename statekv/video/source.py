@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from statekv.errors import VideoError
 
@@ -14,19 +16,53 @@ _MP4_FIRST_BOXES = (b"ftyp", b"mdat", b"moov", b"free", b"skip", b"wide")
 
 
 def local_path(source: Source) -> Path | None:
-    """Return the path of a local file, or None for a URL or pipe."""
+    """Return the path of a local file, or None for a URL, a camera or a pipe."""
+    if is_camera(source) or is_stdin(source):
+        return None
+    if not isinstance(source, str):
+        return Path(source)
+    if scheme_of(source) == "file":
+        return Path(url2pathname(urlsplit(source).path)) if "://" in source else Path(source)
+    return None
+
+
+def scheme_of(source: Source) -> str:
+    """Return the scheme of a URL in lower case; "file" for what is none."""
     text = os.fspath(source)
-    is_remote = isinstance(source, str) and ("://" in text or text.startswith("pipe:"))
-    return None if is_remote else Path(text)
+    if not isinstance(source, str) or text.startswith("pipe:"):
+        return "pipe" if text.startswith("pipe:") else "file"
+    scheme, separator, _ = text.partition("://")
+    return scheme.lower() if separator else "file"
+
+
+def is_stdin(source: Source) -> bool:
+    """True for "-"."""
+    return os.fspath(source) == "-"
+
+
+def is_camera(source: Source) -> bool:
+    """True for a camera as Linux names it: /dev/video0."""
+    return re.fullmatch(r"/dev/video\d+", os.fspath(source)) is not None
 
 
 def display_name(source: Source) -> str:
     """Return a short name for messages, without folders, passwords or access tokens."""
+    if is_stdin(source):
+        return "standard input"
     path = local_path(source)
     if path is not None:
         return path.name or str(path)
     parts = urlsplit(os.fspath(source))
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts.netloc else os.fspath(source)
+
+
+def check_camera(source: Source) -> None:
+    """Raise VideoError if there is no such camera."""
+    if not Path(source).exists():
+        found = sorted(str(path) for path in Path("/dev").glob("video*") if is_camera(path))
+        raise VideoError(
+            f"there is no camera {os.fspath(source)}", f"found: {', '.join(found)}" if found else "no camera was found"
+        )
 
 
 def check_file(path: Path) -> None:
@@ -40,12 +76,23 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{name} is empty (0 bytes)", "record or download it again")
 
 
+def check_there(source: Source) -> None:
+    """Raise VideoError for a file or camera that is not there; nothing is known of other sources beforehand."""
+    path = local_path(source)
+    if path is not None:
+        check_file(path)
+    elif is_camera(source):
+        check_camera(source)
+
+
 def explain(source: Source, reason: str) -> VideoError:
     """Return the error for a source that FFmpeg refused to open with this short reason in lower case."""
     path, name = local_path(source), display_name(source)
+    if is_stdin(source):
+        return VideoError(f"{name} holds no video that FFmpeg can read", "pipe MPEG-TS or MJPEG into it")
+    if is_camera(source):
+        return VideoError(f"{name} cannot be opened: {reason}", "check that nobody else uses it, and its permissions")
     if path is None:
-        if reason == "protocol not found":
-            return VideoError(f"{name}: FFmpeg knows no such protocol", "use a file, http(s), rtsp or rtmp")
         if reason == "immediate exit requested":
             reason = "no answer in time"
         return VideoError(f"{name} cannot be opened: {reason}", "check the address and the network")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.ops import select
+from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values
 
 CARRIES = ["attention", "recent", "sink_recent", "random"]
@@ -354,3 +356,28 @@ def test_pinning_the_newest_moves_on_in_place() -> None:
     addresses = {place.data_ptr() for place in cache._newest.values()}
     cache.pin_from(1000)
     assert {place.data_ptr() for place in cache._newest.values()} == addresses
+
+
+def test_carried_keys_turn_by_what_their_tokens_move() -> None:
+    """Each head holds other tokens; those before the first moved one keep their bits, like all values."""
+    cache = carried(20, g=geometry(streams=2))
+    for number in range(12):
+        step(cache, 7, seed=number)
+    first, before = 30, [buffer.clone() for buffer in cache.buffers]
+    by = -(1 + torch.arange(84 - first) // 5)
+    cache.turn(first, by, quarter_turns)
+    for layer, buffer in enumerate(before):
+        born = cache.born[layer][..., :20].long()
+        for s, h, slot in itertools.product(range(2), range(2), range(20)):
+            token, (key, value) = int(born[s, h, slot]), buffer[:, s, h, slot]
+            far = int(by[token - first]) if token >= first else 0
+            expected = rotate(key, *(part[0, 0] for part in quarter_turns(torch.tensor([far]))))
+            assert torch.equal(cache.buffers[layer][0, s, h, slot], expected if far else key)
+            assert torch.equal(cache.buffers[layer][1, s, h, slot], value)
+
+
+def quarter_turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] → cos and sin [1, T, 4] of turns that are exact in float32."""
+    turned = by % 4
+    cos, sin = (turned == 0).float() - (turned == 2).float(), (turned == 1).float() - (turned == 3).float()
+    return cos[None, :, None].expand(1, -1, 4), sin[None, :, None].expand(1, -1, 4)

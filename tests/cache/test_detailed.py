@@ -9,6 +9,7 @@ import torch
 
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values
 
 
@@ -166,3 +167,29 @@ def test_a_window_copies_no_more_than_itself() -> None:
     key, _ = cache.update(keys(cache.geometry, 0, range(500, 501)), values(cache.geometry, 0, range(500, 501)), 0)
     assert key.untyped_storage().data_ptr() == cache.buffers[0].untyped_storage().data_ptr()
     assert key.shape[-2] == 11
+
+
+def turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] → cos and sin [1, T, 4]: one turn speed for each pair."""
+    angles = by[None, :, None].double() * torch.tensor([0.1, 0.01, 0.1, 0.01], dtype=torch.float64)
+    return angles.cos().float(), angles.sin().float()
+
+
+@pytest.mark.parametrize(
+    "g", [geometry(layers=2), geometry(layers=1, streams=2), geometry(dtype=torch.bfloat16)], ids=str
+)
+def test_keys_turn_in_place_from_a_token_on(g: Geometry) -> None:
+    """More of them than are turned at once; what lies before, and all values, keep their bits."""
+    cache = DetailedCache(g)
+    feed(cache, 9000)
+    at, first = addresses(cache), 300
+    before = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(g.layers)]
+    by = -(torch.arange(9000 - first) // 7)
+    cache.turn(first, by, turns)
+    cos, sin = turns(by)
+    for layer, (key, value) in enumerate(before):
+        assert torch.equal(cache.values(layer), value)
+        assert torch.equal(cache.keys(layer)[:, :, :first], key[:, :, :first])
+        expected = rotate(key[:, :, first:].float(), cos[:, None], sin[:, None])
+        assert torch.equal(cache.keys(layer)[:, :, first:], expected.to(g.dtype))
+    assert addresses(cache) == at

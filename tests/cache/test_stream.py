@@ -33,8 +33,8 @@ def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_s
         if isinstance(cache, CarriedCache) and mode == "carry":
             token = key[..., 0]
             cache.evict(layer, token / 1000 + 1 - token % 2)
+    state.note(kind, tokens, pts_seconds, state.position)
     state.position += tokens
-    state.note(kind, tokens, pts_seconds)
 
 
 def carried_tokens(state: StreamState) -> list[list[int]]:
@@ -53,7 +53,7 @@ def test_spans_say_where_and_when() -> None:
     enter(state, "prefix", 3)
     enter(state, "step", 5, pts_seconds=0.5)
     enter(state, "step", 6, pts_seconds=1.5)
-    assert state.spans == [Span("prefix", 0, 3, None), Span("step", 3, 5, 0.5), Span("step", 8, 6, 1.5)]
+    assert state.spans == [Span("prefix", 0, 3, None, 0), Span("step", 3, 5, 0.5, 3), Span("step", 8, 6, 1.5, 8)]
     assert state.tokens == state.position == 14
     assert state.carried.length == 8
 

@@ -1,4 +1,4 @@
-"""What all families share: runs of placeholders, features put in their places, sizes read off the model."""
+"""What all families share: features put in their places, sizes read off the model."""
 
 from __future__ import annotations
 
@@ -8,24 +8,10 @@ import torch
 from statekv.errors import ModelError
 from statekv.models import FAMILIES as KNOWN
 from statekv.models import adapter
-from statekv.models.base import Segment, runs
+from statekv.models.base import Segment
 from statekv.video.frame import Frame
 from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import EVERY_MODEL, FAMILIES, tiny
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        ([], []),
-        ([1, 2], []),
-        ([9], [(0, 1, 9)]),
-        ([1, 9, 9, 2, 9], [(1, 3, 9), (4, 5, 9)]),
-        ([9, 9, 8, 8, 9], [(0, 2, 9), (2, 4, 8), (4, 5, 9)]),
-    ],
-)
-def test_runs_of_placeholders(ids: list[int], expected: list[tuple[int, int, int]]) -> None:
-    assert list(runs(ids, [8, 9])) == expected
 
 
 @torch.inference_mode()

@@ -157,7 +157,7 @@ def test_generate_reaches_as_far_as_time_does() -> None:
 
 
 def test_a_stream_ends_where_its_time_passes_the_horizon() -> None:
-    session = shared_engine("qwen2_5_vl").open(horizon=600, max_new_tokens=6, **UNLIMITED)
+    session = shared_engine("qwen2_5_vl").open(horizon=600, on_horizon="error", max_new_tokens=6, **UNLIMITED)
     session.push(frames_of(video(2)))
     with pytest.raises(HorizonError, match="position 486 is past 450"):
         session.push(frames_of(video(2), start_seconds=30.0))

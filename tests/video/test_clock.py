@@ -1,6 +1,6 @@
 import pytest
 
-from statekv.video.clock import Clock, parse_timestamp
+from statekv.video.clock import Clock, LiveClock, parse_timestamp
 
 
 def test_sound_stamps_pass_unchanged():
@@ -33,3 +33,39 @@ def test_started_after_the_first_frame():
 )
 def test_parse_timestamp(text, seconds):
     assert parse_timestamp(text) == seconds
+
+
+def live_times(*ticks):
+    clock = LiveClock()
+    return [clock.tick(pts, now) for pts, now in ticks]
+
+
+def test_live_times_count_from_the_first_frame_by_the_streams_stamps():
+    assert live_times((50.0, 1000.0), (50.1, 1000.3), (50.2, 1000.31)) == pytest.approx([0, 0.1, 0.2])
+
+
+def test_without_stamps_a_live_time_is_when_the_frame_came():
+    assert live_times((None, 7.0), (None, 7.4), (None, 9.0)) == pytest.approx([0, 0.4, 2.0])
+
+
+@pytest.mark.parametrize("stamp", [0.0, 5000.0])
+def test_a_live_stream_that_jumps_is_set_against_the_wall_again(stamp):
+    assert live_times((50.0, 100.0), (51.0, 101.0), (stamp, 103.0), (stamp + 1, 104.0)) == pytest.approx([0, 1, 3, 4])
+
+
+def test_a_new_connection_goes_on_by_the_wall():
+    clock = LiveClock()
+    assert clock.tick(50.0, 100.0) == 0
+    assert clock.tick(52.0, 101.0) == 2
+    clock.reconnect()
+    assert clock.tick(52.5, 111.0) == 11
+    assert clock.tick(53.5, 111.5) == 12
+
+
+def test_live_times_never_run_backwards():
+    clock = LiveClock()
+    clock.tick(0.0, 0.0)
+    clock.tick(8.0, 1.0)
+    clock.reconnect()
+    assert [clock.tick(0.0, 2.0), clock.tick(1.0, 3.0)] == [8, 9]
+    assert clock.tick(None, 4.0) == 9

@@ -10,6 +10,7 @@ import torch
 from statekv.errors import ConfigError
 from statekv.video.reader import VideoInfo, count_frames, probe, read_frames
 from statekv.video.sampling import Sampler
+from statekv.video.track import rgb
 
 from .clips import (
     REAL,
@@ -207,13 +208,13 @@ def test_dropped_frames_are_never_converted(clip, monkeypatch):
     from statekv.video import reader
 
     converted = []
-    original = reader._rgb
+    original = rgb
 
     def counted(picture):
         converted.append(picture.pts)
         return original(picture)
 
-    monkeypatch.setattr(reader, "_rgb", counted)
+    monkeypatch.setattr(reader, "rgb", counted)
     assert len(list(read_frames(clip, fps=5))) == len(converted) == 6
 
 

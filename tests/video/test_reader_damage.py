@@ -112,7 +112,7 @@ def unreachable(folder):
         (unknown_codec, "odd.mp4 has no frame that decodes"),
         (index_missing, "cut.mp4 has no complete index .* file is incomplete"),
         (index_cut, "cut.mp4 has no complete index .* file is incomplete"),
-        (unknown_protocol, "no such protocol"),
+        (unknown_protocol, "is not allowed"),
         (unreachable, "127.0.0.1/clip.mp4 cannot be opened: connection refused"),
     ],
 )

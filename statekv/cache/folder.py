@@ -1,0 +1,207 @@
+"""A folder of JSON and safetensors that goes from one whole save to the next at once; never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from statekv.errors import SaveError
+
+FORMAT = 2  # changes whenever an older save could not be gone on with to the bit
+FACTS = "session.json"
+_PART = re.compile(r"(?:layer-\d+|frames)\.(\d+)\.safetensors")
+_UNFINISHED = f"{FACTS}.part"
+_CHUNK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds, its tensors still on disk.
+
+    Attributes:
+        folder: where.
+        facts: all that is no tensor.
+        files: name and SHA-256 of each part's file.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    files: dict[str, dict[str, str]]
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors of one part, on the CPU.
+
+        Raises:
+            SaveError: the part's file is missing or not as it was written.
+        """
+        with self.reading():
+            known = self.files[name]
+            path = self.folder / known["name"]
+            if not _PART.fullmatch(known["name"]) or not path.is_file():
+                raise _damaged(self.folder, f"its file {known['name']} is missing")
+            if _digest(path) != known["sha256"]:
+                raise _damaged(self.folder, f"its file {known['name']} is not as it was written")
+            return load_file(path)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whatever does not fit together in here is the folder's fault."""
+        try:
+            yield
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise _damaged(self.folder, f"what it holds does not fit together ({type(error).__name__})") from None
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    facts: Mapping[str, Any],
+    parts: Iterable[tuple[str, dict[str, torch.Tensor]]],
+) -> None:
+    """Write a save; one that the folder holds already is replaced once this one is whole.
+
+    New files come beside those of the former save. Replacing `session.json`, which names the files that count, is one
+    operation of the file system: whenever the process dies, the folder holds the former save or this one. Files that
+    neither names are removed here and by the next write. One process at a time.
+
+    Args:
+        folder: made where there is none.
+        facts: all that is no tensor.
+        parts: name and contiguous tensors of each file; taken one by one, so that no more than one has to be in memory.
+
+    Raises:
+        SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
+    """
+    target = Path(folder)
+    try:
+        check_target(target)
+        made = not target.exists()
+        target.mkdir(parents=True, exist_ok=True)
+        serial = 1 + max(
+            (int(found[1]) for path in target.iterdir() if (found := _PART.fullmatch(path.name))), default=0
+        )
+        try:
+            files = {name: _write_part(target / f"{name}.{serial}.safetensors", tensors) for name, tensors in parts}
+            _publish(target, {**facts, "files": files})
+        finally:
+            _sweep(target)
+            if made:
+                with suppress(OSError):  # it holds something, and stays
+                    target.rmdir()
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or str(error)
+        hint = "make room, or name another folder; what was saved there before is intact"
+        raise SaveError(f"{target} cannot be written: {told.splitlines()[0]}", hint) from None
+
+
+def check_target(folder: str | os.PathLike[str]) -> None:
+    """Raise the SaveError that writing to a folder would raise because of what is there: nothing of it is ours."""
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise SaveError(f"{target} is a file, not a folder", "name another one")
+    found = list(target.iterdir()) if target.exists() else []
+    guests = [path for path in found if not _ours(path)]
+    if guests and not (_readable(target) or [path.name for path in guests] == [FACTS] != [path.name for path in found]):
+        raise SaveError(f"{target} holds other files than a saved session", "name another folder, or an empty one")
+
+
+def read_folder(folder: str | os.PathLike[str]) -> Saved:
+    """Read what a folder says; its tensors are read and checked part by part.
+
+    Raises:
+        SaveError: there is no such folder, or no save in it, or one that is damaged or of another format.
+    """
+    source = Path(folder)
+    if not (source / FACTS).is_file():
+        found = "is not a folder" if source.exists() else "does not exist"
+        problem = "holds no saved session" if source.is_dir() else found
+        raise SaveError(f"{source} {problem}", "name a folder that session.save or --save wrote")
+    try:
+        facts = json.loads((source / FACTS).read_text(encoding="utf-8"))
+        found, check, files = facts.pop("format"), facts.pop("check", None), facts.get("files")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        raise _damaged(source, f"{FACTS} cannot be read") from None
+    if found != FORMAT:
+        raise SaveError(f"{source} was saved in format {found!r}, this version reads {FORMAT}", "watch the video again")
+    if check != _check(facts) or not isinstance(files, dict):
+        raise _damaged(source, f"{FACTS} is not as it was written")
+    return Saved(source, facts, facts.pop("files"))
+
+
+def _readable(folder: Path) -> bool:
+    try:
+        read_folder(folder)
+    except SaveError:
+        return False
+    return True
+
+
+def _ours(path: Path) -> bool:
+    return bool(_PART.fullmatch(path.name)) or path.name == _UNFINISHED
+
+
+def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    save_file(tensors, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "sha256": _digest(path)}
+
+
+def _publish(target: Path, facts: dict[str, Any]) -> None:
+    unfinished = target / _UNFINISHED
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "check": _check(facts), **facts}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(target)
+    os.replace(unfinished, target / FACTS)
+    _sync(target)
+
+
+def _sync(folder: Path) -> None:
+    """Names too survive a power cut, where the system has a way to ask for that."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(target: Path) -> None:
+    """Remove files of ours that do not count."""
+    named: set[str] = set()
+    if (target / FACTS).exists():
+        try:
+            named = {file["name"] for file in read_folder(target).files.values()}
+        except SaveError:
+            return  # of a newer version, or damaged: nobody knows which of its files count
+    for path in list(target.iterdir()):
+        if _ours(path) and path.name not in named:
+            path.unlink()
+
+
+def _check(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _damaged(folder: Path, problem: str) -> SaveError:
+    return SaveError(f"{folder} is damaged: {problem}", "use an older copy, or watch the video again")

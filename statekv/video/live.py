@@ -1,0 +1,202 @@
+"""A source that does not wait: decoded on a thread at its own pace, reconnected when it goes away."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from statekv.errors import VideoError, VideoWarning
+from statekv.video.address import locate
+from statekv.video.clock import LiveClock
+from statekv.video.damage import Damage
+from statekv.video.frame import Frame
+from statekv.video.newest import NewestFrames
+from statekv.video.sampling import Sampler
+from statekv.video.source import Source, display_name, nothing_decodes
+from statekv.video.status import LiveStatus
+from statekv.video.track import Track, open_track, rgb
+
+_TIMEOUTS_SECONDS = (10.0, 20.0)  # to connect, to read on; HLS is silent for the length of a segment
+# FFmpeg looks at five seconds of a stream by default before it hands out the first packet.
+_OPTIONS = {"analyzeduration": "200000"}
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
+_JOIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """How a live source is read.
+
+    Attributes:
+        fps: frames per second at most; None keeps every frame.
+        max_frames: frames to keep in all; None: no limit.
+        duration_seconds: length of a file that is played as live, over which max_frames are spread; else None.
+        depth: frames that wait for their reader at most.
+        max_lag_seconds: how long a frame waits before a newer one pushes it out.
+        reconnect_seconds: how long a source that went away is waited for; 0: its end is the end.
+        until_seconds: stream time at which reading ends; None: it does not.
+        timeouts_seconds: to connect, and of silence that counts as being away.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    duration_seconds: float | None = None
+    depth: int = 8
+    max_lag_seconds: float = 2.0
+    reconnect_seconds: float = 300.0
+    until_seconds: float | None = None
+    timeouts_seconds: tuple[float, float] = _TIMEOUTS_SECONDS
+
+
+class LiveSource(Iterator[Frame]):
+    """Sampled frames of a live source, whose times are seconds since its first frame.
+
+    Sources that hand out frames before their time (a file, HTTP, a pipe) are read no faster than their stamps say.
+    Frames that the reader does not take in time are dropped and counted. A source that goes away is called again, at
+    growing intervals; the first frame afterwards tells the gap.
+
+    Args:
+        source: path, URL, camera, or "-" for standard input.
+        settings: how it is read.
+        stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+
+    Raises:
+        VideoError: it cannot be opened or holds no video.
+        ConfigError: there is no such stream.
+    """
+
+    def __init__(self, source: Source, settings: LiveSettings, stream: int | None = None) -> None:
+        self._address = locate(source)
+        self._name = display_name(source)
+        self._source, self._stream, self._settings = source, stream, settings
+        self._sampler = Sampler(settings.fps, settings.max_frames, 0.0, settings.duration_seconds)
+        self._clock = LiveClock()
+        self._newest = NewestFrames(settings.depth, settings.max_lag_seconds)
+        self._due_seconds: float | None = None  # of the frame that was handed out last, by time.monotonic
+        self._gaps, self._gap_seconds, self._untold_gap_seconds = 0, 0.0, 0.0
+        self._connected = False
+        self._finished = False  # all that was asked for has been seen
+        self._refused: Exception | None = None
+        self._opened, self._stopped = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="statekv-live", daemon=True)
+        self._thread.start()
+        self._opened.wait()
+        if self._refused is not None:
+            raise self._refused
+
+    @property
+    def status(self) -> LiveStatus:
+        """How it is doing now."""
+        lag = 0.0 if self._due_seconds is None else max(0.0, time.monotonic() - self._due_seconds)
+        return LiveStatus(self._connected, lag, self._newest.dropped, self._gaps, self._gap_seconds)
+
+    def ready(self, timeout_seconds: float) -> bool:
+        """Wait until the next frame, or the end, is there; False if it is not by then."""
+        return self._newest.ready(timeout_seconds)
+
+    def __next__(self) -> Frame:
+        try:
+            found = self._newest.get()
+        except VideoWarning as complaint:
+            warnings.warn(complaint, stacklevel=2)
+            found = None
+        if found is None:
+            raise StopIteration
+        frame, self._due_seconds = found
+        return frame
+
+    def close(self) -> None:
+        """Stop reading. A read that hangs ends with its timeout; nothing waits for it."""
+        self._stopped.set()
+        self._newest.clear()
+        self._newest.end()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        end: Exception | None = None
+        try:
+            end = self._connections()
+        except Exception as error:
+            end = error
+        self._connected = False
+        if not self._opened.is_set():
+            self._refused = end
+            self._opened.set()
+        self._newest.end(end)
+
+    def _connections(self) -> VideoWarning | None:
+        """One connection after the other, until the source has ended; returns what is to be said about that."""
+        away_since, delay = time.monotonic(), _FIRST_DELAY_SECONDS
+        while True:
+            seen = self._clock.last_seconds
+            end = self._connection()
+            self._connected = False
+            if self._finished or self._stopped.is_set():
+                return end
+            now = time.monotonic()
+            if self._clock.last_seconds != seen:
+                away_since, delay = now, _FIRST_DELAY_SECONDS
+            left = away_since + self._settings.reconnect_seconds - now
+            if left <= 0:
+                told = f"{self._name} went away {self._settings.reconnect_seconds:g} s ago and has not come back"
+                return VideoWarning(told)
+            self._stopped.wait(min(delay, left))
+            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+
+    def _connection(self) -> VideoWarning | None:
+        """Read the source for as long as it is there."""
+        damage = Damage()
+        try:
+            with open_track(self._source, self._stream, self._settings.timeouts_seconds, _OPTIONS) as track:
+                # A broadcast that is a recording when it is called again has come to its end.
+                recorded = track.duration_seconds is not None
+                if recorded and self._clock.last_seconds is not None:
+                    self._finished = True
+                    return None
+                self._connected = True
+                self._opened.set()
+                self._show(track, damage)
+        except VideoError:
+            if not self._opened.is_set():
+                raise
+            return None
+        if recorded or not self._address.returns or not self._settings.reconnect_seconds:
+            self._finished = True
+            if self._clock.last_seconds is None and not self._stopped.is_set():
+                raise nothing_decodes(self._source)
+            cut_off = recorded and damage.stop_reason
+            return VideoWarning(f"{self._name}: {damage.stop_reason}") if cut_off else None
+        return None
+
+    def _show(self, track: Track, damage: Damage) -> None:
+        """Sample the pictures of one connection, none before its time."""
+        before = self._clock.last_seconds
+        self._clock.reconnect()
+        for index, picture in enumerate(track.pictures(damage, at_once=True)):
+            now = time.monotonic()
+            pts = self._clock.tick(track.seconds(picture.pts) if track.stamped else None, now)
+            if before is not None and index == 0:
+                self._gaps += 1
+                self._gap_seconds += pts - before
+                self._untold_gap_seconds += pts - before
+            until = self._settings.until_seconds
+            if until is not None and pts >= until:
+                self._finished = True
+                return
+            due = now
+            if self._address.paced and self._clock.began_seconds is not None:
+                due = self._clock.began_seconds + pts
+                self._stopped.wait(max(0.0, due - now))
+            if self._stopped.is_set():
+                return
+            if self._sampler.keep(pts):
+                duration = track.seconds(getattr(picture, "duration", None)) if track.stamped else None
+                self._newest.put(Frame(rgb(picture), pts, duration or 0.0, self._untold_gap_seconds), due)
+                self._untold_gap_seconds = 0.0
+                if self._sampler.exhausted:
+                    self._finished = True
+                    return

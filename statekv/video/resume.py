@@ -1,0 +1,161 @@
+"""A video's frames, with a note of how far they have been read, so that reading can go on another day."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statekv.errors import VideoError
+from statekv.video.frame import Frame
+from statekv.video.reader import read_frames
+from statekv.video.source import Source, display_name, local_path
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a video is read.
+
+    Attributes:
+        fps, max_frames, stream, until_seconds: as `read_frames`.
+        ahead: frames to decode ahead.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    stream: int | None = None
+    until_seconds: float | None = None
+    ahead: int = 0
+
+
+class Footage(Iterator[Frame]):
+    """The sampled frames of a video, from its beginning or from where reading stopped.
+
+    A file is decoded from its beginning again, and the frames that were drawn before are skipped: so the frames that
+    follow are those that would have followed, to the bit.
+
+    Args:
+        source: path or URL.
+        reading: how it is read.
+        drawn: frames that were drawn before.
+        ended: whether the end was reached then; nothing is opened any more.
+        digest: of the file that those came from; None: not known.
+    """
+
+    def __init__(
+        self, source: Source, reading: Reading, drawn: int = 0, ended: bool = False, digest: str | None = None
+    ) -> None:
+        self.source = source
+        self.reading = reading
+        self.drawn = drawn
+        self.ended = ended
+        self.digest = digest or _digest(source)
+        self._frames: Generator[Frame, None, None] | None = None
+
+    def __next__(self) -> Frame:
+        if self.ended:
+            raise StopIteration
+        if self._frames is None:
+            self._frames = self._open()
+        frame = next(self._frames, None)
+        if frame is None:
+            self.ended = True
+            raise StopIteration
+        self.drawn += 1
+        return frame
+
+    def close(self) -> None:
+        """Stop reading; the next frame drawn would be read by opening the source anew."""
+        if self._frames is not None:
+            self._frames.close()
+        self._frames = None
+
+    def again(self) -> Footage:
+        """The same frames from here on, read separately."""
+        return Footage(self.source, self.reading, self.drawn, self.ended, self.digest)
+
+    def facts(self) -> dict[str, Any]:
+        """What `resumed` needs, without passwords and access tokens."""
+        path = local_path(self.source)
+        address = display_name(self.source) if path is None else str(path.absolute())
+        return {
+            "address": address,
+            "complete": path is not None or address == os.fspath(self.source),
+            "digest": self.digest,
+            "drawn": self.drawn,
+            "ended": self.ended,
+            "reading": dataclasses.asdict(self.reading),
+        }
+
+    @classmethod
+    def resumed(cls, facts: dict[str, Any], source: Source | None = None) -> Footage:
+        """Go on where reading stopped.
+
+        Args:
+            facts: from `facts`.
+            source: where the video is now; None: where it was.
+
+        Raises:
+            VideoError: `source` is not the file that was read before.
+        """
+        reading = Reading(**facts["reading"])
+        if source is None and not facts["complete"] and not facts["ended"]:
+            return _Withheld(facts["address"], reading, facts["drawn"], digest=facts["digest"])
+        found = cls(source or facts["address"], reading, facts["drawn"], facts["ended"], facts["digest"])
+        if source is not None:
+            found.check()
+        return found
+
+    def check(self) -> None:
+        """Raise a VideoError unless the file is still the one whose frames were drawn."""
+        if self.digest is None or local_path(self.source) is None:
+            return
+        name, found = display_name(self.source), _digest(self.source)
+        if found is None:
+            raise VideoError(f"{name} is not there any more", "say where it is with source, or ask about what was seen")
+        if found != self.digest:
+            raise VideoError(f"{name} is not the file that was watched before", "use that one, or watch it anew")
+
+    def _open(self) -> Generator[Frame, None, None]:
+        r = self.reading
+        if self.drawn:
+            self.check()
+        frames = read_frames(self.source, r.fps, r.max_frames, r.stream, r.ahead, r.until_seconds)
+        try:
+            for _ in range(self.drawn):
+                next(frames, None)
+        except BaseException:
+            frames.close()
+            raise
+        return frames
+
+
+class _Withheld(Footage):
+    """Footage at an address that was not saved whole."""
+
+    def __next__(self) -> Frame:
+        rule = f"{self.source}: its address held a password or a token, which is not saved"
+        raise VideoError(rule, "give the address with source")
+
+
+def _digest(source: Source) -> str | None:
+    """SHA-256 over the size and 16 evenly spread samples of 64 KiB of a local file; None for all else.
+
+    A change between the samples that leaves the size alone is not seen.
+    """
+    path = local_path(source)
+    if path is None or not Path(path).is_file():
+        return None
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            found.update(file.read(_SAMPLE_BYTES))
+    return found.hexdigest()

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from statekv.config import SCHEMES
+from statekv.errors import VideoError
+from statekv.video.address import check_scheme, locate
+from statekv.video.reader import probe, read_frames
+
+from .broadcast import encoded
+
+NETWORK = [scheme for scheme in SCHEMES if scheme != "file"]
+
+
+def protocols(source):
+    return locate(source).options["protocol_whitelist"].split(",")
+
+
+@pytest.mark.parametrize("source", ["clip.mp4", "a: b.mp4", Path("folder/clip.mp4"), "concat:a.ts|b.ts"])
+def test_a_file_is_a_file_whatever_its_name(source):
+    address = locate(source)
+    assert address.url == f"file:{source}"
+    assert not address.live
+
+
+def test_a_file_url_is_a_file():
+    assert locate("file:///a%20b/clip.mp4").url == "file:/a b/clip.mp4"
+
+
+@pytest.mark.parametrize("scheme", NETWORK)
+def test_every_scheme_has_its_protocols_and_none_reads_files(scheme):
+    found = protocols(f"{scheme.upper()}://host/live")
+    assert scheme in found
+    assert not {"file", "pipe", "concat", "subfile", "data"} & set(found)
+    assert locate(f"{scheme}://host/live").returns
+
+
+def test_who_is_live_and_who_sets_the_pace():
+    live = {scheme for scheme in NETWORK if locate(f"{scheme}://host/x").live}
+    paced = {scheme for scheme in NETWORK if locate(f"{scheme}://host/x").paced}
+    assert live == set(NETWORK) - {"http", "https"}
+    assert paced == {"http", "https", "tcp", "rtmp", "rtmps"}
+
+
+def test_a_camera_is_asked_through_video4linux():
+    address = locate("/dev/video3")
+    assert (address.url, address.format, address.live, address.paced) == ("/dev/video3", "v4l2", True, False)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["concat://a.ts|b.ts", "subfile,,start,0,end,9,,:///etc/passwd", "data://x", "concat:http://a|http://b", "pipe:0"],
+)
+def test_other_protocols_are_refused(source):
+    with pytest.raises(VideoError, match="is not allowed") as caught:
+        locate(source)
+    assert "http" in caught.value.hint
+
+
+def test_fewer_may_be_allowed():
+    assert check_scheme("clip.mp4", ("file",)) == "file"
+    with pytest.raises(VideoError, match="'https' is not allowed") as caught:
+        check_scheme("https://host/clip.mp4", ("file", "rtsp"))
+    assert caught.value.hint == "allowed: file, rtsp"
+
+
+def test_a_playlist_may_name_its_neighbours_but_nothing_of_the_network(tmp_path):
+    (tmp_path / "a.ts").write_bytes(b"".join(encoded(5)))
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "near.m3u8").write_text(playlist.format("a.ts"))
+    (tmp_path / "far.m3u8").write_text(playlist.format("http://127.0.0.1:1/a.ts"))
+    assert len(list(read_frames(tmp_path / "near.m3u8"))) == 5
+    with pytest.raises(VideoError):
+        probe(tmp_path / "far.m3u8")
+
+
+def test_a_camera_that_is_not_there():
+    with pytest.raises(VideoError, match="no camera /dev/video987"):
+        probe("/dev/video987")
