@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "interrupts": set(),
     "progress": {"video.status"},
     "memory": {"errors"},
+    "drawing": {"errors"},
     "flops": set(),
     "config": {"errors"},
     # ground floor and side wing
@@ -48,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"errors", "config", "cache", "models", "stepper", "saving", "session", "video"},
     "dropin": {"errors", "config", "models", "stepper", "decoding"},
 }
-FRONT = {"errors", "config", "video", "cache.stream", "session", "engine", "dropin"}
+FRONT = {"errors", "config", "drawing", "video", "cache.stream", "session", "engine", "dropin"}
 
 # The roof: siblings that use the front doors and never each other.
 ROOF: dict[str, set[str]] = {
@@ -81,7 +82,7 @@ DOORS: dict[str, set[str] | None] = {
     "transformers": {"cache", "models", "decoding", "streaming_text", "dropin", "bench.build"},
     "triton": {"ops.flash"},
     "flash_attn": {"ops.plain"},
-    "matplotlib": {"demo.picture", "bench.picture", "evals.picture", "analysis.curves"},
+    "matplotlib": {"drawing", "demo.picture", "bench.picture", "evals.picture", "analysis.curves"},
     "PIL": {"analysis.canvas"},
     "huggingface_hub": {"evals.records"},
     "pyarrow": {"evals.records"},

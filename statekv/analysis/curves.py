@@ -10,17 +10,9 @@ import numpy as np
 
 from statekv.analysis.concentration import BUDGETS
 from statekv.analysis.watching import Analysis
-from statekv.errors import ConfigError
+from statekv.drawing import check_drawing
 
 _LAYER_COLORS = "viridis"
-
-
-def check_drawing() -> None:
-    """Raise a ConfigError unless matplotlib is installed; before minutes of work, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib", "pip install 'statekv[plot]'") from None
 
 
 def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from statekv.errors import ConfigError
+from statekv.drawing import check_drawing
 
 _PANELS_A_ROW = 4
 _INCHES = (3.6, 3.0)  # of a panel
@@ -29,14 +29,6 @@ class Panel:
     lines: Mapping[str, Sequence[tuple[float, float]]]
     log_x: bool = False
     log_y: bool = False
-
-
-def check_drawing() -> None:
-    """Raise a ConfigError unless matplotlib is installed; before minutes of work, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib", "pip install 'statekv[plot]'") from None
 
 
 def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:

@@ -46,7 +46,7 @@ def analyze(
     path = local_path(video)
     if path is not None:
         check_file(path)
-    from statekv.analysis.curves import check_drawing
+    from statekv.drawing import check_drawing
 
     check_drawing()
     _make(folder)

@@ -29,7 +29,8 @@ def demo(
         Config.of("streaming_llm", budget=budget)  # the strictest of the methods
     engine = statekv.load("demo")
     from statekv.demo.compare import compare
-    from statekv.demo.picture import check_drawing, draw_step_times
+    from statekv.demo.picture import draw_step_times
+    from statekv.drawing import check_drawing
 
     check_drawing()
     tokens = engine.model.span(frames, 64, 64, "hf")

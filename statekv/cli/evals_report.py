@@ -48,7 +48,8 @@ def picture(
     file: Annotated[Path, typer.Option(help="PNG to write.")] = Path("statekv-eval", "accuracy-cost.png"),
 ) -> None:
     """Draw accuracy against the FLOPs of prefill, a line for each method."""
-    from statekv.evals.picture import check_drawing, draw
+    from statekv.drawing import check_drawing
+    from statekv.evals.picture import draw
     from statekv.evals.report import load
 
     check_drawing()

@@ -33,8 +33,8 @@ class Report:
     """
 
     def __init__(self, bench: str, csv: Path | None, picture: Path | None) -> None:
-        from statekv.bench.picture import check_drawing
         from statekv.bench.rows import check_columns
+        from statekv.drawing import check_drawing
 
         results = Path("benchmarks", "results")
         self.csv = csv or (results if results.is_dir() else Path("statekv-bench")) / f"{bench}.csv"

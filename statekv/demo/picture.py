@@ -8,17 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from statekv.demo.compare import MethodResult
-from statekv.errors import ConfigError
+from statekv.drawing import check_drawing
 
 _SMOOTHED_OVER = 16  # steps
-
-
-def check_drawing() -> None:
-    """Raise a ConfigError unless matplotlib is installed; before hours of work, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib", "pip install 'statekv[plot]'") from None
 
 
 def draw_step_times(results: Sequence[MethodResult], path: Path, title: str) -> None:

@@ -10,7 +10,7 @@ from statekv.evals.letters import chosen_letter, letter_before_bracket, sole_let
 from statekv.evals.records import DataSet, Record
 from statekv.evals.shares import Rows, macro_share, shares
 from statekv.evals.task import Broken, EvalQuestion, EvalVideo
-from statekv.evals.videos import VideoFiles
+from statekv.evals.videos import gathered
 
 TASK_TYPES = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA", "topic_reasoning")
 _CLOSING = "\nOnly give the best option.\nBest option: ("
@@ -40,16 +40,7 @@ class MLVU:
         self.folder = folder or Path("statekv-eval", self.name)
 
     def videos(self) -> Iterator[EvalVideo | Broken]:
-        found: dict[str, list[EvalQuestion]] = {}
-        for record in _DATA.read(self.folder):
-            question = _question(record) if isinstance(record, Record) else record
-            if isinstance(record, Record) and isinstance(question, EvalQuestion):
-                found.setdefault(record.fields["video_name"], []).append(question)
-            elif isinstance(question, Broken):
-                yield question
-        files = VideoFiles(self.folder)
-        for name, questions in found.items():
-            yield files.video(name, questions)
+        yield from gathered(self.folder, _DATA.read(self.folder), "video_name", _question)
 
     def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:
         early = letter_before_bracket(answered)

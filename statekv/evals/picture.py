@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from statekv.drawing import check_drawing
 from statekv.errors import ConfigError
 from statekv.evals.report import Figures
 from statekv.evals.task import REFERENCE
@@ -13,14 +14,6 @@ from statekv.evals.task import REFERENCE
 _GIGA = 1e9
 _PAPER = "statekv"  # what all others are there for is drawn stronger
 _APART = 1.02  # methods of about equal cost are drawn beside each other
-
-
-def check_drawing() -> None:
-    """Raise a ConfigError unless matplotlib is installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib", "pip install 'statekv[plot]'") from None
 
 
 def draw(figures: Sequence[Figures], path: Path) -> None:

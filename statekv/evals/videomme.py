@@ -10,7 +10,7 @@ from statekv.evals.letters import chosen_letter, first_letter, sole_letter
 from statekv.evals.records import DataSet, Record, distinct
 from statekv.evals.shares import Rows, share, shares
 from statekv.evals.task import Broken, EvalQuestion, EvalVideo
-from statekv.evals.videos import VideoFiles
+from statekv.evals.videos import gathered
 
 # It speaks of subtitles although there are none: that is the task.
 _INTRODUCTION = (
@@ -46,16 +46,7 @@ class VideoMME:
         self.folder = folder or Path("statekv-eval", self.name)
 
     def videos(self) -> Iterator[EvalVideo | Broken]:
-        found: dict[str, list[EvalQuestion]] = {}
-        for record in distinct(_DATA.read(self.folder), "question_id"):
-            question = _question(record) if isinstance(record, Record) else record
-            if isinstance(record, Record) and isinstance(question, EvalQuestion):
-                found.setdefault(record.fields["videoID"], []).append(question)
-            elif isinstance(question, Broken):
-                yield question
-        files = VideoFiles(self.folder)
-        for name, questions in found.items():
-            yield files.video(name, questions)
+        yield from gathered(self.folder, distinct(_DATA.read(self.folder), "question_id"), "videoID", _question)
 
     def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:
         readings = {"score": chosen_letter(answered), "letter": sole_letter(answered), "early": first_letter(answered)}

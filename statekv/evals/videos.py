@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from statekv.errors import ConfigError
+from statekv.evals.records import Record
 from statekv.evals.task import Broken, EvalQuestion, EvalVideo
 
 _SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov"}
@@ -60,3 +61,29 @@ class VideoFiles:
         missing = name if PurePosixPath(name).suffix.lower() in _SUFFIXES else f"{name}.mp4"
         path = found[0] if found else self.folder / missing
         return EvalVideo(id or name, path, tuple(questions), until_seconds)
+
+
+def gathered(
+    folder: Path, records: Iterable[Record | Broken], name: str, question_of: Callable[[Record], EvalQuestion | Broken]
+) -> Iterator[EvalVideo | Broken]:
+    """Records by their video, in order of its first record; before those, what cannot be used.
+
+    Args:
+        folder: of the data set.
+        records: of one question each.
+        name: field with the video's name.
+        question_of: what a record asks.
+
+    Raises:
+        ConfigError: no videos lie in the folder.
+    """
+    found: dict[str, list[EvalQuestion]] = {}
+    for record in records:
+        question = question_of(record) if isinstance(record, Record) else record
+        if isinstance(record, Record) and isinstance(question, EvalQuestion):
+            found.setdefault(record.fields[name], []).append(question)
+        elif isinstance(question, Broken):
+            yield question
+    files = VideoFiles(folder)
+    for video, questions in found.items():
+        yield files.video(video, questions)

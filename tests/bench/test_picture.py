@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from statekv.bench.picture import Panel, check_drawing, draw
+from statekv.bench.picture import Panel, draw
+from statekv.drawing import check_drawing
 from statekv.errors import ConfigError
 
 RISING = Panel("rising", "step", "ms", {"full": [(1, 1.0), (8, 9.0)], "statekv": [(1, 1.0), (8, 1.5)]})
