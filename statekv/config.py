@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from statekv.capacity import bytes_of
 from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
@@ -14,6 +15,8 @@ RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
 ATTENTION_DIALS = ("decay", "value_norms", "layer_slope", "pin_newest", "coverage")
 RETRIEVED_POSITIONS = ("keep", "reindex")
 ON_HORIZON = ("error", "compact")
+BITS = (8, 4, 2)
+CAPS = ("memory", "host_memory", "disk")
 LAYOUTS = ("hf", "release")
 KERNELS = ("auto", "naive", "blocked", "triton")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
@@ -66,6 +69,12 @@ class Config:
         horizon: positions that RoPE is scaled for; None: the video's length where it is known, else the trained length.
         on_horizon: what happens when the next step would pass the horizon: error, or compact (older steps move closer
             together, and the stream goes on); None: error for a file of known length, else compact.
+        memory: cap on what one stream may take on the model's device, in bytes or as "8GiB"; None: no cap. What happens
+            where it is reached: docs/tiers.md.
+        host_memory: cap on what moves from there to the host's memory; None: nothing does.
+        disk: cap on what moves from there to files; None: nothing does.
+        disk_folder: where these files lie; None: the system's folder for temporary files.
+        bits: keys and values that leave the newest part of the device's memory are quantised: 8, 4 or 2; None: not.
         max_new_tokens: longest answer, in tokens.
         kernel: implementation of attention with key scores: auto, naive, blocked, triton.
         score_every: score keys with every n-th query of a step, counted from its last; 1, all, is the method.
@@ -103,6 +112,11 @@ class Config:
     max_frames: int | None = None
     horizon: int | None = None
     on_horizon: str | None = None
+    memory: int | str | None = None
+    host_memory: int | str | None = None
+    disk: int | str | None = None
+    disk_folder: str | None = None
+    bits: int | None = None
     max_new_tokens: int = 128
     kernel: str = "auto"
     score_every: int = 1
@@ -119,6 +133,11 @@ class Config:
         for name, known in _NAMES.items():
             if name != "on_horizon" or self.on_horizon is not None:
                 check_name(name, getattr(self, name), known)
+        for name in CAPS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, bytes_of(name, getattr(self, name)))  # "8GiB" and its bytes are equal
+        if self.bits is not None and (isinstance(self.bits, bool) or self.bits not in BITS):
+            raise ConfigError(f"bits is {self.bits!r}, but must be 8, 4 or 2", "leave it out to quantise nothing")
         for name, least in _COUNTS.items():
             _check_count(name, getattr(self, name), least)
         if self.seed >= 2**63:
@@ -170,6 +189,20 @@ class Config:
             yield told, "set carry to 'all', or use the method last_frames"
         if self.uniform and self.max_frames is None:
             yield "max_frames is None, but uniform spreads a number of frames over the video", "give max_frames"
+
+        for name in ("host_memory", "disk", "bits"):
+            value = getattr(self, name)
+            if value is not None and self.memory is None:
+                told = f"{name} is {value} without memory, but only what memory has no room for goes there"
+                yield told, f"give memory, or leave {name} out"
+        if self.disk_folder is not None and self.disk is None:
+            yield f"disk_folder is {self.disk_folder!r} without disk, so that no file goes there", "give disk"
+        if self.memory is not None and self.carry == "all":
+            told = f"memory is {self.memory} with carry 'all', but steps that see everything need all of it"
+            yield told, "choose a method with a budget, or leave memory out"
+        if self.memory is not None and self.recall in ("recent", "sink_recent"):
+            told = f"memory is {self.memory} with recall {self.recall!r}, which keeps what it never shows"
+            yield told, "set recall to 'all' or 'retrieve', or leave memory out"
 
     @classmethod
     def of(cls, method: str | None = None, **settings: Any) -> Config:

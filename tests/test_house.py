@@ -23,7 +23,8 @@ ROOMS: dict[str, set[str]] = {
     "memory": {"errors"},
     "drawing": {"errors"},
     "flops": set(),
-    "config": {"errors"},
+    "capacity": {"errors"},
+    "config": {"errors", "capacity"},
     # ground floor and side wing
     "ops": {"errors"},
     "video": {"errors"},
@@ -49,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"errors", "config", "cache", "models", "stepper", "saving", "session", "video"},
     "dropin": {"errors", "config", "models", "stepper", "decoding"},
 }
-FRONT = {"errors", "config", "drawing", "video", "cache.stream", "session", "engine", "dropin"}
+FRONT = {"errors", "capacity", "config", "drawing", "video", "cache.stream", "session", "engine", "dropin"}
 
 # The roof: siblings that use the front doors and never each other.
 ROOF: dict[str, set[str]] = {
@@ -91,7 +92,7 @@ DOORS: dict[str, set[str] | None] = {
     "typer": {"cli"},
     "rich": {"cli"},
 }
-WITHOUT_TORCH = {"__init__", "errors", "config", "interrupts", "progress", "cli"}
+WITHOUT_TORCH = {"__init__", "errors", "capacity", "config", "interrupts", "progress", "cli"}
 
 BAD_NAMES = {"utils", "util", "common", "core", "types", "helpers", "misc", "base_types"}
 MOST_LINES_OF_A_FILE = 300
