@@ -20,5 +20,6 @@ for model in internvl3-2b internvl3-8b qwen3-vl-8b; do
     timeout 60 "$bin/statekv" bench prefill --models "$model" --budgets 4096 --steps 1,64,1024,3600
 done
 timeout 60 "$bin/statekv" bench prefill --models internvl3-1b --budgets 4096 --steps 1,64,1024,3600 --plain
+timeout 60 "$bin/statekv" bench sessions --models internvl3-1b,internvl3-8b --budget 4096 --seconds 5
 timeout 60 "$bin/statekv" bench answer --models internvl3-8b
 timeout 30 "$bin/statekv" bench memory --models internvl3-8b

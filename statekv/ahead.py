@@ -12,9 +12,9 @@ import torch
 from statekv.cache.stream import StreamState
 from statekv.errors import ConfigError
 from statekv.interrupts import deferred_interrupts
+from statekv.memory import memory_limit
 from statekv.models.base import Seen, VideoModel
 from statekv.progress import Seconds
-from statekv.stepper import memory_limit
 from statekv.video.frame import Frame
 from statekv.video.live import LiveSource
 
@@ -42,39 +42,54 @@ class Ahead:
         device = model.model.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def draw(
-        self, source: Iterator[Frame], waiting: Sequence[Frame], pause: Callable[[], bool] | None = None
-    ) -> Frame | None:
-        """The source's next frame, None behind its last one or where `pause` says so.
+    def wait(self, source: Iterator[Frame], pause: Callable[[], bool] | None = None) -> bool:
+        """Wait until a live source has a frame, or has ended; False where `pause` says so before.
+
+        Args:
+            source: where frames come from; any other than a live one is ready at once.
+            pause: asked first, and several times a second meanwhile.
+        """
+        while pause is None or not pause():
+            if self.ready(source, _POLL_SECONDS):
+                return True
+        return False
+
+    def ready(self, source: Iterator[Frame], timeout_seconds: float = 0.0) -> bool:
+        """Whether `draw` has something to say without waiting for a camera."""
+        return not isinstance(source, LiveSource) or bool(self._frames) or source.ready(timeout_seconds)
+
+    def draw(self, source: Iterator[Frame], waiting: Sequence[Frame], look: bool = True) -> Frame | None:
+        """The source's next frame, None behind its last one.
 
         A live source is read frame by frame: a batch would keep its first frames waiting for its last.
 
         Args:
             source: where frames come from; its exception is raised behind the frames before it.
             waiting: frames that the next one makes a step with.
-            pause: asked before each frame, and several times a second while a live source has none.
+            look: whether the tower looks at a live source's frames at once; `take` makes up for it.
 
         Raises:
             MemoryLimitError: the vision tower ran out of memory; no frame is lost.
         """
         live = isinstance(source, LiveSource)
-        while True:
-            if pause is not None and pause():
-                return None
-            if not isinstance(source, LiveSource) or self._frames or source.ready(_POLL_SECONDS):
-                break
         batch = 1 if live else self._model.frames_per_step
         if self._state.frames and not live:  # the first step does not wait for a batch
             batch *= self._state.config.vision_batch
         if len(self._frames) <= (batch if self._stream is not None and not live else 0):
             self._read(source, len(self._frames) + batch)
-        self._look([*waiting, *self._frames])
+        if look or not live:
+            self._look([*waiting, *self._frames])
         if self._frames:
             return self._frames.popleft()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         return None
+
+    @property
+    def looked(self) -> bool:
+        """Whether the tower has looked at frames whose turn has not come yet."""
+        return bool(self._looked)
 
     def take(self, frames: Sequence[Frame]) -> Seen:
         """What the tower makes of one step, also where nobody has looked at just these frames before."""
@@ -84,7 +99,8 @@ class Ahead:
                 _hand_over(seen, done)
                 return seen
             self._looked.clear()  # other frames were pushed in between
-        (seen,) = self._model.look([frames], self._state.frames_expected)
+        with self._model.turns:
+            (seen,) = self._model.look([frames], self._state.frames_expected)
         return seen
 
     def offer(self, seen: Seen) -> None:
@@ -135,7 +151,8 @@ class Ahead:
         if not steps:
             return
         began = time.perf_counter()
-        with torch.inference_mode(), memory_limit(), torch.cuda.stream(self._stream):  # None changes nothing
+        stream = torch.cuda.stream(self._stream)  # None changes nothing
+        with torch.inference_mode(), memory_limit(), self._model.turns, stream:
             looked = self._model.look(steps, self._state.frames_expected)
             done = self._stream.record_event() if self._stream is not None else None
         self._looked.extend((seen, done) for seen in looked)

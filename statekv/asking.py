@@ -86,7 +86,9 @@ def _entering(stepper: Stepper, state: StreamState, waiting: Sequence[Frame], qu
     steps = [waiting[i : i + model.frames_per_step] for i in range(0, len(waiting), model.frames_per_step)]
     # The newest frames alone are a clip of their own, whose steps follow each other.
     expected = len(waiting) if only_newest else state.frames_expected
-    for seen in model.look(steps, expected):
+    with model.turns:
+        looked = model.look(steps, expected)
+    for seen in looked:
         for entering in model.enter(seen, state):
             stepper.prefill(state, entering, "carry" if only_newest else "peek")
     return model.question(question, state)

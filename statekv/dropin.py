@@ -11,10 +11,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, ModelError
+from statekv.memory import memory_limit
 from statekv.models.attention import attention_left_as_found
 from statekv.models.base import VideoModel
 from statekv.models.loading import wrap_model
-from statekv.stepper import Stepper, memory_limit
+from statekv.stepper import Stepper
 
 _INPUTS = (
     "input_ids",

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from statekv.cache.folder import read_folder
+from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.base import VideoModel
 from statekv.models.loading import load_model
+from statekv.rounds import OnEnd, OnStep, Rounds
 from statekv.saving import load_session
 from statekv.session import Session
+from statekv.sources import frames_of, live_source, source_again
 from statekv.stepper import Stepper, room_for_answers
 from statekv.video.address import check_scheme, locate
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSettings, LiveSource
-from statekv.video.reader import VideoInfo, count_frames, probe
+from statekv.video.reader import VideoInfo, probe
 from statekv.video.resume import Footage, Reading
 from statekv.video.source import local_path
 
@@ -66,31 +68,31 @@ class Engine:
                 length is unknown.
             VideoError: the source cannot be opened, or its protocol is not allowed.
             HorizonError: the file is longer than the model's positions reach.
+            MemoryLimitError: what it may take does not fit beside what open sessions may still grow by.
         """
         config = self.config.with_(method, **settings)
         if source is None:
             _check_length(config, None)
-            return Session(self.stepper, self.stepper.open(config, compacts=_compacts(config, None)))
+            return Session(self.stepper, self._state(config))
         check_scheme(source, tuple(config.schemes.split(",")))
         if locate(source).live:
             _check_length(config, None)
-            state = self.stepper.open(config, compacts=_compacts(config, None))
-            return Session(self.stepper, state, _live(source, config, stream, until_seconds))
+            state = self._state(config)
+            return Session(self.stepper, state, live_source(source, config, stream, until_seconds))
         info = probe(source, stream)
         if until_seconds is not None:
             seconds = until_seconds - info.start_seconds
             info = replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
         _check_length(config, info.duration_seconds)
-        frames = _count(source, config, stream, until_seconds)
-        horizon = self._horizon(config, frames, info)
+        frames = frames_of(source, config, stream, until_seconds)
+        state = self._state(config, frames, self._horizon(config, frames, info))
         reading: Iterator[Frame]
         if realtime or (local_path(source) is None and info.duration_seconds is None):
             ends = None if until_seconds is None else until_seconds - info.start_seconds
-            reading = _live(source, config, stream, ends, info.duration_seconds)
+            reading = live_source(source, config, stream, ends, info.duration_seconds)
         else:
             how = Reading(config.fps, config.max_frames, stream, until_seconds, config.prefetch)
             reading = Footage(source, how)
-        state = self.stepper.open(config, horizon, frames, compacts=_compacts(config, frames))
         return Session(self.stepper, state, reading)
 
     def restore(
@@ -99,7 +101,8 @@ class Engine:
         """Go on with a session that `Session.save` wrote; its settings are those that it had, not the engine's.
 
         What follows equals, to the bit, what would have followed on the same machine. A file is read on from where it
-        was left, once the session is watched; without it, what was seen can still be asked.
+        was left, once the session is watched; without it, what was seen can still be asked. A live source is opened
+        only if it is named: its times go on by the clock on the wall, and the time in between is a gap.
 
         Args:
             folder: where it was saved.
@@ -109,17 +112,56 @@ class Engine:
         Raises:
             SaveError: the folder holds no saved session, or a damaged one, or one of another version.
             ModelError: the session belongs to another model, or to this one in another dtype.
-            ConfigError: a setting that the stream was made with and that cannot change any more.
-            VideoError: `source` is not the file that was watched.
+            ConfigError: a setting that the stream was made with and that cannot change any more, or a source of another
+                kind than the one before.
+            VideoError: `source` is not the file that was watched, or cannot be opened.
+            MemoryLimitError: what it may still grow by does not fit beside what open sessions may.
         """
         saved = read_folder(folder)
         state, standing = load_session(saved, self.model, settings)
         self.stepper.check_kernel(state.config)
-        known = saved.facts["source"]
-        footage = Footage.resumed(known, source) if known is not None else None
+        self.stepper.admission.admit(state)
         if state.spans:
             self.stepper.reserve(state)
-        return Session.resumed(self.stepper, state, standing, footage)
+        return Session(self.stepper, state, source_again(saved, source, state.config), standing)
+
+    def watch_all(
+        self,
+        sessions: Iterable[Session],
+        on_step: OnStep | None = None,
+        pause: Callable[[], bool] | None = None,
+    ) -> dict[Session, Exception]:
+        """Watch several sessions to the ends of their sources, steps of equal shape and settings as one batch.
+
+        In each round every session whose frames are there takes one step (`statekv.rounds.Rounds`). One that fails
+        leaves, the others go on. A live source that has no frame keeps nobody waiting; an iterator of your own does.
+
+        Args:
+            sessions: of this engine, with sources.
+            on_step: called after each step, with its session.
+            pause: asked between rounds; True: stop here.
+
+        Returns:
+            Why sessions stopped before the end of their sources.
+
+        Raises:
+            ConfigError: a session of another engine, or one without a source.
+        """
+        failed: dict[Session, Exception] = {}
+
+        def note(session: Session, error: Exception | None) -> None:
+            if error is not None:
+                failed[session] = error
+
+        rounds = self.rounds(on_step, note)
+        for session in sessions:
+            rounds.add(session)
+        rounds.watch(pause)
+        return failed
+
+    def rounds(self, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> Rounds:
+        """What `watch_all` runs, for sessions that come and go meanwhile."""
+        return Rounds(self.stepper, on_step, on_end)
 
     def check_question(self, question: str) -> None:
         """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
@@ -127,7 +169,14 @@ class Engine:
 
     def close(self) -> None:
         """Hand the model's attention back to transformers; a session that goes on takes it again."""
-        self.model.model.set_attn_implementation({"text_config": self._attention_before})
+        with self.model.turns:
+            self.model.model.set_attn_implementation({"text_config": self._attention_before})
+
+    def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:
+        """An empty stream, where there is room for one."""
+        state = self.stepper.open(config, horizon, frames, compacts=_compacts(config, frames))
+        self.stepper.admission.admit(state)
+        return state
 
     def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
         """Positions for a file of so many frames, at least the trained length; just that where the stream compacts.
@@ -201,34 +250,3 @@ def _check_length(config: Config, duration_seconds: float | None) -> None:
             "uniform spreads its frames over the whole video, but the length of this source is unknown",
             "use a file, or another method, such as last_frames",
         )
-
-
-def _live(
-    source: str | os.PathLike[str],
-    config: Config,
-    stream: int | None,
-    until_seconds: float | None,
-    duration_seconds: float | None = None,
-) -> LiveSource:
-    """A live source; `until_seconds` counts from its first frame."""
-    settings = LiveSettings(
-        fps=config.fps,
-        max_frames=config.max_frames,
-        duration_seconds=duration_seconds,
-        depth=config.prefetch,
-        max_lag_seconds=config.max_lag_seconds,
-        reconnect_seconds=config.reconnect_seconds,
-        until_seconds=until_seconds,
-    )
-    return LiveSource(source, settings, stream)
-
-
-def _count(
-    source: str | os.PathLike[str], config: Config, stream: int | None, until_seconds: float | None
-) -> int | None:
-    # Counting reads the file once without decoding it; a URL would be fetched twice.
-    if local_path(source) is None:
-        return None
-    found = count_frames(source, config.fps, config.max_frames, stream, until_seconds)
-    # Positions and pictures are sized by what enters together.
-    return min(found, config.last_frames) if config.recall == "last_frames" else found

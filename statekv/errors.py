@@ -41,8 +41,16 @@ class SaveError(StateKVError):
     """A session that cannot be written, or a folder that cannot be read as one."""
 
 
+class StorageError(StateKVError):
+    """A file or folder of the tier on disk that cannot be written or read."""
+
+
 class VideoWarning(UserWarning):
     """Something about the video that the user should know, but that does not stop the work."""
+
+
+class StorageWarning(UserWarning):
+    """Something has happened to the tiers of a stream's memory, which goes on without what is lost."""
 
 
 class SpeedWarning(UserWarning):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,7 +97,9 @@ class StepGraphs:
         carried.detailed.make_room(segment.length)
         shapes = self._streams.setdefault(carried, {})
         shape = _shape(segment)
-        addresses = (*(buffer.data_ptr() for buffer in carried.buffers), *carried.detailed.addresses)
+        # Slots may be a row of a block that several streams share: the same place, other strides.
+        slots = ((buffer.data_ptr(), buffer.stride(0)) for buffer in carried.buffers)
+        addresses = (*chain.from_iterable(slots), *carried.detailed.addresses)
         step = shapes.get(shape)
         if step is None or step.addresses != addresses:
             step = shapes[shape] = _new_step(carried, segment, forward, addresses)

@@ -35,3 +35,23 @@ def deferred_interrupts(second_gets_through: bool = False) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if caught:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def endings_interrupt() -> Iterator[None]:
+    """Let the end of the terminal (SIGHUP) and the wish that the process ends (SIGTERM) be what Ctrl-C is.
+
+    What is ignored, as under nohup, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]  # Windows has no SIGHUP
+    changed = [number for name in names if signal.getsignal(number := getattr(signal, name)) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)

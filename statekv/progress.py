@@ -25,7 +25,7 @@ class Progress:
         step: number of the step, from 1.
         frames: pictures so far.
         pts_seconds: time of the newest one.
-        step_seconds: how long the language model took.
+        step_seconds: how long the language model took; in a batch of several sessions' steps, its share.
         carried: tokens that go on to the next step.
         tokens: tokens in the detailed cache.
         live: how the live source is doing; None for other sources.

@@ -6,13 +6,14 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from statekv.cache.archive import load_stream, save_stream
-from statekv.cache.folder import Saved
+from statekv.cache.folder import Piece, Saved
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError, ModelError
@@ -21,8 +22,13 @@ from statekv.models.identity import Identity, identify
 from statekv.progress import Seconds
 from statekv.video.frame import Frame
 
-# Settings that a restored session may have anew: of answers, and of how fast things go.
-_FREE = ("max_new_tokens", "retrieve", "retrieve_newest", "kernel", "graph", "pack", "prefetch", "vision_batch")
+# Settings that a restored session may have anew: of answers, of how fast things go, and of its source.
+_FREE = (
+    *("max_new_tokens", "retrieve", "retrieve_newest", "kernel", "graph", "pack", "prefetch", "vision_batch"),
+    "disk_folder",
+    *("schemes", "max_lag_seconds", "reconnect_seconds"),
+)
+_PLANNED = ("retrieve", "retrieve_newest")  # what an answer brings in is part of a cap on memory
 _MADE_WITH = ("statekv", "torch", "transformers")
 _FRAMES = "frames"
 
@@ -93,7 +99,7 @@ def save_session(
             ],
         },
     }
-    save_stream(state, folder, beside, [(_FRAMES, _frame_tensors(frames, standing.looked))])
+    save_stream(state, folder, beside, [Piece(_FRAMES, partial(_frame_tensors, frames, standing.looked))])
 
 
 def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -> tuple[StreamState, Standing]:
@@ -111,9 +117,8 @@ def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -
     """
     with saved.reading():
         _check_model(saved, Identity(**saved.facts["model"]), identify(model))
-        state = load_stream(saved, model.geometry())
+        state = load_stream(saved, model.geometry(), partial(_changed, saved, settings=settings))
         _check_frequencies(saved, _frequencies(model, state))
-        state.config = _changed(saved, state.config, settings)
         return state, _standing(saved, model.model.device)
 
 
@@ -189,7 +194,8 @@ def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Confi
     new = config.with_(None, **settings)
     for name in settings:
         then, now = getattr(config, name), getattr(new, name)
-        if name not in _FREE and then != now:
+        planned = config.memory is not None and name in _PLANNED
+        if (name not in _FREE or planned) and then != now:
             rule = f"{saved.folder} was watched with {name} {then!r}, not {now!r}"
             raise ConfigError(rule, f"leave {name} out, or watch the video again")
     return new

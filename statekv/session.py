@@ -4,77 +4,104 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from types import TracebackType
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import torch
 
 from statekv import asking
-from statekv.ahead import Ahead, check_frame
 from statekv.cache.stream import StreamState
 from statekv.decoding import Sampling
-from statekv.errors import ConfigError, MemoryLimitError, StateKVError
+from statekv.errors import ConfigError
+from statekv.feed import Feed
 from statekv.interrupts import deferred_interrupts
 from statekv.models.base import Seen
+from statekv.new_step import NewStep
 from statekv.progress import Progress, Seconds
 from statekv.saving import Standing, save_session
-from statekv.stepper import Stepper, memory_limit, uncompacted
+from statekv.stepper import Stepper
+from statekv.turns import Turns
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSource
+from statekv.video.live import LiveSource, Unopened
 from statekv.video.resume import Footage
 from statekv.video.status import LiveStatus
 
 
-@dataclass
 class Session:
     """A stream that grows frame by frame and can be asked at any time; asking changes nothing.
 
-    Made by `Engine.open`.
+    Made by `Engine.open`. Any thread may use it at any time: they take turns, in the order in which they came.
 
-    Attributes:
+    Args:
         stepper: the loaded model.
         state: both memories.
         source: frames that `watch` draws from; None where all come through `push`.
-        seconds: where the time went.
+        standing: where another session stood, which this one goes on from.
+
+    Attributes:
+        feed: frames on their way into the stream.
+        turns: whoever changes or reads the stream takes it meanwhile.
     """
 
-    stepper: Stepper
-    state: StreamState
-    source: Iterator[Frame] | None = None
-    seconds: Seconds = field(default_factory=Seconds)
-    steps: int = 0
-    _waiting: list[Frame] = field(default_factory=list)
-    _passed: int = 0  # frames that only the newest ones kept out of every answer
-    _broken: str = ""
-    _closed: bool = False
-    _answering: bool = False
+    def __init__(
+        self,
+        stepper: Stepper,
+        state: StreamState,
+        source: Iterator[Frame] | None = None,
+        standing: Standing | None = None,
+    ) -> None:
+        self.state = state
+        self.feed = Feed(stepper, state, source, standing or Standing())
+        self.turns = Turns()
+        self._closed = self._answering = False
+        stepper.admission.enter(state)
 
-    def __post_init__(self) -> None:
-        self._ahead = Ahead(self.stepper.model, self.state, self.seconds)
-        self._only_newest = self.state.config.recall == "last_frames"
+    @property
+    def stepper(self) -> Stepper:
+        """The loaded model."""
+        return self.feed.stepper
 
-    @classmethod
-    def resumed(
-        cls, stepper: Stepper, state: StreamState, standing: Standing, source: Iterator[Frame] | None
-    ) -> Session:
-        """A session that goes on from where another one stood."""
-        s, waiting = standing, list(standing.waiting)
-        if source is None and s.ahead:
-            source = iter(())  # what was read before its turn is still to be watched
-        session = cls(stepper, state, source, replace(s.seconds), s.steps, waiting, s.passed, s.broken)
-        session._ahead.hold(s.ahead, s.looked)
-        return session
+    @stepper.setter
+    def stepper(self, stepper: Stepper) -> None:
+        self.feed.stepper = stepper
+
+    @property
+    def source(self) -> Iterator[Frame] | None:
+        """Frames that `watch` draws from."""
+        return self.feed.source
+
+    @source.setter
+    def source(self, source: Iterator[Frame] | None) -> None:
+        self.feed.source = source
 
     @property
     def frames(self) -> int:
         """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
-        return (self._passed if self._only_newest else self.state.frames) + len(self._waiting)
+        return self.feed.frames
+
+    @property
+    def steps(self) -> int:
+        """Steps that have entered."""
+        return self.feed.steps
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went."""
+        return self.feed.seconds
 
     @property
     def live(self) -> LiveStatus | None:
         """How the live source is doing; None for other sources."""
-        return self.source.status if isinstance(self.source, LiveSource) else None
+        return self.feed.live
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being given piece by piece, so that nothing may enter."""
+        return self._answering
 
     def watch(
         self,
@@ -95,11 +122,16 @@ class Session:
             ConfigError: the session has no source.
             HorizonError, MemoryLimitError: as `push`.
         """
-        self._check_growing()
-        if self.source is None:
-            raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
-        while (frame := self._ahead.draw(self.source, self._waiting, pause)) is not None:
-            self.push([frame], on_step)
+        with self.turns:
+            self.check_growing()
+            source = self.feed.drawn()
+        while self.feed.ahead.wait(source, pause):
+            with self.turns:
+                self.check_growing()
+                frame = self.feed.draw()
+                if frame is None:
+                    return
+                self.push([frame], on_step)
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
 
@@ -115,16 +147,17 @@ class Session:
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
-        if seen is not None and not self._only_newest:
-            self._ahead.offer(seen)
+        if seen is not None and not self.feed.only_newest:
+            with self.turns:
+                self.feed.ahead.offer(seen)
         for frame in frames:
-            self._check_growing()
-            check_frame(frame, self._waiting[-1:] if self.stepper.model.frames_per_step > 1 else [])
-            with deferred_interrupts():
-                self._waiting.append(frame)
-                progress = self._pass() if self._only_newest else self._step()
-                if progress is not None and on_step is not None:
-                    on_step(progress)
+            with self.turns:
+                self.check_growing()
+                with deferred_interrupts():
+                    found = self.feed.put(frame)
+                    progress = self.feed.take(found) if isinstance(found, NewStep) else found
+                    if progress is not None and on_step is not None:
+                        on_step(progress)
 
     def ask(
         self,
@@ -151,7 +184,8 @@ class Session:
         """
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
-        return "".join(self._answer(question, sampling, stop))
+        with self.turns:
+            return "".join(self._answer(question, sampling, stop))
 
     def stream(
         self,
@@ -163,7 +197,7 @@ class Session:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
@@ -171,8 +205,9 @@ class Session:
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
-        self._check_askable()
-        return asking.first_logits(self.stepper, self.state, self._waiting, question)
+        with self.turns:
+            self._check_askable()
+            return asking.first_logits(self.stepper, self.state, self.feed.waiting, question)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
@@ -184,10 +219,10 @@ class Session:
             ConfigError: the session is closed, or an answer is being given.
             SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
         """
-        self._check_free()
-        source = self.source.facts() if isinstance(self.source, Footage) else None
-        with deferred_interrupts():
-            save_session(folder, self.stepper.model, self.state, self._standing, source)
+        with self.turns, deferred_interrupts():
+            self._check_free()
+            source = self.source.facts() if isinstance(self.source, (Footage, LiveSource, Unopened)) else None
+            save_session(folder, self.stepper.model, self.state, self.feed.standing, source)
 
     def fork(self) -> Session:
         """A second session from here on; neither sees what becomes of the other.
@@ -198,101 +233,57 @@ class Session:
         Raises:
             ConfigError: the session is closed, or an answer is being given.
         """
-        self._check_free()
-        source = self.source.again() if isinstance(self.source, Footage) else None
-        return Session.resumed(self.stepper, self.state.fork(), self._standing, source)
+        with self.turns:
+            self._check_free()
+            source = self.source.again() if isinstance(self.source, Footage) else None
+            with self.stepper.model.turns:  # memory is about to be shared
+                state = self.state.fork()
+            return Session(self.stepper, state, source, self.feed.standing)
 
     def close(self) -> None:
-        """Free both memories and the source; may be called twice."""
+        """Free both memories and the source; may be called twice. An answer that is being given ends with an error."""
+        self._closed = True
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
-        self.source = None
-        self._closed = True
-        self._waiting.clear()
-        self._ahead.forget()
-        self.state.free()
+        with self.turns, self.stepper.model.turns:
+            self.feed.free()
+            self.stepper.batches.leave(self.state)
+            self.stepper.admission.leave(self.state)
+            self.state.free()
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _standing(self) -> Standing:
-        ahead, looked = self._ahead.held
-        return Standing(self.seconds, self.steps, self._waiting, self._passed, self._broken, ahead, looked)
+    def check_growing(self) -> None:
+        """Raise the error that pushing a frame would raise: closed, an answer being given, or a step that failed."""
+        self._check_free()
+        self.feed.check()
 
-    def _pass(self) -> Progress | None:
-        """Let go of the frame that a newer one pushes out; nothing enters before a question."""
-        passed = max(0, len(self._waiting) - self.state.config.last_frames)
-        del self._waiting[:passed]
-        self._passed += passed
-        self.steps = self.frames // self.stepper.model.frames_per_step
-        ends_step = self.frames % self.stepper.model.frames_per_step == 0
-        newest = self._waiting[-1].pts_seconds
-        return Progress(self.steps, self.frames, newest, 0.0, 0, 0, self.live) if ends_step else None
-
-    def _step(self) -> Progress | None:
-        if len(self._waiting) < self.stepper.model.frames_per_step:
-            return None
-        frames = list(self._waiting)
-        mark = self.state.mark()
-        self._waiting.clear()
-        try:
-            with torch.inference_mode(), memory_limit():
-                began = time.perf_counter()
-                entering = self.stepper.enter(self.state, self._ahead.take(frames))
-                mark = self.state.mark()  # entering may have moved positions
-                seen = time.perf_counter()
-                self.seconds.vision += seen - began
-                for gap in (frame for frame in frames if frame.gap_seconds):
-                    self.state.note("gap", 0, gap.pts_seconds - gap.gap_seconds, uncompacted(self.state, entering[-1]))
-                for segment in entering:
-                    self.stepper.prefill(self.state, segment)
-        except BaseException as error:
-            self._step_failed(error, frames, mark.tokens)
-            self.state.crop_to(mark)
-            raise
-        took = time.perf_counter() - seen
-        self.seconds.prefill += took
-        self.steps += 1
-        if self.steps == 1:
-            self.stepper.reserve(self.state)
-        carried, tokens = self.state.carried.length, self.state.tokens
-        return Progress(self.steps, self.state.frames, frames[-1].pts_seconds, took, carried, tokens, self.live)
-
-    def _step_failed(self, error: BaseException, frames: list[Frame], tokens: int) -> None:
-        if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
-            # Raised before the first layer: nothing has changed, earlier frames go on waiting for a partner.
-            self._waiting = frames[:-1]
-            return
-        # Layers in front of the failure have carried the step already, those behind it have not.
-        self._broken = f"a step failed after {tokens} tokens ({type(error).__name__})"
-
-    def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Iterator[str]:
-        self._check_askable()
+    def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Generator[str, None, None]:
+        with self.turns:
+            self._check_askable()
+            self._answering = True
         began = time.perf_counter()
-        self._answering = True
         try:
-            yield from asking.answer(self.stepper, self.state, self._waiting, question, sampling, stop)
+            for piece in asking.answer(self.stepper, self.state, self.feed.waiting, question, sampling, stop):
+                yield piece
+                self._check_open()
         finally:
             self._answering = False
             self.seconds.answer += time.perf_counter() - began
 
-    def _check_free(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this session is closed", "open a new one")
+
+    def _check_free(self) -> None:
+        self._check_open()
         if self._answering:
             raise ConfigError("an answer is still being given", "finish its iterator, or close it")
-
-    def _check_growing(self) -> None:
-        self._check_free()
-        if self._broken:
-            raise StateKVError(self._broken, "questions still work; open a new session to watch on")
 
     def _check_askable(self) -> None:
         self._check_free()

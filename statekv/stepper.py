@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from statekv.admission import Admission
+from statekv.batches import StepBatches
 from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.retrieved import Retrieved
 from statekv.cache.static import StaticStep
 from statekv.cache.stream import StreamState
+from statekv.cache.tiered import TieredCache
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.graphs import StepGraphs
+from statekv.memory import memory_limit
 from statekv.models.attention import Observer, Pass, take_attention
 from statekv.models.base import Seen, Segment, VideoModel
 from statekv.ops import implementation
@@ -42,6 +46,8 @@ def room_for_answers(config: Config) -> int:
 class Stepper:
     """Runs segments through a model, whose attention it routes through the hook and keeps there.
 
+    Threads take turns with the model, segment by segment; each stream belongs to one thread at a time.
+
     Args:
         model: maker of segments, and the weights.
         graphs: what replays steps; None: CUDA graphs on a CUDA device.
@@ -51,6 +57,8 @@ class Stepper:
         self.model = model
         self.graphs = StepGraphs() if graphs is None else graphs
         self.products = StepProducts(model.language_model.layers)
+        self.batches = StepBatches()
+        self.admission = Admission()
 
     def open(
         self,
@@ -89,11 +97,15 @@ class Stepper:
         Raises:
             HorizonError: the range of a stream that compacts is too small for such steps; nothing has changed.
         """
+        with self.model.turns:
+            return self._enter(state, seen)
+
+    def _enter(self, state: StreamState, seen: Seen) -> list[Segment]:
         entering, reach = self.model.enter(seen, state), state.horizon - state.room
         step = entering[-1]
         if not state.compacts or step.reach <= reach or not state.frames:
             return entering
-        place = uncompacted(state, step)
+        place = state.uncompacted(step.moment)
         to = state.compacted(place, reach)
         behind = to.place(place) + step.reach - (place - state.compaction.gained)
         if behind > reach:
@@ -136,6 +148,20 @@ class Stepper:
                 keys cannot be reindexed; nothing has entered.
             MemoryLimitError: the device is out of memory.
         """
+        with self.model.turns:
+            self.check(state, segment, mode)
+            take_attention(self.model.model)
+            packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
+            with self.model.rope.held(state.horizon), memory_limit(), packed:
+                if segment.kind == "question":
+                    angles = partial(self.model.rope.angles, horizon=state.horizon)
+                    state.begin_answer(segment.positions, angles, partial(self._angles, state))
+                hidden = self._run(state, segment, mode, observer)
+            self.took(state, segment, mode)
+        return hidden
+
+    def check(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
+        """Before a segment enters: raise what `prefill` would, and let the stream know what comes."""
         reach = state.horizon - (state.room if mode == "carry" else 0)
         if segment.reach > reach:
             raise HorizonError(
@@ -149,21 +175,20 @@ class Stepper:
             _check_follows(state, segment)
         if mode == "carry":
             state.expect_newest(segment.kind, segment.length)
-        take_attention(self.model.model)
-        packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
-        with self.model.rope.held(state.horizon), memory_limit(), packed:
-            if segment.kind == "question":
-                state.begin_answer(segment.positions, partial(self.model.rope.angles, horizon=state.horizon))
-            hidden = self._run(state, segment, mode, observer)
-            if segment.kind == "step":
+            if segment.kind != "prefix":
+                state.make_way(segment.length, room_for_answers(state.config))
+
+    def took(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
+        """Behind all layers: take note of a segment that has entered."""
+        if segment.kind == "step":
+            with memory_limit():
                 self._index(state, segment)
-        state.note(segment.kind, segment.length, segment.pts_seconds, uncompacted(state, segment))
+        state.note(segment.kind, segment.length, segment.pts_seconds, state.uncompacted(segment.moment))
         state.position = segment.next_position
         if mode == "carry":
             state.frames += segment.frames
             if state.origin_seconds is None:
                 state.origin_seconds = segment.pts_seconds
-        return hidden
 
     def _index(self, state: StreamState, segment: Segment) -> None:
         """Let questions find a step that has just entered."""
@@ -172,7 +197,7 @@ class Stepper:
             state.blocks.add(state.detailed, block, *self.model.rope.angles(segment.positions, state.horizon))
 
     def _run(self, state: StreamState, segment: Segment, mode: Mode, observer: Observer | None) -> torch.Tensor:
-        forward = partial(self._forward, config=state.config, observer=observer)
+        forward = partial(self.forward, config=state.config, observer=observer)
         cache = state.recalled if mode == "answer" else state.carried
         evicting = False
         if isinstance(cache, CarriedCache):
@@ -182,7 +207,7 @@ class Stepper:
                 return self.graphs.step(cache, segment, partial(forward, evicting=True))
         return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
 
-    def _forward(
+    def forward(
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
@@ -191,14 +216,16 @@ class Stepper:
         *,
         evicting: bool,
         config: Config,
-        observer: Observer | None,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
+        """The language model on embeddings, with a cache; see `Segment` for shapes."""
         run = Pass(
             evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticStep)) else None,
             scored=evicting and config.carry == "attention",
             kernel=config.kernel,
             score_every=config.score_every,
             retrieved=cache if isinstance(cache, Retrieved) else None,
+            tiered=cache if isinstance(cache, TieredCache) and len(cache.shelves) else None,
             observer=observer,
         )
         hidden: torch.Tensor = self.model.language_model(
@@ -219,13 +246,14 @@ class Stepper:
         steps = -(-frames // self.model.frames_per_step)
         longest = state.spans[-1].length + _LABEL_GROWTH
         # A video too long for the memory is watched as far as it goes.
-        with suppress(MemoryLimitError), memory_limit():
+        with self.model.turns, suppress(MemoryLimitError), memory_limit():
             state.detailed.reserve(state.tokens + steps * longest + room_for_answers(state.config))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[streams, T, hidden] → [streams, vocabulary] of the last position."""
-        found: torch.Tensor = self.model.model.get_output_embeddings()(hidden[:, -1])
+        with self.model.turns:
+            found: torch.Tensor = self.model.model.get_output_embeddings()(hidden[:, -1])
         return found
 
     @torch.inference_mode()
@@ -250,7 +278,7 @@ class Stepper:
         chosen = prompt.new_empty(prompt.shape[0], asked + sampling.max_new_tokens)
         chosen[:, :asked] = prompt
         longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
-        with memory_limit():
+        with self.model.turns, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
             logits = self.logits(self.prefill(state, segment, "answer"))
@@ -262,11 +290,6 @@ class Stepper:
             segment = self.model.token(token, state)
 
 
-def uncompacted(state: StreamState, segment: Segment) -> int:
-    """Where a segment that comes next would begin on the axis of time if nothing had ever been compacted."""
-    return (state.position if segment.moment is None else segment.moment) + state.compaction.gained
-
-
 def _check_follows(state: StreamState, segment: Segment) -> None:
     """Closing up needs steps that take positions of their own, with whatever comes next behind them."""
     dials = state.config
@@ -275,17 +298,3 @@ def _check_follows(state: StreamState, segment: Segment) -> None:
             "retrieve_positions is 'reindex', but this model counts the time of its steps beside its text",
             "set retrieve_positions to 'keep'",
         )
-
-
-@contextmanager
-def memory_limit() -> Iterator[None]:
-    """Turn the many ways of running out of memory into one error that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own kinds are RuntimeErrors
-        told = str(error).lower()
-        if isinstance(error, RuntimeError) and "allocate memory" not in told and "out of memory" not in told:
-            raise
-        raise MemoryLimitError(
-            "out of memory in a step", "lower budget, max_frames or the video's resolution, or use a half dtype"
-        ) from error

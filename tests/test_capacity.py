@@ -31,7 +31,7 @@ def test_amounts_are_counted(amount: Any, count: int) -> None:
 
 @pytest.mark.parametrize("amount", [0, -1, True, 1.5, "", "GiB", "8 apples", "-3GiB", "0", "1e3", "8G", [8]], ids=str)
 def test_others_are_refused_in_one_line(amount: Any) -> None:
-    with pytest.raises(ConfigError, match="disk is .* must be an amount of memory .*8GiB") as found:
+    with pytest.raises(ConfigError, match=r"disk is .* must be an amount of memory .*8GiB") as found:
         bytes_of("disk", amount)
     assert "\n" not in str(found.value)
 

@@ -1,4 +1,4 @@
-"""`statekv bench prefill | answer | video`, on models that build in no time."""
+"""`statekv bench prefill | answer | sessions | video`, on models that build in no time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests.test_cli_errors import refused
 NAMES = [size.name for size in FAMILIES]
 MODELS = ("--models", ",".join(NAMES))
 PREFILL = ("prefill", *MODELS, "--budgets", "8", "--steps", "1,5", "--tokens", "6", "--runs", "2")
+WAYS = ("in turn", "together", "together anew")
+SESSIONS = ("sessions", *MODELS, "--sessions", "1,3", "--budget", "16", "--tokens", "6", "--runs", "2")
 ANSWER = ("answer", *MODELS, "--steps", "1,5", "--tokens", "6", "--question", "3", "--answer", "4", "--runs", "2")
 
 
@@ -38,7 +40,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("line", [PREFILL, ANSWER, ("video", "--runs", "2")], ids=lambda line: line[0])
+@pytest.mark.parametrize("line", [PREFILL, ANSWER, SESSIONS, ("video", "--runs", "2")], ids=lambda line: line[0])
 def test_a_bench_leaves_a_table_rows_and_a_picture(line: tuple[str, ...], film: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows, picture = tmp_path / "rows.csv", tmp_path / "picture.png"
@@ -50,7 +52,7 @@ def test_a_bench_leaves_a_table_rows_and_a_picture(line: tuple[str, ...], film: 
     assert {row["runs"] for row in written} == {"2"}
     assert "× floor" in found.out
     assert ("products at 2 GFLOP/s" in found.out) == (line[0] == "answer")
-    assert ("large product" in found.out) == (line[0] == "prefill")
+    assert ("large product" in found.out) == (line[0] in ("prefill", "sessions"))
     with Image.open(picture) as image:
         assert image.format == "PNG"
 
@@ -62,7 +64,21 @@ def test_prefill_measures_every_model_method_and_step(tmp_path: Path) -> None:
     assert measured == [(name, step, method) for name in NAMES for step in (1, 5) for method in ("full", "statekv")]
 
 
-@pytest.mark.parametrize("line", [PREFILL, ANSWER], ids=lambda line: line[0])
+def test_sessions_measures_both_ways_on_every_model(tmp_path: Path) -> None:
+    bench(*SESSIONS, "--csv", tmp_path / "rows.csv")
+    found = [(row["subject"], json.loads(row["setting"])) for row in rows_of(tmp_path / "rows.csv")]
+    measured = [(setting["model"], setting["sessions"], way) for way, setting in found if "sessions" in setting]
+    assert measured == [(name, *row) for name in NAMES for row in [(1, "in turn"), *((3, way) for way in WAYS)]]
+
+
+def test_sessions_of_the_demo_model(tmp_path: Path) -> None:
+    line = ("sessions", "--sessions", "2", "--budget", "30", "--runs", "1", "--csv", tmp_path / "rows.csv")
+    assert bench(*line).code == 0
+    found = [json.loads(row["setting"]) for row in rows_of(tmp_path / "rows.csv")]
+    assert {(setting["model"], setting["tokens"]) for setting in found} == {("demo", 9)}
+
+
+@pytest.mark.parametrize("line", [PREFILL, ANSWER, SESSIONS], ids=lambda line: line[0])
 def test_layers_left_out_are_in_every_row(line: tuple[str, ...], tmp_path: Path) -> None:
     bench(*line, "--layers", "2", "--csv", tmp_path / "rows.csv")
     assert {json.loads(row["setting"])["layers"] for row in rows_of(tmp_path / "rows.csv")} == {2}
@@ -92,7 +108,7 @@ def test_a_model_that_does_not_fit_is_named_and_the_others_go_on(
     assert {json.loads(row["setting"])["model"] for row in rows_of(tmp_path / "rows.csv")} == {NAMES[1]}
 
 
-@pytest.mark.parametrize("line", [PREFILL, ANSWER], ids=lambda line: line[0])
+@pytest.mark.parametrize("line", [PREFILL, ANSWER, SESSIONS], ids=lambda line: line[0])
 def test_where_no_model_fits_there_is_one_line(
     line: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +130,12 @@ def test_a_video_that_is_none(tmp_path: Path) -> None:
     assert "text.mp4" in refused("bench", "video", tmp_path / "text.mp4", "--csv", tmp_path / "rows.csv")
 
 
-@pytest.mark.parametrize("name", ["prefill", "answer", "video"])
+@pytest.mark.parametrize("wrong", [("--models", "demo,gpt"), ("--layers", "99"), ("--sessions", "0")])
+def test_bad_settings_of_sessions(wrong: tuple[str, str]) -> None:
+    assert wrong[1].removeprefix("demo,") in refused("bench", *SESSIONS, *wrong)
+
+
+@pytest.mark.parametrize("name", ["prefill", "answer", "sessions", "video"])
 def test_help(name: str) -> None:
     found = command("bench", name, "--help")
     assert (found.code, found.err) == (0, "")

@@ -111,17 +111,20 @@ def test_shares_of_the_work(films: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_methods_with_settings_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Config] = {}
     monkeypatch.setattr("statekv.evals.runner.evaluate", lambda engine, task, configs, *_, **__: seen.update(configs))
-    line = "full:max_frames=16, statekv:decay=0.5:pin_prefix=true,uniform"
-    assert cards(tmp_path, tmp_path, "--method", line, "--budgets", "60,70", "--max-frames", "32").code == 0
+    line = "full:max_frames=16, statekv:decay=0.5:pin_prefix=true,uniform:on_horizon=error"
+    given = ("--budgets", "60,70", "--max-frames", "32", "--horizon", "900", "--on-horizon", "compact")
+    assert cards(tmp_path, tmp_path, "--method", line, *given).code == 0
     assert list(seen) == [
         "full-max_frames=16",
         *(f"statekv-decay=0.5-pin_prefix=true-{n}" for n in (60, 70)),
-        "uniform",
+        "uniform-on_horizon=error",
     ]
     chosen = seen["statekv-decay=0.5-pin_prefix=true-70"]
     assert (chosen.budget, chosen.decay, chosen.pin_prefix, chosen.max_frames) == (70, 0.5, True, 32)
     assert (chosen.fps, chosen.max_new_tokens) == (1.0, 8)
-    assert (seen["full-max_frames=16"].max_frames, seen["uniform"].max_frames) == (16, 32)
+    assert (seen["full-max_frames=16"].max_frames, seen["uniform-on_horizon=error"].max_frames) == (16, 32)
+    assert [config.on_horizon for config in seen.values()] == ["compact", "compact", "compact", "error"]
+    assert {config.horizon for config in seen.values()} == {900}
 
 
 def test_where_results_go_unless_told_otherwise(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +165,7 @@ def test_videos_that_fail_are_told(tmp_path: Path) -> None:
         (("cards", "--shard", "2/2"), "shard is 2/2"),
         (("cards", "--shard", "half"), "shard is 'half'"),
         (("cards", "--layout", "other"), "unknown layout 'other'"),
+        (("cards", "--on-horizon", "hope"), "unknown on_horizon 'hope'"),
         (("mlvu", "--frames", "200"), "frames is 200"),
         (("report", "nowhere"), "there are no results at nowhere"),
         (("report", "nowhere", "--json", "--csv"), "--json and --csv"),

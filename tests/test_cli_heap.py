@@ -44,7 +44,8 @@ def test_freed_blocks_come_back_without_page_faults() -> None:
     kept, faults = run("keep_freed_memory()")
     assert kept == "True"
     assert faults < 100
-    assert run("None")[1] >= 1000
+    # What glibc does by itself moves with what was freed before; mapped anew, every page is touched anew.
+    assert run("None", MALLOC_MMAP_THRESHOLD_="1048576")[1] >= 1000
 
 
 def test_a_choice_in_the_environment_is_left_alone() -> None:

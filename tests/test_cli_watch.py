@@ -18,7 +18,7 @@ import pytest
 
 from statekv.cli.durations import clock, seconds_of
 from statekv.cli.keyboard import Line, Questions
-from statekv.cli.watch import Standing
+from statekv.cli.watching import Standing
 from statekv.demo.film import write_film
 from statekv.demo.world import FIRST_TEST_SEED, write_story
 from statekv.errors import ConfigError
@@ -103,6 +103,13 @@ def test_the_horizon_ends_the_stream_with_one_line(film: Path, monkeypatch: pyte
     assert "horizon" in told
     assert summary.startswith("statekv: ended")
     assert found.out.splitlines()[1]
+
+
+def test_past_the_horizon_it_goes_on_where_that_is_wanted(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n", film, "--fps", "10", "--horizon", "200", "--on-horizon", "compact")
+    assert found.code == 0
+    (summary,) = found.err.splitlines()
+    assert f" {2 * FRAMES} frames " in summary
 
 
 @pytest.mark.parametrize(

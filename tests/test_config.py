@@ -9,6 +9,7 @@ import pytest
 
 from statekv.config import (
     ATTENTION_DIALS,
+    CAPS,
     CARRIES,
     KERNELS,
     LAYOUTS,
@@ -156,6 +157,20 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"fps": "2"}, ["fps is '2'"]),
         ({"carry": "sink_recent", "budget": 4}, ["sinks is 4", "budget of 4", "raise budget or lower sinks"]),
         ({"recall": "sink_recent", "budget": 9, "sinks": 10}, ["sinks is 10", "budget of 9"]),
+        ({"memory": "8 apples"}, ["memory is '8 apples'", "amount of memory", "8GiB"]),
+        ({"memory": 0}, ["memory is 0", "amount of memory"]),
+        ({"memory": "1GiB", "host_memory": -1}, ["host_memory is -1", "amount of memory"]),
+        ({"memory": "1GiB", "disk": True}, ["disk is True", "amount of memory"]),
+        ({"memory": "1GiB", "bits": 3}, ["bits is 3", "8, 4 or 2"]),
+        ({"memory": "1GiB", "bits": "4"}, ["bits is '4'", "8, 4 or 2"]),
+        ({"memory": "1GiB", "bits": True}, ["bits is True", "8, 4 or 2"]),
+        ({"bits": 4}, ["bits is 4", "without memory", "leave bits out"]),
+        ({"host_memory": "1KiB"}, ["host_memory is 1024", "without memory", "give memory"]),
+        ({"disk": "1KiB", "disk_folder": "x"}, ["disk is 1024", "without memory"]),
+        ({"memory": "1GiB", "disk_folder": "x"}, ["disk_folder is 'x'", "without disk", "give disk"]),
+        ({"memory": 512, "carry": "all"}, ["memory is 512", "carry 'all'", "leave memory out"]),
+        ({"memory": 512, "recall": "recent"}, ["memory is 512", "recall 'recent'", "set recall to"]),
+        ({"memory": 512, "recall": "sink_recent"}, ["memory is 512", "recall 'sink_recent'"]),
     ],
     ids=str,
 )
@@ -190,6 +205,9 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
         {"uniform": True, "max_frames": 1},
         {"decay": 1, "coverage": 1.0, "layer_slope": -0.99, "pin_newest": 0},
         {"decay": 0, "coverage": 0.0, "layer_slope": 0.5, "budget": 2, "value_norms": True},
+        {"memory": 1, "host_memory": 1, "disk": 1, "disk_folder": "x", "bits": 2},
+        {"memory": 2**40, "recall": "retrieve", "carry": "random"},
+        {"memory": None, "host_memory": None, "disk": None, "disk_folder": None, "bits": None, "carry": "all"},
         {"carry": "all", "decay": 0.0, "coverage": 0, "layer_slope": 0.0, "pin_newest": 0, "value_norms": False},
     ],
     ids=str,
@@ -197,6 +215,21 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
 def test_the_edges_are_allowed(settings: dict[str, Any]) -> None:
     config = Config(**settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_caps_are_counted_however_they_are_written(name: str) -> None:
+    """So that the same cap is the same configuration."""
+    caps: dict[str, Any] = {"memory": "1GiB", name: "1.5 MiB"}
+    config = Config(**caps)
+    assert getattr(config, name) == 3 * 2**19
+    assert config == Config(**{**caps, name: 3 * 2**19})
+    assert len({config, config.with_(**{name: "1536 KiB"})}) == 1
+
+
+def test_by_default_nothing_is_capped() -> None:
+    config = Config()
+    assert [getattr(config, name) for name in (*CAPS, "disk_folder", "bits")] == [None] * 5
 
 
 def test_an_unknown_method_lists_the_known() -> None:

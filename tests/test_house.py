@@ -19,6 +19,7 @@ HOUSE = Path(statekv.__file__).parent
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "interrupts": set(),
+    "turns": set(),
     "progress": {"video.status"},
     "memory": {"errors"},
     "drawing": {"errors"},
@@ -29,26 +30,42 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"errors"},
     "video": {"errors"},
     # first floor
-    "cache": {"errors", "config", "ops"},
+    "cache": {"errors", "capacity", "config", "ops"},
     # second floor
-    "models": {"errors", "config", "ops", "cache", "video.frame"},
+    "models": {"errors", "config", "ops", "cache", "turns", "video.frame"},
     # third floor: one loaded model …
     "decoding": {"errors"},
     "streaming_text": set(),
     "graphs": {"errors", "cache", "models.base"},
     "packing": {"ops", "cache", "models.base", "memory"},
-    "stepper": {"errors", "config", "ops", "cache", "models", "decoding", "graphs", "packing"},
-    # … one stream …
-    "ahead": {"errors", "cache", "models.base", "stepper", "interrupts", "progress", "video.frame", "video.live"},
-    "asking": {"errors", "cache", "models.base", "stepper", "decoding", "streaming_text", "video.frame"},
-    "saving": {"errors", "config", "cache", "models.base", "models.identity", "progress", "video.frame"},
-    "session": {
-        *("errors", "config", "cache", "models.base", "stepper", "decoding", "ahead", "asking", "saving"),
-        *("interrupts", "progress", "video.frame", "video.live", "video.resume", "video.status"),
+    "admission": {"errors", "capacity", "cache", "memory"},
+    "batches": {"config", "cache", "models.base"},
+    "stepper": {
+        *("errors", "config", "ops", "cache", "models", "memory"),
+        *("decoding", "graphs", "packing", "admission", "batches", "turns"),
     },
+    # … one stream …
+    "ahead": {
+        *("errors", "cache", "models.base", "memory", "interrupts", "progress", "video.frame", "video.live"),
+    },
+    "asking": {"errors", "cache", "models.base", "stepper", "decoding", "streaming_text", "video.frame"},
+    "new_step": {"errors", "cache", "models.base", "stepper", "ahead", "memory", "video.frame"},
+    "saving": {"errors", "config", "cache", "models.base", "models.identity", "progress", "video.frame"},
+    "feed": {
+        *("errors", "cache", "stepper", "ahead", "new_step", "saving"),
+        *("progress", "video.frame", "video.live", "video.status"),
+    },
+    "session": {
+        *("errors", "config", "cache", "models.base", "stepper", "decoding", "asking", "feed", "new_step", "saving"),
+        *("turns", "interrupts", "progress", "video.frame", "video.live", "video.resume", "video.status"),
+    },
+    # … several …
+    "together": {"errors", "cache", "models", "batches", "memory", "stepper", "video.frame"},
+    "rounds": {"errors", "interrupts", "progress", "batches", "together", "stepper", "new_step", "session"},
     # … and the front doors
-    "engine": {"errors", "config", "cache", "models", "stepper", "saving", "session", "video"},
-    "dropin": {"errors", "config", "models", "stepper", "decoding"},
+    "sources": {"errors", "config", "cache.folder", "video"},
+    "engine": {"errors", "config", "cache", "models", "stepper", "saving", "session", "sources", "rounds", "video"},
+    "dropin": {"errors", "config", "models", "memory", "stepper", "decoding"},
 }
 FRONT = {"errors", "capacity", "config", "drawing", "video", "cache.stream", "session", "engine", "dropin"}
 
@@ -57,18 +74,18 @@ ROOF: dict[str, set[str]] = {
     "demo": FRONT,
     "server": FRONT,
     # Several streams share one pass of the vision tower; the benchmark of our own is made of the demo world's films.
-    "evals": FRONT | {"flops", "models.base", "stepper", "demo.world", "demo.film"},
+    "evals": FRONT | {"flops", "memory", "models.base", "stepper", "demo.world", "demo.film"},
     # The model of lmms-eval.
     "lmms": FRONT,
     # Looks into the carried cache.
     "analysis": FRONT | {"cache.carried", "models.base"},
     # Looks under the floors on purpose: it times the parts that a step and an answer are made of.
-    "bench": FRONT | {"ops", "cache", "models", "stepper", "decoding", "progress", "memory", "flops"},
+    "bench": FRONT | {"ops", "cache", "models", "stepper", "together", "decoding", "progress", "memory", "flops"},
 }
 
 # Only the command line reaches its siblings, and only inside its commands; it also lists models and kernels.
 ROOMS |= ROOF | {
-    "cli": FRONT | {"", "models", "ops", "progress", "cache.folder"} | set(ROOF),
+    "cli": FRONT | {"", "models", "ops", "progress", "interrupts", "cache.folder"} | set(ROOF),
     "__main__": {"cli"},
 }
 LAZY = {"cli": set(ROOF)}

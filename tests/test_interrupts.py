@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from statekv.interrupts import deferred_interrupts
+from statekv.interrupts import deferred_interrupts, endings_interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +114,44 @@ def test_harmless_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+ENDINGS = [signal.Signals[name] for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ending_is_an_interrupt_that_can_be_deferred(ending: signal.Signals) -> None:
+    done = []
+
+    def block() -> None:
+        signal.raise_signal(ending)
+        done.append("after")
+
+    with pytest.raises(KeyboardInterrupt), endings_interrupt():
+        deferred(block)
+    assert done == ["after"]
+    assert signal.getsignal(ending) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ending_that_is_ignored_stays_ignored(ending: signal.Signals) -> None:
+    signal.signal(ending, signal.SIG_IGN)
+    try:
+        with endings_interrupt():
+            signal.raise_signal(ending)
+        assert signal.getsignal(ending) is signal.SIG_IGN
+    finally:
+        signal.signal(ending, signal.SIG_DFL)
+
+
+def test_endings_on_another_thread_are_nobodys_business() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with endings_interrupt():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL]

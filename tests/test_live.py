@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from statekv.cache.stream import Span
+from statekv.cache.span import Span
 from statekv.config import Config
 from statekv.errors import ConfigError, VideoError
 from statekv.progress import Progress

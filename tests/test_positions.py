@@ -211,7 +211,7 @@ def test_a_range_that_holds_no_step_is_refused_and_loses_nothing(family: str) ->
     assert "horizon above" in told.value.hint
     state.horizon = reach
     assert_same_memory(memory(session), before)
-    session._waiting.clear()  # a frame of Qwen-VL still waits for its partner
+    session.feed.waiting.clear()  # a frame of Qwen-VL still waits for its partner
     assert session.ask(QUESTION) == answer
     session.push(frames[one:])
     assert session.frames == 6

@@ -63,7 +63,7 @@ def assert_same_session(found: Session, expected: Session) -> None:
             born = [state.carried.born[layer][..., :length] for state in (a, b)]  # type: ignore[union-attr]
             assert torch.equal(*born)
     assert found.steps == expected.steps
-    assert len(found._waiting) == len(expected._waiting)
+    assert len(found.feed.waiting) == len(expected.feed.waiting)
     if found.frames:
         assert torch.equal(found.logits(QUESTION), expected.logits(QUESTION))
         assert found.ask(QUESTION) == expected.ask(QUESTION)

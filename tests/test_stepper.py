@@ -11,7 +11,8 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.decoding import Sampling
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
-from statekv.stepper import Stepper, memory_limit
+from statekv.memory import memory_limit
+from statekv.stepper import Stepper
 from tests.talk import QUESTION, entering, shared_engine, some_frames
 from tests.tiny import FAMILIES
 

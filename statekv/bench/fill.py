@@ -6,7 +6,8 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.stream import Span, StreamState
+from statekv.cache.span import Span
+from statekv.cache.stream import StreamState
 
 _NEWEST = 16  # steps that whoever looks at the steps before will ask for at most
 _PIECE = 1024  # tokens drawn; the rest repeats them, for what a step costs does not depend on its keys

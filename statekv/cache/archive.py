@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,36 +15,54 @@ import torch
 from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
 from statekv.cache.compaction import Compaction
-from statekv.cache.folder import Saved, read_folder, write_folder
+from statekv.cache.folder import Piece, Saved, read_folder, write_folder
 from statekv.cache.geometry import Geometry
-from statekv.cache.stream import Span, StreamState
+from statekv.cache.span import Span
+from statekv.cache.stream import StreamState
+from statekv.cache.tiered import TieredCache
+from statekv.cache.tiers_archive import block_pieces, note_blocks, restore_blocks, tier_facts
 from statekv.config import Config
 from statekv.errors import ModelError, SaveError
 
-Parts = Iterable[tuple[str, dict[str, torch.Tensor]]]
-
+_STEPS = "steps"
 _PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
 
 
 def save_stream(
-    state: StreamState, folder: str | os.PathLike[str], beside: Mapping[str, Any] | None = None, parts: Parts = ()
+    state: StreamState,
+    folder: str | os.PathLike[str],
+    beside: Mapping[str, Any] | None = None,
+    pieces: Iterable[Piece] = (),
 ) -> None:
     """Write a stream to a folder, whose former save is replaced once this one is whole.
+
+    Of the detailed cache only the parts are written that the former save does not have as they are now.
 
     Args:
         state: the stream; it is left as it is.
         folder: made where there is none.
         beside: facts that are saved with it, under names of their own.
-        parts: tensors that are saved with it.
+        pieces: tensors that are saved with it.
 
     Raises:
         SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
     """
-    write_folder(folder, {"stream": _facts(state), **(beside or {})}, chain(_layers(state), parts))
+    digests = write_folder(folder, {"stream": _facts(state), **(beside or {})}, chain(_pieces(state), pieces))
+    spots = ((part.first, part.stop) for part in state.detailed.parts())
+    state.detailed.written.note({spot: digests[_part_name(spot[0])] for spot in spots})
+    if isinstance(state.detailed, TieredCache):
+        note_blocks(state.detailed, digests)
 
 
-def load_stream(source: Saved | str | os.PathLike[str], geometry: Geometry) -> StreamState:
+def load_stream(
+    source: Saved | str | os.PathLike[str], geometry: Geometry, change: Callable[[Config], Config] | None = None
+) -> StreamState:
     """Read a stream for a model whose keys have this geometry.
+
+    Args:
+        source: its folder.
+        geometry: sizes of the model's keys.
+        change: makes the configuration to go on with of the saved one; None: that stays.
 
     Raises:
         SaveError: the folder holds no saved stream, a damaged one, or one of another version.
@@ -53,26 +73,59 @@ def load_stream(source: Saved | str | os.PathLike[str], geometry: Geometry) -> S
         facts = saved.facts["stream"]
         _check_geometry(saved, facts["geometry"], _geometry(geometry))
         config = _config(saved, facts["config"])
+        config = config if change is None else change(config)
         state = StreamState(geometry, config, **{name: facts[name] for name in _PLAIN})
         state.compaction = Compaction(**facts["compaction"])
-        state.spans = [Span(**span) for span in facts["spans"]]
         _restore(state, saved, facts)
     return state
 
 
-def _layers(state: StreamState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    for layer in range(state.geometry.layers):
-        detailed = state.detailed.buffers[layer][..., : state.detailed.lengths[layer], :]
-        found = {"detailed": detailed.contiguous()}
-        if isinstance(state.carried, CarriedCache):
-            length = state.carried.lengths[layer]
-            found["carried"] = state.carried.buffers[layer][..., :length, :].contiguous()
-            found["born"] = state.carried.born[layer][..., :length].contiguous()
-            if state.carried.totals:
-                found["totals"] = state.carried.totals[layer][..., :length].contiguous()
-        if state.blocks is not None:
-            found["blocks"] = state.blocks.means[layer][:, :, : len(state.blocks)].contiguous()
-        yield _layer_name(layer), found
+def _pieces(state: StreamState) -> Iterator[Piece]:
+    for part in state.detailed.parts():
+        digest = state.detailed.written.digest(part.first, part.stop)
+        yield Piece(_part_name(part.first), part.tensors, digest)
+    if isinstance(state.detailed, TieredCache):
+        yield from block_pieces(state.detailed)
+    if isinstance(state.carried, CarriedCache):
+        for layer in range(state.geometry.layers):
+            yield Piece(_layer_name(layer), partial(_carried, state.carried, layer))
+    yield Piece(_STEPS, partial(_steps, state))
+
+
+def _carried(carried: CarriedCache, layer: int) -> dict[str, torch.Tensor]:
+    length = carried.lengths[layer]
+    found = {
+        "carried": carried.buffers[layer][..., :length, :].contiguous(),
+        "born": carried.born[layer][..., :length].contiguous(),
+    }
+    if carried.totals:
+        found["totals"] = carried.totals[layer][..., :length].contiguous()
+    return found
+
+
+def _steps(state: StreamState) -> dict[str, torch.Tensor]:
+    """Spans and representatives, as tensors: there is one for each step, and JSON would take several times as long."""
+    kinds = _kinds(state)
+    rows = [(kinds.index(span.kind), span.start, span.length, span.position) for span in state.spans]
+    seconds = [math.nan if span.pts_seconds is None else span.pts_seconds for span in state.spans]
+    found = {
+        "spans": torch.tensor(rows, dtype=torch.int64).view(-1, 4),
+        "seconds": torch.tensor(seconds, dtype=torch.float64),
+    }
+    if state.blocks is not None:
+        found["blocks"] = state.blocks.table.contiguous()
+        found["texts"] = torch.tensor(state.blocks.texts, dtype=torch.int64).view(-1, 2)
+        for layer, means in enumerate(state.blocks.means):
+            found[_layer_name(layer)] = means[:, :, : len(state.blocks)].contiguous()
+    return found
+
+
+def _kinds(state: StreamState) -> list[str]:
+    return sorted({span.kind for span in state.spans})
+
+
+def _part_name(first: int) -> str:
+    return f"tokens-{first:09d}"
 
 
 def _layer_name(layer: int) -> str:
@@ -86,8 +139,10 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "pinned": state.pinned,
         "compaction": dataclasses.asdict(state.compaction),
         "carried": list(state.carried.lengths),
-        "spans": [dataclasses.asdict(span) for span in state.spans],
-        "blocks": [dataclasses.asdict(block) for block in state.blocks.spots] if state.blocks is not None else [],
+        "parts": [(part.first, part.stop) for part in state.detailed.parts()],
+        "kinds": _kinds(state),
+        "outlived": sorted(state.outlived),
+        "tiers": tier_facts(state.detailed) if isinstance(state.detailed, TieredCache) else None,
         **{name: getattr(state, name) for name in _PLAIN},
     }
 
@@ -125,20 +180,45 @@ def _config(saved: Saved, settings: dict[str, Any]) -> Config:
 def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
     if facts["pinned"]:
         state.expect_prefix(facts["pinned"])
-    carried, means = state.carried, []
+    _restore_detailed(state, saved, facts["parts"], facts["tiers"])
+    state.outlived = set(facts["outlived"])
+    carried = state.carried
     if isinstance(carried, CarriedCache):
         carried.allocate(facts["carried"])
         carried.lengths = list(facts["carried"])
-    for layer in range(state.geometry.layers):
-        tensors = saved.part(_layer_name(layer))
-        key, value = tensors["detailed"]
-        state.detailed.append(key, value, layer)
-        if isinstance(carried, CarriedCache):
+        for layer in range(state.geometry.layers):
+            tensors = saved.part(_layer_name(layer))
             carried.buffers[layer][:] = tensors["carried"]
             carried.born[layer][:] = tensors["born"]
             if carried.totals:
                 carried.totals[layer][:] = tensors["totals"]
-        if state.blocks is not None:
-            means.append(tensors["blocks"])
+    _restore_steps(state, saved.part(_STEPS), facts["kinds"])
+
+
+def _restore_detailed(state: StreamState, saved: Saved, parts: list[tuple[int, int]], tiers: Any) -> None:
+    cache = state.detailed
+    if isinstance(cache, TieredCache):
+        restore_blocks(cache, saved, tiers)
+        if state.blocks is not None and cache.plan is not None:
+            state.blocks.most = cache.plan.most_steps
+    cache.reserve(parts[-1][1] if parts else 0)
+    written = {}
+    for first, stop in parts:
+        name = _part_name(first)
+        cache.restore(saved.part(name))
+        written[first, stop] = saved.files[name]["sha256"]
+    cache.written.note(written)
+    if isinstance(cache, TieredCache):
+        cache.settled(tiers["away"])
+
+
+def _restore_steps(state: StreamState, tensors: dict[str, torch.Tensor], kinds: list[str]) -> None:
+    rows = zip(tensors["spans"].tolist(), tensors["seconds"].tolist(), strict=True)
+    state.spans = [
+        Span(kinds[kind], start, length, None if math.isnan(seconds) else seconds, position)
+        for (kind, start, length, position), seconds in rows
+    ]
     if state.blocks is not None:
-        state.blocks.restore([Block(**block) for block in facts["blocks"]], means)
+        spots = [Block(*spot) for spot in tensors["blocks"].tolist()]
+        texts = [(start, stop) for start, stop in tensors["texts"].tolist()]
+        state.blocks.restore(spots, [tensors[_layer_name(layer)] for layer in range(state.geometry.layers)], texts)

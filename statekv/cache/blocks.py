@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -11,15 +12,25 @@ from statekv.cache.geometry import Geometry
 from statekv.ops.rope import rotate
 
 _FIRST_CAPACITY = 64  # steps
+_COLUMNS = 4
+_MOVED_AT_ONCE = 512  # blocks
 
 
 @dataclass(frozen=True)
 class Block:
-    """One step in the detailed cache: tokens `start` to `stop`, and how many positions it takes."""
+    """One step in the detailed cache.
+
+    Attributes:
+        start, stop: its tokens.
+        positions: how many it takes.
+        lost: positions in front of it that forgotten steps have taken. Text between these and the block would move as
+            if it came before them; streams have text only in front of the first step and behind the last.
+    """
 
     start: int
     stop: int
     positions: int
+    lost: int = 0
 
 
 class Blocks:
@@ -35,15 +46,30 @@ class Blocks:
 
     Args:
         geometry: sizes of the model's keys.
+        most: blocks there will ever be at once; None: no limit.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, most: int | None = None) -> None:
         self.geometry = geometry
-        self.spots: list[Block] = []
+        self.most = most
+        self.texts: list[tuple[int, int]] = []  # tokens between the blocks that belong to no step
+        self._table = torch.empty(0, _COLUMNS, dtype=torch.int64)  # a block's fields in each row
+        self._count = 0
+        self._end = 0  # behind the last block that ever was
         self.means = [self._allocate(layer, 0) for layer in range(geometry.layers)]
 
     def __len__(self) -> int:
-        return len(self.spots)
+        return self._count
+
+    @property
+    def table(self) -> torch.Tensor:
+        """[blocks, 4] int64 on the CPU: start, stop, positions and lost of each block, in order."""
+        return self._table[: self._count]
+
+    @property
+    def spots(self) -> list[Block]:
+        """All blocks, in order."""
+        return [Block(*row) for row in self.table.tolist()]
 
     @property
     def nbytes(self) -> int:
@@ -59,10 +85,10 @@ class Blocks:
             cos, sin: [streams, T, head_dim] float32, what its keys were turned by.
         """
         for layer, device in enumerate(self.geometry.devices):
-            rotated = detailed.keys(layer)[:, :, block.start : block.stop].float()
+            rotated = detailed.newest(layer, block.stop - block.start).float()
             keys = rotate(rotated, cos.to(device)[:, None], -sin.to(device)[:, None])
             self._put(layer, keys.mean(-2, keepdim=True))
-        self.spots.append(block)
+        self._note([block])
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Product of a mean query with every block's mean key, heads of a group and all groups together.
@@ -78,31 +104,71 @@ class Blocks:
         grouped = query.unflatten(1, (means.shape[1], -1)).sum(2)  # every query head of a group meets the same key
         return torch.einsum("shd,shbd->sb", grouped, means)
 
+    def text_behind(self, tokens: int) -> list[tuple[int, int]]:
+        """Tokens behind the last block of a stream of so many, where there are any."""
+        return [(self._end, tokens)] if tokens > self._end else []
+
     def crop(self, tokens: int) -> None:
         """Forget the blocks that do not lie wholly in the first `tokens` tokens; nothing is copied."""
-        while self.spots and self.spots[-1].stop > tokens:
-            self.spots.pop()
+        while self._count and self._table[self._count - 1, 1] > tokens:
+            self._count -= 1
+            self._end = int(self._table[self._count, 0])
+        while self.texts and self.texts[-1][1] > tokens:
+            self._end = self.texts.pop()[0]
 
-    def respace(self, positions: list[int]) -> None:
+    def respace(self, positions: Sequence[int]) -> None:
         """Take note of how many positions each step takes from now on."""
-        self.spots = [replace(spot, positions=taken) for spot, taken in zip(self.spots, positions, strict=True)]
+        self.table[:, 2] = torch.tensor(positions)
 
-    def restore(self, spots: list[Block], means: list[torch.Tensor]) -> None:
-        """Take over saved blocks: a mean [streams, kv_heads, blocks, head_dim] for each layer."""
+    def forget(self, starts: Sequence[int]) -> None:
+        """Let go of the steps that begin at these tokens, none of which is the newest."""
+        gone = torch.isin(self.table[:, 0], torch.tensor(starts))
+        kept = (~gone).nonzero()[:, 0]
+        # What they took, and what was lost before them, is lost before the next one that stays.
+        taken = ((self.table[:, 2] + self.table[:, 3]) * gone).cumsum(0)[kept]
+        self.table[kept, 3] += taken.diff(prepend=taken.new_zeros(1))
+        for first in range(0, len(kept), _MOVED_AT_ONCE):
+            part = kept[first : first + _MOVED_AT_ONCE]
+            for means in self.means:
+                means[:, :, first : first + len(part)] = means[:, :, part.to(means.device)]
+        self._table[: len(kept)] = self.table[kept]
+        self._count = len(kept)
+
+    def restore(
+        self, spots: Sequence[Block], means: Sequence[torch.Tensor], texts: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Take over saved blocks: a mean [streams, kv_heads, blocks, head_dim] for each layer, and texts between."""
         for layer, saved in enumerate(means):
             self._put(layer, saved)
-        self.spots = spots
+        self._note(spots)
+        self.texts = list(texts)
 
     def fork(self) -> Blocks:
         """A copy."""
-        found = Blocks(self.geometry)
-        found.restore(list(self.spots), [means[:, :, : len(self)] for means in self.means])
+        found = Blocks(self.geometry, self.most)
+        found.restore(self.spots, [means[:, :, : len(self)] for means in self.means], self.texts)
         return found
+
+    def _note(self, spots: Sequence[Block]) -> None:
+        needed = self._count + len(spots)
+        if needed > len(self._table):
+            grown = torch.empty(max(needed, 2 * len(self._table), _FIRST_CAPACITY), _COLUMNS, dtype=torch.int64)
+            grown[: self._count] = self.table
+            self._table = grown
+        for spot in spots:
+            if spot.start > self._end:
+                self.texts.append((self._end, spot.start))
+            self._end = spot.stop
+            self._table[self._count] = torch.tensor(astuple(spot))
+            self._count += 1
 
     def _put(self, layer: int, fresh: torch.Tensor) -> None:
         held, first = self.means[layer], len(self)
         if first + fresh.shape[2] > held.shape[2]:
-            held = self._allocate(layer, max(first + fresh.shape[2], 2 * held.shape[2], _FIRST_CAPACITY))
+            needed = first + fresh.shape[2]
+            # Where there is a limit, at once: means that double leave holes, and the cap holds for those too.
+            roomy = max(2 * held.shape[2], _FIRST_CAPACITY) if self.most is None else self.most
+            held = self._allocate(layer, max(needed, roomy))
             held[:, :, :first] = self.means[layer][:, :, :first]
             self.means[layer] = held
         held[:, :, first : first + fresh.shape[2]] = fresh

@@ -12,6 +12,7 @@ from statekv.cache.budgets import layer_budgets
 from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import Moves
 from statekv.cache.slots import one_block
 from statekv.ops import select
 from statekv.ops.rope import Angles, rotate
@@ -32,6 +33,7 @@ class CarriedCache(Cache):
         slope: by how much the first layer's budget is larger than the mean, and the last one's smaller.
         decay: what a kept key's former score counts beside that of a new step. Where it is not 0, each slot's score
             stays with its key, and steps are scored from the first on.
+        remembers: keep each slot's score of the newest step, also without decay.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class CarriedCache(Cache):
         detailed: DetailedCache,
         slope: float = 0.0,
         decay: float = 0.0,
+        remembers: bool = False,
     ) -> None:
         super().__init__(layers=[])
         self.geometry = geometry
@@ -50,11 +53,12 @@ class CarriedCache(Cache):
         self.rule = rule
         self.detailed = detailed
         self.decay = decay
+        self.remembers = remembers or bool(decay)
         self.lengths = [0] * geometry.layers
         self.buffers: list[torch.Tensor] = []  # per layer [2, streams, kv_heads, slots, head_dim]
         self.born: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] int32: which token a slot holds
-        self.totals: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none without decay
-        self._newest: dict[torch.device, torch.Tensor] = {}  # first token of the pinned newest steps, 0-d int32
+        self.totals: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none unless remembered
+        self.newest: dict[torch.device, torch.Tensor] = {}  # first token of the pinned newest steps, 0-d int32
         self.allocate([0] * geometry.layers)
 
     def __len__(self) -> int:
@@ -85,9 +89,9 @@ class CarriedCache(Cache):
     def pin_from(self, token: int) -> None:
         """From here on tokens with this number and above stay whatever their scores; the host does not wait."""
         for device in dict.fromkeys(self.geometry.devices):
-            if device not in self._newest:
-                self._newest[device] = torch.empty((), dtype=torch.int32, device=device)
-            self._newest[device].fill_(token)
+            if device not in self.newest:
+                self.newest[device] = torch.empty((), dtype=torch.int32, device=device)
+            self.newest[device].fill_(token)
 
     def judges(self, tokens: int) -> bool:
         """Whether a step of `tokens` tokens ends with `evict`: where some layer overflows, or scores accumulate."""
@@ -100,17 +104,24 @@ class CarriedCache(Cache):
         """Called by transformers' attention layers: append to both memories, hand out carried and own keys."""
         start = self.lengths[layer_idx]
         stop = start + key_states.shape[-2]
-        first = self.detailed.lengths[layer_idx]
-        self.detailed.append(key_states, value_states, layer_idx)
         slots = self.buffers[layer_idx]
+        self.born[layer_idx][:, :, start:stop] = self.remember(key_states, value_states, layer_idx)
         slots[0, :, :, start:stop] = key_states
         slots[1, :, :, start:stop] = value_states
-        born = self.born[layer_idx]
-        born[:, :, start:stop] = torch.arange(first, first + stop - start, dtype=torch.int32, device=born.device)
         if self.totals:
             self.totals[layer_idx][:, :, start:stop] = 0
         self.lengths[layer_idx] = stop
         return slots[0, :, :, :stop], slots[1, :, :, :stop]
+
+    def remember(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        """Enter a layer's own keys and values [streams, kv_heads, T, head_dim] into the detailed cache.
+
+        Returns:
+            [T] or [streams, 1, T] int32: which tokens of the stream they are.
+        """
+        first = self.detailed.number(layer)
+        self.detailed.append(key, value, layer)
+        return torch.arange(first, first + key.shape[-2], dtype=torch.int32, device=self.born[layer].device)
 
     def evict(self, layer: int, scores: torch.Tensor | None) -> None:
         """Shrink a layer to its budget.
@@ -134,28 +145,42 @@ class CarriedCache(Cache):
         """Make as many first slots of a layer as its budget hold the best of its first `length` keys, in place."""
         budget, born = self.budgets[layer], self.born[layer][:, :, :length]
         values = self.buffers[layer][1, :, :, :length]
-        newest = self._newest[born.device] if self._newest else None
+        newest = self.newest[born.device] if self.newest else None
         kept = select.best(self.rule(scores, born, layer, values=values, budget=budget, newest=newest), budget)
         source, target = select.moves(kept, budget)
         select.apply_moves(self.buffers[layer], source, target)
         for beside in (born, self.totals[layer][:, :, :length]) if self.totals else (born,):
             beside.scatter_(-1, target, beside.gather(-1, source))
 
-    def turn(self, first: int, by: torch.Tensor, angles: Angles) -> None:
+    def turn(self, moves: Moves, angles: Angles) -> None:
         """Rotate carried keys further, in float32 and in place.
 
         Args:
-            first: token from which on.
-            by: [tokens - first] int64 on the CPU, how far each token of the stream moves.
+            moves: how far each token of the stream moves.
             angles: of such distances.
         """
-        still = torch.cat([by.new_zeros(1), by])
         for layer, length in enumerate(self.lengths):
             born = self.born[layer][..., :length]
-            moved = still[(born.cpu() - first + 1).clamp(min=0)]  # [streams, kv_heads, length]
+            moved = moves.of(born)  # [streams, kv_heads, length]
             cos, sin = (part.view(*born.shape, -1).to(born.device) for part in angles(moved.flatten()))
             keys = self.buffers[layer][0, :, :, :length]
             keys.copy_(rotate(keys.float(), cos, sin))
+
+    def worths(self, starts: Sequence[int]) -> dict[int, tuple[float, int]]:
+        """Segments of which something is carried, by start: their keys' scores in the newest judged step, and how many.
+
+        Args:
+            starts: number of each segment's first token, ascending; each ends where the next begins.
+        """
+        first = torch.tensor(starts, dtype=torch.int64)
+        scores, counts = torch.zeros(2, len(starts) + 1, dtype=torch.float64)
+        for layer, length in enumerate(self.lengths):
+            segment = torch.searchsorted(first, self.born[layer][..., :length].flatten().cpu().long(), right=True)
+            scores.scatter_add_(0, segment, self.totals[layer][..., :length].flatten().cpu().double())
+            counts += segment.bincount(minlength=len(counts))
+        held = counts[1:].nonzero()[:, 0]
+        found = zip(held.tolist(), scores[1:][held].tolist(), counts[1:][held].long().tolist(), strict=True)
+        return {starts[number]: (score, count) for number, score, count in found}
 
     @property
     def full(self) -> bool:
@@ -180,7 +205,9 @@ class CarriedCache(Cache):
 
     def fork(self, detailed: DetailedCache) -> CarriedCache:
         """A copy that enters keys and values into another detailed cache."""
-        found = CarriedCache(self.geometry, self.budget, self.rule, detailed, decay=self.decay)
+        found = CarriedCache(
+            self.geometry, self.budget, self.rule, detailed, decay=self.decay, remembers=self.remembers
+        )
         found.budgets = self.budgets
         found.allocate(self.slots)
         found.lengths = list(self.lengths)
@@ -192,13 +219,14 @@ class CarriedCache(Cache):
     def allocate(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer; what the layers hold moves along."""
         g = self.geometry
-        former, beside = self.buffers, (self.born, self.totals)
         rows = [(g.streams, g.kv_heads, n) for n in slots]
-        self.buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
-        self.born = one_block(rows, torch.int32, g.devices)
-        self.totals = one_block(rows, torch.float32, g.devices) if self.decay else []
-        for layer, length in enumerate(self.lengths if former else []):
-            self.buffers[layer][..., :length, :] = former[layer][..., :length, :]
-            for new, old in zip((self.born, self.totals), beside, strict=True):
+        buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
+        born = one_block(rows, torch.int32, g.devices)
+        totals = one_block(rows, torch.float32, g.devices) if self.remembers else []
+        for layer, length in enumerate(self.lengths if self.buffers else []):
+            buffers[layer][..., :length, :] = self.buffers[layer][..., :length, :]
+            for new, old in zip((born, totals), (self.born, self.totals), strict=True):
                 if new:
                     new[layer][..., :length] = old[layer][..., :length]
+        # Last of all: a save on another thread may be reading.
+        self.buffers, self.born, self.totals = buffers, born, totals

@@ -50,7 +50,8 @@ class Rule:
             layer: index of the layer; random draws differ between layers.
             values: [streams, kv_heads, K, D], for value_norms.
             budget: keys that will stay, for coverage.
-            newest: 0-d int32, the first token of the newest steps, which stay; None: none of them is pinned.
+            newest: int32, 0-d or one for each stream [streams, 1, 1], the first token of the newest steps, which stay;
+                None: none of them is pinned.
 
         Returns:
             [streams, kv_heads, K] float; the highest stay.
@@ -93,8 +94,7 @@ def _lots(born: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
     Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
     lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's.
     """
-    streams, heads, _ = born.shape
-    head = torch.arange(streams * heads, device=born.device).view(streams, heads, 1)
+    head = torch.arange(born.shape[1], device=born.device).view(-1, 1)  # the same in every stream of a batch
     bits = (born.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
     for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier

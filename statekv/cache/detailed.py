@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -9,10 +11,13 @@ import torch
 from transformers import Cache
 
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import Moves, numbers_in
+from statekv.cache.parts import Part, Written, ranges
 from statekv.ops.rope import Angles, rotate
 
 _FIRST_CAPACITY = 256  # tokens
-_TURNED_AT_ONCE = 4096  # tokens: what float32 copies of a layer's keys may take
+_COPIED_SHARE = 1 / 64  # of a layer's tokens: a cap on memory holds for what is copied aside too
+_LEAST_COPIED, _MOST_COPIED = 256, 4096  # tokens
 
 
 class DetailedCache(Cache):
@@ -36,6 +41,8 @@ class DetailedCache(Cache):
         self.sinks = sinks if recall == "sink_recent" else 0
         self.lengths = [0] * geometry.layers
         self.buffers = [self._allocate(layer, 0) for layer in range(geometry.layers)]
+        self.away = 0  # tokens of the stream that the buffers do not hold any more
+        self.written = Written()
         self.grown = 0  # how many times a buffer was copied into a larger one
         self._answering_from: int | None = None
         self._sharing: WeakSet[DetailedCache] = WeakSet([self])  # forks, which may lie in the same buffers
@@ -45,8 +52,12 @@ class DetailedCache(Cache):
 
     @property
     def length(self) -> int:
-        """Tokens held."""
-        return self.lengths[-1]
+        """Tokens that have entered, which is the number of the next one."""
+        return self.number(-1)
+
+    def number(self, layer: int) -> int:
+        """Number in the stream of the token that enters a layer next."""
+        return self.lengths[layer] + self.away
 
     @property
     def capacity(self) -> int:
@@ -57,6 +68,11 @@ class DetailedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of a layer that are copied aside at once where they change their place or are turned."""
+        return max(_LEAST_COPIED, min(_MOST_COPIED, int(_COPIED_SHARE * self.capacity)))
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -102,23 +118,40 @@ class DetailedCache(Cache):
             seen = held[..., start:stop, :]
         return seen[0], seen[1]
 
-    def turn(self, first: int, by: torch.Tensor, angles: Angles) -> None:
+    def turn(self, moves: Moves, angles: Angles) -> None:
         """Rotate keys further, in float32 and in place.
 
         Args:
-            first: token from which on.
-            by: [length - first] int64 on the CPU, how far each one moves.
+            moves: how far each token moves.
             angles: of such distances.
         """
+        self.written.forget(moves.starts[0])
+        numbers = self._numbers()
+        first = int(torch.searchsorted(numbers, moves.starts[0]))
+        by = moves.of(numbers[first:])
         for layer in range(len(self)):
             self._claim(layer, first)
-        for start in range(0, len(by), _TURNED_AT_ONCE):
-            part = by[start : start + _TURNED_AT_ONCE]
+        for start in range(0, len(by), self.at_once):
+            part = by[start : start + self.at_once]
             cos, sin = angles(part)
             spot = slice(first + start, first + start + len(part))
             for held in self.buffers:
                 keys = held[0, :, :, spot]
                 keys.copy_(rotate(keys.float(), cos.to(keys.device)[:, None], sin.to(keys.device)[:, None]))
+
+    def newest(self, layer: int, tokens: int) -> torch.Tensor:
+        """Keys of the newest tokens, [streams, kv_heads, tokens, head_dim], a view."""
+        length = self.lengths[layer]
+        return self.buffers[layer][0, :, :, length - tokens : length]
+
+    def gather(self, layer: int, starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
+        """Keys and values [2, streams, kv_heads, n, head_dim] of whole segments, copied out.
+
+        Args:
+            layer: index of the layer.
+            starts, stops: numbers of their tokens, ascending.
+        """
+        return self.buffers[layer].index_select(-2, numbers_in(starts, stops).to(self.buffers[layer].device))
 
     def fork(self) -> DetailedCache:
         """A second cache with the same tokens, in the same memory.
@@ -127,8 +160,7 @@ class DetailedCache(Cache):
         """
         found = DetailedCache(self.geometry, self.recall, self.window, self.sinks)
         found.lengths, found.buffers = list(self.lengths), list(self.buffers)
-        self._sharing.add(found)
-        found._sharing = self._sharing
+        self._share(found)
         return found
 
     def begin_answer(self) -> None:
@@ -137,8 +169,20 @@ class DetailedCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first `max_length` tokens; nothing is copied."""
-        self.lengths = [min(length, max_length) for length in self.lengths]
+        self.lengths = [min(length, max_length - self.away) for length in self.lengths]
         self._answering_from = None
+        self.written.forget(max_length)
+
+    def parts(self) -> Iterator[Part]:
+        """All tokens in pieces; those in front of the last one stay the same pieces when more tokens come."""
+        for first, stop in ranges(self.length, self.geometry.bytes_per_token * self.geometry.streams):
+            yield Part(first, stop, partial(self._part, first, stop))
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Append what `parts` has handed out, part by part."""
+        for layer in range(len(self)):
+            key, value = tensors[_layer_name(layer)]
+            self.append(key, value, layer)
 
     def keys(self, layer: int) -> torch.Tensor:
         """[streams, kv_heads, length, head_dim], a view."""
@@ -148,8 +192,22 @@ class DetailedCache(Cache):
         """[streams, kv_heads, length, head_dim], a view."""
         return self.buffers[layer][1, :, :, : self.lengths[layer]]
 
+    def _share(self, fork: DetailedCache) -> None:
+        """Know each other, so as not to write where the other holds tokens."""
+        fork.written = self.written.copy()
+        self._sharing.add(fork)
+        fork._sharing = self._sharing
+
+    def _numbers(self) -> torch.Tensor:
+        """[length] int64 on the CPU, ascending: which tokens of the stream the buffers hold."""
+        return torch.arange(self.length)
+
     def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
         return self.lengths[layer_idx]
+
+    def _part(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+        held = enumerate(self.buffers)
+        return {_layer_name(layer): buffer[..., first:stop, :].contiguous() for layer, buffer in held}
 
     def _first_recalled(self) -> int:
         """First of the newest tokens that an answer sees; 0 where it sees all of them."""
@@ -187,3 +245,7 @@ class DetailedCache(Cache):
         g = self.geometry
         shape = (2, g.streams, g.kv_heads, tokens, g.head_dim)
         return torch.empty(shape, dtype=g.dtype, device=g.devices[layer])
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:02d}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,26 @@ from safetensors.torch import load_file, save_file
 
 from statekv.errors import SaveError
 
-FORMAT = 2  # changes whenever an older save could not be gone on with to the bit
+FORMAT = 3  # changes whenever an older save could not be gone on with to the bit
 FACTS = "session.json"
-_PART = re.compile(r"(?:layer-\d+|frames)\.(\d+)\.safetensors")
+_PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames)\.(\d+)\.safetensors")
 _UNFINISHED = f"{FACTS}.part"
 _CHUNK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What becomes one file.
+
+    Attributes:
+        name: of the piece.
+        tensors: contiguous; asked for when the file is to be written.
+        digest: SHA-256 of a file that holds just these tensors; None: there may be none.
+    """
+
+    name: str
+    tensors: Callable[[], dict[str, torch.Tensor]]
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,18 +47,18 @@ class Saved:
     Attributes:
         folder: where.
         facts: all that is no tensor.
-        files: name and SHA-256 of each part's file.
+        files: name, SHA-256 and bytes of each piece's file.
     """
 
     folder: Path
     facts: dict[str, Any]
-    files: dict[str, dict[str, str]]
+    files: dict[str, dict[str, Any]]
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
-        """Tensors of one part, on the CPU.
+        """Tensors of one piece, on the CPU.
 
         Raises:
-            SaveError: the part's file is missing or not as it was written.
+            SaveError: the piece's file is missing or not as it was written.
         """
         with self.reading():
             known = self.files[name]
@@ -66,18 +81,22 @@ class Saved:
 def write_folder(
     folder: str | os.PathLike[str],
     facts: Mapping[str, Any],
-    parts: Iterable[tuple[str, dict[str, torch.Tensor]]],
-) -> None:
+    pieces: Iterable[Piece],
+) -> dict[str, str]:
     """Write a save; one that the folder holds already is replaced once this one is whole.
 
-    New files come beside those of the former save. Replacing `session.json`, which names the files that count, is one
-    operation of the file system: whenever the process dies, the folder holds the former save or this one. Files that
-    neither names are removed here and by the next write. One process at a time.
+    New files come beside those of the former save; a piece that one of those holds already is not written again.
+    Replacing `session.json`, which names the files that count, is one operation of the file system: whenever the
+    process dies, the folder holds the former save or this one. Files that neither names are removed here and by the
+    next write. One process at a time.
 
     Args:
         folder: made where there is none.
         facts: all that is no tensor.
-        parts: name and contiguous tensors of each file; taken one by one, so that no more than one has to be in memory.
+        pieces: taken one by one, so that the tensors of no more than one have to be in memory.
+
+    Returns:
+        SHA-256 of each piece's file.
 
     Raises:
         SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
@@ -91,7 +110,11 @@ def write_folder(
             (int(found[1]) for path in target.iterdir() if (found := _PART.fullmatch(path.name))), default=0
         )
         try:
-            files = {name: _write_part(target / f"{name}.{serial}.safetensors", tensors) for name, tensors in parts}
+            former = _former(target)
+            files: dict[str, dict[str, Any]] = {}
+            for piece in pieces:
+                path = target / f"{piece.name}.{serial}.safetensors"
+                files[piece.name] = former.get(piece.digest) or _write_part(path, piece.tensors())
             _publish(target, {**facts, "files": files})
         finally:
             _sweep(target)
@@ -102,6 +125,7 @@ def write_folder(
         told = getattr(error, "strerror", None) or str(error)
         hint = "make room, or name another folder; what was saved there before is intact"
         raise SaveError(f"{target} cannot be written: {told.splitlines()[0]}", hint) from None
+    return {name: file["sha256"] for name, file in files.items()}
 
 
 def check_target(folder: str | os.PathLike[str]) -> None:
@@ -146,15 +170,27 @@ def _readable(folder: Path) -> bool:
     return True
 
 
+def _former(target: Path) -> dict[str | None, dict[str, Any]]:
+    """Files of the save that counts, by what is in them; without those that are plainly damaged."""
+    if not _readable(target):
+        return {}
+    found: dict[str | None, dict[str, Any]] = {}
+    for file in read_folder(target).files.values():
+        path = target / file["name"]
+        if _PART.fullmatch(file["name"]) and path.is_file() and path.stat().st_size == file["bytes"]:
+            found[file["sha256"]] = file
+    return found
+
+
 def _ours(path: Path) -> bool:
     return bool(_PART.fullmatch(path.name)) or path.name == _UNFINISHED
 
 
-def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     save_file(tensors, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    return {"name": path.name, "sha256": _digest(path)}
+    return {"name": path.name, "sha256": _digest(path), "bytes": path.stat().st_size}
 
 
 def _publish(target: Path, facts: dict[str, Any]) -> None:

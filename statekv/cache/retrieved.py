@@ -10,6 +10,7 @@ from transformers import Cache
 from statekv.cache.blocks import Blocks
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.moves import numbers_in
 from statekv.config import Config
 from statekv.ops.rope import Angles, rotate
 
@@ -51,7 +52,7 @@ class Retrieved(Cache):
         self._angles, self._axes = angles, positions.shape[:-1]
         self._question = angles(positions)
         self._free = len(blocks) - config.retrieve_newest  # blocks that have to be chosen to be seen
-        self._where = _where(blocks, detailed.length)
+        self._texts = [*blocks.texts, *blocks.text_behind(detailed.length)]
         self._seen = DetailedCache(detailed.geometry)
         self._seen.reserve(self._most() + positions.shape[-1] + config.max_new_tokens)
 
@@ -101,18 +102,20 @@ class Retrieved(Cache):
         return shown
 
     def _fetch(self, layer: int, shown: torch.Tensor) -> None:
-        inside, behind = (part.to(shown.device) for part in self._where)
-        visible = ~inside | shown[behind - 1]  # [tokens]
-        tokens = visible.nonzero()[:, 0]  # the host waits for the device here, once for each layer of a question
-        held = self.detailed.buffers[layer].index_select(-2, tokens)
+        chosen = shown.nonzero()[:, 0].cpu()  # the host waits for the device here, once for each layer of a question
+        texts = torch.tensor(self._texts, dtype=torch.int64).view(-1, 2)
+        spots = torch.cat([self.blocks.table[chosen, :2], texts])
+        starts, stops = spots[spots[:, 0].argsort()].unbind(1)
+        held = self.detailed.gather(layer, starts.tolist(), stops.tolist())
+        tokens = numbers_in(starts.tolist(), stops.tolist()).to(held.device)
         if self.config.retrieve_positions == "reindex":
-            held[0] = self._moved_up(held[0], ~shown, behind[tokens])
+            held[0] = self._moved_up(held[0], ~shown, tokens)
         self._seen.append(held[0], held[1], layer)
         self.chosen[layer] = tokens
         if self.carried is not None:
-            self._add_carried(layer, visible)
+            self._add_carried(layer, tokens)
 
-    def _moved_up(self, keys: torch.Tensor, left_out: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    def _moved_up(self, keys: torch.Tensor, left_out: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Keys closed up towards the question, whose own positions stay.
 
         Only distances matter to RoPE, so this is the same as numbering what is seen from 0 on, question included;
@@ -121,33 +124,29 @@ class Retrieved(Cache):
         Args:
             keys: [1, kv_heads, n, head_dim].
             left_out: [blocks] bool.
-            behind: [n], for each key the number of the first block behind it.
+            tokens: [n], the keys' numbers in the stream.
         """
-        sizes = torch.tensor([block.positions for block in self.blocks.spots], device=keys.device)
-        gaps = torch.cat([(sizes * left_out).flip(0).cumsum(0).flip(0), sizes.new_zeros(1)])  # left out from there on
+        starts, _, sizes, lost = self.blocks.table.T.contiguous().to(keys.device)
+        behind = torch.searchsorted(starts, tokens, right=True)  # the first block behind each key
+        gaps = sizes * left_out + lost
+        gaps = torch.cat([gaps.flip(0).cumsum(0).flip(0), sizes.new_zeros(1)])  # left out from there on
         cos, sin = self._angles(gaps[behind].expand(*self._axes, -1))
         return rotate(keys.float(), cos[:, None], sin[:, None]).to(keys.dtype)
 
-    def _add_carried(self, layer: int, visible: torch.Tensor) -> None:
+    def _add_carried(self, layer: int, shown: torch.Tensor) -> None:
+        """Behind the tokens that are shown [n], ascending."""
         assert self.carried is not None
         length = self.carried.lengths[layer]
         keys, values = self.carried.buffers[layer][..., :length, :]
-        twice = visible[self.carried.born[layer][..., :length].long()]  # [1, kv_heads, length]
+        twice = torch.isin(self.carried.born[layer][..., :length].long(), shown)  # [1, kv_heads, length]
         first = twice.new_zeros(*twice.shape[:2], self._seen.lengths[layer])
         self._hidden[layer] = torch.cat([first, twice], dim=-1)
         self._seen.append(keys, values, layer)
 
     def _most(self) -> int:
         """Tokens that any choice shows at most."""
-        lengths = sorted(block.stop - block.start for block in self.blocks.spots[: self._free])
-        hidden = sum(lengths[: self._free - self.config.retrieve])
-        return self.detailed.length - hidden + (self.carried.length if self.carried is not None else 0)
-
-
-def _where(blocks: Blocks, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token whether it lies in a block, bool, and the number of the first block that begins behind it."""
-    begun, ended = torch.zeros(2, tokens + 1, dtype=torch.int64)
-    begun[[block.start for block in blocks.spots]] = 1
-    ended[[block.stop for block in blocks.spots]] = 1
-    behind = begun.cumsum(0)
-    return (behind > ended.cumsum(0))[:tokens], behind[:tokens]
+        lengths = self.blocks.table[:, 1] - self.blocks.table[:, 0]
+        chosen = lengths[: self._free].sort(descending=True).values[: self.config.retrieve]
+        texts = sum(stop - start for start, stop in self._texts)
+        carried = self.carried.length if self.carried is not None else 0
+        return int(chosen.sum() + lengths[self._free :].sum()) + texts + carried

@@ -28,8 +28,10 @@ class StaticStep(Cache):
         self._carried = ref(carried)  # whoever keeps recordings by stream must not keep the stream
         self.tokens = tokens
         devices = dict.fromkeys(carried.geometry.devices)
-        # Number of each own token in the stream, [T] int64.
-        self.places = {device: torch.empty(tokens, dtype=torch.int64, device=device) for device in devices}
+        # Where each own token goes in the detailed cache's buffers, and its number in the stream, [T] int64.
+        self.places, self.numbers = (
+            {device: torch.empty(tokens, dtype=torch.int64, device=device) for device in devices} for _ in range(2)
+        )
 
     @property
     def carried(self) -> CarriedCache:
@@ -43,9 +45,10 @@ class StaticStep(Cache):
 
     def begin(self) -> None:
         """Before a step: say where its tokens go. Nothing here may be part of the replayed commands."""
-        first = self.carried.detailed.length
-        for device, places in self.places.items():
-            torch.arange(first, first + self.tokens, out=places, device=device)
+        detailed = self.carried.detailed
+        for first, tensors in ((detailed.lengths[-1], self.places), (detailed.length, self.numbers)):
+            for device, tensor in tensors.items():
+                torch.arange(first, first + self.tokens, out=tensor, device=device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -57,9 +60,8 @@ class StaticStep(Cache):
         own[0].copy_(key_states)
         own[1].copy_(value_states)
         held = carried.detailed.buffers[layer_idx]
-        places = self.places[held.device]
-        held.index_copy_(-2, places, own)
-        carried.born[layer_idx][..., budget : budget + self.tokens] = places
+        held.index_copy_(-2, self.places[held.device], own)
+        carried.born[layer_idx][..., budget : budget + self.tokens] = self.numbers[held.device]
         if carried.totals:
             carried.totals[layer_idx][..., budget : budget + self.tokens] = 0
         return slots[0], slots[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
@@ -14,36 +15,13 @@ from statekv.cache.carry import Rule
 from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import Moves
 from statekv.cache.retrieved import Retrieved
+from statekv.cache.span import Mark, Span
+from statekv.cache.tiered import TieredCache
 from statekv.config import Config
 from statekv.errors import ConfigError
 from statekv.ops.rope import Angles
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a segment lies in the detailed cache, and when it was: `pts_seconds` is None for text alone.
-
-    `position` is where it would begin on the axis of time if nothing had ever been compacted.
-    """
-
-    kind: str
-    start: int
-    length: int
-    pts_seconds: float | None
-    position: int
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A moment of a stream that `StreamState.crop_to` can return to."""
-
-    tokens: int
-    position: int
-    carried: int
-    spans: int
-    frames: int
-    origin_seconds: float | None
 
 
 @dataclass
@@ -80,10 +58,11 @@ class StreamState:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.detailed = DetailedCache(self.geometry, c.recall, window=c.budget, sinks=c.sinks)
+        self.detailed = self._make_detailed()
         # Only retrieval needs them.
         self.blocks = Blocks(self.geometry) if c.recall == "retrieve" else None
         self._carried: CarriedCache | None = None
+        self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
         self._retrieved: Retrieved | None = None
 
     @property
@@ -115,7 +94,13 @@ class StreamState:
             "carried": self._carried.nbytes if self._carried is not None else 0,
             "detailed": self.detailed.nbytes,
             "blocks": self.blocks.nbytes if self.blocks is not None else 0,
+            **(self.detailed.bytes_by_tier if isinstance(self.detailed, TieredCache) else {}),
         }
+
+    @property
+    def forgotten(self) -> int:
+        """Steps that a cap on memory has left no room for."""
+        return self.detailed.forgotten if isinstance(self.detailed, TieredCache) else 0
 
     def expect_prefix(self, tokens: int) -> None:
         """Say how long the prompt's prefix is before it enters, so that it can be pinned.
@@ -155,9 +140,30 @@ class StreamState:
             )
         carried.pin_from(first)
 
+    def make_way(self, tokens: int, room: int) -> None:
+        """Before a step: where memory has a cap, have older ones leave it or be forgotten.
+
+        Args:
+            tokens: of the step.
+            room: tokens of a question and its answer.
+
+        Raises:
+            ConfigError: the cap is too small for such steps; nothing has changed.
+        """
+        if isinstance(self.detailed, TieredCache):
+            self._forget(self.detailed.make_way(tokens, room, self._worths))
+            if self.blocks is not None and self.detailed.plan is not None:
+                self.blocks.most = self.detailed.plan.most_steps
+
     def note(self, kind: str, length: int, pts_seconds: float | None, position: int) -> None:
         """Record that `length` tokens of a segment have just entered, uncompacted at `position`."""
         self.spans.append(Span(kind, self.tokens - length, length, pts_seconds, position))
+        if isinstance(self.detailed, TieredCache):
+            self.detailed.note(kind, length)
+
+    def uncompacted(self, moment: int | None) -> int:
+        """Where a segment that comes next, at a moment of its own or None, would begin without any compaction."""
+        return (self.position if moment is None else moment) + self.compaction.gained
 
     def compacted(self, position: int, reach: int) -> Compaction:
         """What would make room for a step, uncompacted at `position`, in a stream that may take `reach` positions."""
@@ -180,26 +186,30 @@ class StreamState:
             spans.append(span)
             by.append(far)
         if spans:
-            moved = torch.tensor(by[::-1]).repeat_interleave(torch.tensor([span.length for span in spans[::-1]]))
-            self.detailed.turn(spans[-1].start, moved, angles)
+            moves = Moves([span.start for span in spans[::-1]], by[::-1])
+            self.detailed.turn(moves, angles)
             if isinstance(self.carried, CarriedCache):
-                self.carried.turn(spans[-1].start, moved, angles)
+                self.carried.turn(moves, angles)
         if not own_time:
             self.position -= to.gained - self.compaction.gained
         self.compaction = to
         if self.blocks is not None and self.config.retrieve_positions == "reindex":
-            places = [to.place(span.position) for span in self.spans if span.kind == "step"]
+            known = set(self.blocks.table[:, 0].tolist())
+            places = [to.place(span.position) for span in self.spans if span.kind == "step" and span.start in known]
             self.blocks.respace([behind - place for place, behind in pairwise([*places, self.position])])
 
-    def begin_answer(self, positions: torch.Tensor, angles: Angles) -> None:
+    def begin_answer(self, positions: torch.Tensor, angles: Angles, turned: Angles) -> None:
         """From here on everything that enters is a question and its answer.
 
         Args:
             positions: of the question's tokens, [streams, T] or [3, streams, T].
             angles: of the model's RoPE.
+            turned: of how far steps have moved, [T] int64, as for `compact`.
         """
         c = self.config
         self.detailed.begin_answer()
+        if isinstance(self.detailed, TieredCache):
+            self.detailed.bringing.turned = turned
         self._retrieved = None
         # Where no block is left out there is nothing to choose, nor to copy.
         if self.blocks is not None and len(self.blocks) > c.retrieve + c.retrieve_newest:
@@ -209,8 +219,7 @@ class StreamState:
 
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
-        carried, spans = self.carried.length, len(self.spans)
-        return Mark(self.tokens, self.position, carried, spans, self.frames, self.origin_seconds)
+        return Mark(self.tokens, self.position, self.carried.length, self.frames, self.origin_seconds)
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
@@ -220,7 +229,11 @@ class StreamState:
         if self.blocks is not None:
             self.blocks.crop(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
-        del self.spans[mark.spans :]
+        while self.spans and self.spans[-1].start >= mark.tokens:
+            self.spans.pop()
+        if isinstance(self.detailed, TieredCache):
+            self.detailed.bringing.turned = None
+            self._forget(self.detailed.settle())
 
     def fork(self) -> StreamState:
         """A second stream with the same past; neither sees what becomes of the other.
@@ -229,6 +242,7 @@ class StreamState:
         """
         found = replace(self, spans=list(self.spans))
         found.detailed = self.detailed.fork()
+        found.outlived = set(self.outlived)
         found.blocks = self.blocks.fork() if self.blocks is not None else None
         found._carried = self._carried.fork(found.detailed) if self._carried is not None else None
         return found
@@ -244,7 +258,34 @@ class StreamState:
         rule = Rule(
             c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned, value_norms=c.value_norms, coverage=c.coverage
         )
-        return CarriedCache(self.geometry, c.budget, rule, self.detailed, c.layer_slope, c.decay)
+        capped = c.memory is not None
+        return CarriedCache(self.geometry, c.budget, rule, self.detailed, c.layer_slope, c.decay, remembers=capped)
+
+    def _make_detailed(self) -> DetailedCache:
+        c = self.config
+        if c.memory is not None:
+            return TieredCache(self.geometry, c)
+        return DetailedCache(self.geometry, c.recall, window=c.budget, sinks=c.sinks)
+
+    def _worths(self, starts: Sequence[int]) -> dict[int, float]:
+        carried = self.carried
+        assert isinstance(carried, CarriedCache)
+        # Forgotten steps that are still carried count for themselves, and not for the step before them.
+        known = carried.worths([span.start for span in self.spans if span.length])
+        return {start: known[start][0] for start in starts if start in known}
+
+    def _forget(self, starts: Sequence[int]) -> None:
+        """Steps are gone from the detailed cache: so are their representatives, and their spans once nothing carries
+        their keys any more, which would have to move with them."""
+        if not starts:
+            return
+        if self.blocks is not None:
+            self.blocks.forget(starts)
+        carried, gone = self.carried, self.outlived | set(starts)
+        assert isinstance(carried, CarriedCache)
+        self.outlived = gone & carried.worths([span.start for span in self.spans if span.length]).keys()
+        gone -= self.outlived
+        self.spans = [span for span in self.spans if span.start not in gone or not span.length]
 
     @property
     def _least_budget(self) -> int:

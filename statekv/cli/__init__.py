@@ -40,7 +40,7 @@ app.command()(watch.watch)
 app.command()(demo.demo)
 app.command()(analyze.analyze)
 app.command()(models.models)
-for command in (bench_streams.prefill, bench_streams.answer, bench_streams.video):
+for command in (bench_streams.prefill, bench_streams.answer, bench_streams.sessions, bench_streams.video):
     bench.app.command()(command)
 app.add_typer(bench.app)
 evals.app.command()(evals_report.report)

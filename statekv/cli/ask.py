@@ -12,7 +12,8 @@ import typer
 import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, progress
-from statekv.config import ATTENTION_DIALS, Config
+from statekv.cli.restoring import LOADING, load_again, typed_options
+from statekv.config import ATTENTION_DIALS, CAPS, Config
 from statekv.errors import ConfigError, StateKVError, VideoError
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _SETTINGS = (
     "layout",
     "horizon",
     "on_horizon",
+    *CAPS,
+    "disk_folder",
+    "bits",
     "kernel",
     "score_every",
     "vision_batch",
@@ -45,7 +49,6 @@ _SETTINGS = (
     "pack",
     "seed",
 )
-_LOADING = ("dtype", "device", "device_map", "revision", "trust_remote_code")
 
 
 def ask(
@@ -75,6 +78,11 @@ def ask(
     layout: options.LayoutName = _DEFAULT.layout,
     horizon: options.Horizon = None,
     on_horizon: options.OnHorizon = None,
+    memory: options.Memory = None,
+    host_memory: options.HostMemory = None,
+    disk: options.Disk = None,
+    disk_folder: options.DiskFolder = None,
+    bits: options.Bits = None,
     kernel: options.Kernel = _DEFAULT.kernel,
     score_every: options.ScoreEvery = _DEFAULT.score_every,
     vision_batch: options.VisionBatch = _DEFAULT.vision_batch,
@@ -100,50 +108,36 @@ def ask(
     if not asked:
         context.fail("Missing argument 'QUESTIONS...'.")
     _check(asked, save)
-    name, engine, session = _open(given) if restore is None else _restore(given, _typed(context))
+    _watch_and_answer(given, typed_options(context), asked)
+
+
+def _watch_and_answer(given: dict[str, Any], typed: set[str], questions: list[str]) -> None:
+    save, restore = given["save"], given["restore"]
+    name, engine, session = _open(given) if restore is None else _restore(given, typed)
     with session:
-        for question in asked:
+        for question in questions:
             engine.check_question(question)
         if session.source is not None:  # else its frames were pushed
             _watch(session, save, restore)
         _save(session, save)
-        for question in asked:
-            _answer(session, question, name, as_json)
+        for question in questions:
+            _answer(session, question, name, given["as_json"])
 
 
 def _open(given: dict[str, Any]) -> tuple[str, Engine, Session]:
     settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
     Config.of(given["method"], **settings)
     _check_source(given["video"])
-    loading = {name: given[name] for name in _LOADING}
+    loading = {name: given[name] for name in LOADING}
     engine = statekv.load(given["model"], given["method"], **loading, **settings)
     return given["model"], engine, engine.open(given["video"], stream=given["stream"])
 
 
 def _restore(given: dict[str, Any], typed: set[str]) -> tuple[str, Engine, Session]:
     """The session in a folder, on the model that the folder names; both with what was typed beside it."""
-    from statekv.cache.folder import read_folder
-
-    for name in typed & {"method", "stream"}:
-        rule = f"--{name} was given with --restore, but a session stays as it was opened"
-        raise ConfigError(rule, f"leave --{name} out, or watch the video again")
-    saved = read_folder(given["restore"])
-    with saved.reading():
-        then = saved.facts["model"]
-        name = given["model"] if "model" in typed else then["name"]
-        kept = {"dtype"} if "model" in typed else {"dtype", "revision"}
-        loading = {name: given[name] for name in _LOADING} | {name: then[name] for name in kept - typed}
-    if not name:
-        raise ConfigError(f"{saved.folder} was saved with a model that has no name", "say where it is with --model")
+    name, engine = load_again(given["restore"], given, typed)
     anew = {name: given[name] for name in typed & set(_SETTINGS)}
-    engine = statekv.load(name, **loading)
-    return name, engine, engine.restore(saved.folder, **anew)
-
-
-def _typed(context: typer.Context) -> set[str]:
-    """Names of the options on the command line, all others having their defaults."""
-    sources = ((name, context.get_parameter_source(name)) for name in context.params)
-    return {name for name, source in sources if source is not None and source.name == "COMMANDLINE"}
+    return name, engine, engine.restore(given["restore"], **anew)
 
 
 def _check(questions: list[str], save: Path | None) -> None:
@@ -215,6 +209,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
         "positions": state.position,
         "horizon": state.horizon,
         "compacted": state.compaction.factor,
+        "forgotten": state.forgotten,
         "seconds": {**seconds, "answer": answer_seconds},
         "bytes": state.nbytes,
     }

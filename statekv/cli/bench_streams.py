@@ -1,4 +1,4 @@
-"""`statekv bench prefill | answer | video`: what a stream costs as it grows."""
+"""`statekv bench prefill | answer | sessions | video`: what a stream costs as it grows, and several at once."""
 
 from __future__ import annotations
 
@@ -80,6 +80,32 @@ def answer(
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind, machine=machine))
     rates = f"products at {machine.flops / 1e9:.0f} GFLOP/s, memory at {machine.read / 1e9:.1f} GB/s"
     report.publish(f"answer, {rates}", rows, panels(rows), where)
+
+
+def sessions(
+    models: Annotated[str, typer.Option(help="Language models in real size, or demo, with commas.")] = "demo",
+    count: Annotated[str, typer.Option("--sessions", help="How many sessions, with commas.")] = "1,2,4,8",
+    budget: options.Budget = 1024,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a step; by default the model's own.", min=1)] = None,
+    layers: Layers = None,
+    runs: options.Runs = 20,
+    seconds: Annotated[float, typer.Option(help="Most seconds for one way with one number; less runs then.")] = 600.0,
+    device: options.BenchDevice = "auto",
+    dtype: options.BenchDtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Step several sessions as one batch and in turn, all of them with full carried caches."""
+    from statekv.bench.place import place
+    from statekv.bench.sessions import DEMO, Plan, measure, panels
+
+    where, kind = place(device, dtype)
+    chosen = [name if name == DEMO else names(name)[0] for name in dict.fromkeys(models.replace(" ", "").split(","))]
+    numbered = tuple(numbers("sessions", count))
+    plans = {name: Plan(name, numbered, budget, tokens, layers, runs, seconds) for name in chosen}
+    report = Report("sessions", csv, picture)
+    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
+    report.publish("sessions, ms per step of one session", rows, panels(rows), where)
 
 
 def video(

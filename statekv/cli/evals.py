@@ -67,6 +67,7 @@ def run(
     max_frames: Annotated[int | None, typer.Option(help="Instead of what the task prescribes.", min=1)] = None,
     layout: options.LayoutName = _DEFAULT.layout,
     horizon: options.Horizon = None,
+    on_horizon: options.OnHorizon = None,
     retrieve: options.Retrieve = _DEFAULT.retrieve,
     last_frames: options.LastFrames = _DEFAULT.last_frames,
     dtype: options.Dtype = "auto",
@@ -80,6 +81,7 @@ def run(
     from statekv.evals.shard import Shard
 
     given = {"layout": layout, "horizon": horizon, "retrieve": retrieve, "last_frames": last_frames}
+    given |= {"on_horizon": on_horizon}
     if max_frames is not None:
         given["max_frames"] = max_frames
     chosen = _open_task(task, folder, frames, videos)

@@ -78,7 +78,7 @@ class Line:
 
 
 @contextlib.contextmanager
-def typed(terminal: int, line: Line, questions: Questions) -> Iterator[None]:
+def typed_keys(terminal: int, line: Line, questions: Questions) -> Iterator[None]:
     """Read keys from a terminal on a thread, one by one and without echo, for as long as the block lasts."""
     import termios
     import tty

@@ -50,6 +50,15 @@ OnHorizon = Annotated[
         help=f"When the horizon is reached: {', '.join(ON_HORIZON)}; by default error for files, else compact."
     ),
 ]
+Memory = Annotated[str | None, typer.Option(help="Most that the stream may take on the device: 8GiB, 500MB.")]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Most that moves from there to the host's memory; nothing if left out.")
+]
+Disk = Annotated[str | None, typer.Option(help="Most that moves from there to files; nothing if left out.")]
+DiskFolder = Annotated[str | None, typer.Option(help="Where these files lie; by default among temporary files.")]
+Bits = Annotated[
+    int | None, typer.Option(help="Quantise what leaves the newest part of the device's memory: 8, 4 or 2.")
+]
 Kernel = Annotated[str, typer.Option(help=f"Attention with key scores: {', '.join(KERNELS)}.")]
 ScoreEvery = Annotated[int, typer.Option(help="Score keys with every n-th query only.")]
 VisionBatch = Annotated[int, typer.Option(help="Steps whose pictures pass the vision tower together.")]

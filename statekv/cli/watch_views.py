@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from statekv.capacity import told
 from statekv.cli.console import notes
 from statekv.cli.durations import clock
 from statekv.cli.keyboard import Line
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from statekv.progress import Progress
     from statekv.session import Session
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _PLAIN_SECONDS = 10.0  # between two lines about the stream
 _REFRESHES_PER_SECOND = 8
 
@@ -35,19 +35,25 @@ class Facts:
         session: the stream.
         name: of its source.
         ended: why nothing more enters; empty while it goes on.
+        saved: when it was saved last; empty where it was not.
     """
 
     session: Session
     name: str
     ended: str = ""
+    saved: str = ""
     _newest: Progress | None = None
     _spent: float = 0.0
     _steps: deque[float] = field(default_factory=lambda: deque(maxlen=32))
 
     @property
     def pts_seconds(self) -> float:
-        """Time of the newest step."""
-        return self._newest.pts_seconds if self._newest else 0.0
+        """Time of the newest step, also of one in a session that was restored."""
+        if self._newest is not None:
+            return self._newest.pts_seconds
+        return (
+            next((span.pts_seconds for span in reversed(self.session.state.spans) if span.kind == "step"), None) or 0.0
+        )
 
     def step(self, progress: Progress) -> None:
         """A step has entered."""
@@ -74,11 +80,15 @@ class Facts:
             stream += [f"lag {lag:.1f} s", f"{live.dropped} dropped"]
             if live.gaps:
                 stream.append(f"{live.gaps} gaps ({live.gap_seconds:.1f} s)")
+        if self.saved:
+            stream.append(self.saved)
         work = []
         if newest is not None:
             held = {tier: size for tier, size in self.session.state.nbytes.items() if size}
             work = [f"{1000 * median(self._steps):.1f} ms per step", f"{newest.carried:,} tokens carried"]
-            work += [f"{tier} {_told(size)}" for tier, size in held.items()]
+            work += [f"{tier} {told(size)}" for tier, size in held.items()]
+            if self.session.state.forgotten:
+                work.append(f"{self.session.state.forgotten:,} steps forgotten")
         return [" · ".join(stream), " · ".join(work)]
 
 
@@ -180,10 +190,3 @@ class Plain:
     def say(self, text: str) -> None:
         """Something about the work."""
         notes.print(f"statekv: {text}", markup=False, soft_wrap=True)
-
-
-def _told(size: float) -> str:
-    unit = 0
-    while size >= 1024 and unit + 1 < len(_UNITS):
-        size, unit = size / 1024, unit + 1
-    return f"{size:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"

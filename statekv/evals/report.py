@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from statekv.config import METHODS, Config
+from statekv.capacity import bytes_of, told
+from statekv.config import CAPS, METHODS, Config
 from statekv.errors import ConfigError
 from statekv.evals import open_task
 from statekv.evals.interval import Rows, interval
@@ -44,15 +45,16 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method's name, and what was set by hand besides its budget and horizon."""
+        """The method's name, and what was set by hand: never the budget, the horizon only beside on_horizon."""
         config = self.config
         own = METHODS.get(config.method, {"carry": config.carry, "recall": config.recall})
         prescribed = open_task(self.first.header.task).settings
-        plain = Config(**{"budget": config.budget, "horizon": config.horizon, **prescribed, **own})
+        horizon = config.horizon if config.on_horizon is None else None
+        plain = Config(**{"budget": config.budget, "horizon": horizon, **prescribed, **own})
         names = [
             setting.name for setting in fields(Config) if getattr(config, setting.name) != getattr(plain, setting.name)
         ]
-        return " ".join([config.method, *(f"{name}={getattr(config, name)}" for name in names)])
+        return " ".join([config.method, *(f"{name}={_written(name, getattr(config, name))}" for name in names)])
 
     @property
     def budget(self) -> int | None:
@@ -174,6 +176,14 @@ def _figures(run: Run, reference: Run | None) -> Figures:
         paper=paper_share(header.task, header.model, config),
         notes=tuple(run.notes),
     )
+
+
+def _written(name: str, value: Any) -> str:
+    """A setting as it can be given; caps with a unit where that says all."""
+    if name in CAPS and value is not None:
+        short = told(value).replace(".0 ", "").replace(" ", "")
+        return short if bytes_of(name, short) == value else str(value)
+    return str(value)
 
 
 def _differences(task: Task, run: Run, reference: Run | None) -> dict[str, float | None]:

@@ -13,8 +13,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from statekv.cache.carried import CarriedCache
 from statekv.cache.retrieved import Retrieved
 from statekv.cache.static import StaticStep
+from statekv.cache.tiered import TieredCache
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
+from statekv.ops.pieces import attention_over
 from statekv.ops.plain import attention
 
 NAME = "statekv"
@@ -33,6 +35,7 @@ class Pass:
         kernel: implementation of attention with key scores.
         score_every: score with every n-th query.
         retrieved: what an answer sees, where its question chooses that.
+        tiered: a detailed cache whose blocks an answer sees besides what its buffers hold.
         observer: told every layer's key scores, which change nothing; None where nobody looks.
     """
 
@@ -41,6 +44,7 @@ class Pass:
     kernel: str
     score_every: int = 1
     retrieved: Retrieved | None = None
+    tiered: TieredCache | None = None
     observer: Observer | None = None
 
 
@@ -79,6 +83,8 @@ def attention_hook(
         mixed, scores = attention_with_key_scores(
             query, key, value, scale=scaling, every=statekv_pass.score_every, impl=statekv_pass.kernel
         )
+    elif statekv_pass.tiered is not None:
+        mixed = attention_over(query, statekv_pass.tiered.pieces(layer), key, value, scale=scaling)
     else:
         mixed = attention(query, key, value, scale=scaling, hidden=hidden)
     if statekv_pass.observer is not None:

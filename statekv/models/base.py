@@ -16,6 +16,7 @@ from statekv.errors import ModelError
 from statekv.models.placeholders import check_placeholders
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.models.rope_scope import RopeScope
+from statekv.turns import Turns
 from statekv.video.frame import Frame
 
 
@@ -90,6 +91,9 @@ class Texts:
 class VideoModel(ABC):
     """One checkpoint of a family, seen as a maker of segments. It keeps nothing of any stream.
 
+    Attributes:
+        turns: whoever runs the model takes it meanwhile: attention and rotary frequencies are set for one at a time.
+
     Args:
         model: the transformers model, untouched.
         texts: tokenizer, chat template and video processor JSON; None where inputs come from a processor.
@@ -103,6 +107,7 @@ class VideoModel(ABC):
     own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
+        self.turns = Turns()
         self.model: Any = model
         self.text_config: Any = model.config.get_text_config()
         kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])

@@ -52,6 +52,17 @@ class LiveClock:
         self._offset: float | None = None
         self._last_pts = self._last_now = 0.0
 
+    def go_on(self, last_seconds: float, elapsed_seconds: float, now_seconds: float) -> None:
+        """The stream began elsewhere, where another wall clock counted.
+
+        Args:
+            last_seconds: stream time of its newest frame.
+            elapsed_seconds: since its first frame; what is before `last_seconds` is a clock that was set back.
+            now_seconds: the wall clock's time.
+        """
+        self.began_seconds = now_seconds - max(elapsed_seconds, last_seconds)
+        self.last_seconds = last_seconds
+
     def reconnect(self) -> None:
         """A new connection begins, whose stamps have nothing to do with the former ones."""
         self._offset = None

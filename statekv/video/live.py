@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.address import locate
 from statekv.video.clock import LiveClock
 from statekv.video.damage import Damage
 from statekv.video.frame import Frame
+from statekv.video.left import Left, left_at_the_start
 from statekv.video.newest import NewestFrames
 from statekv.video.sampling import Sampler
-from statekv.video.source import Source, display_name, nothing_decodes
+from statekv.video.source import Source, display_name, local_path, nothing_decodes
 from statekv.video.status import LiveStatus
 from statekv.video.track import Track, open_track, rgb
 
@@ -62,13 +65,20 @@ class LiveSource(Iterator[Frame]):
         source: path, URL, camera, or "-" for standard input.
         settings: how it is read.
         stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+        left: where another one was left, whose times this one goes on with: the time in between is a gap. A file goes
+            on where it was.
 
     Raises:
         VideoError: it cannot be opened or holds no video.
-        ConfigError: there is no such stream.
+        ConfigError: there is no such stream, or the source cannot follow the one that was left.
     """
 
-    def __init__(self, source: Source, settings: LiveSettings, stream: int | None = None) -> None:
+    def __init__(
+        self, source: Source, settings: LiveSettings, stream: int | None = None, left: Left | None = None
+    ) -> None:
+        if left is not None:
+            left.check(source)
+        self._left = left or left_at_the_start(source, stream)
         self._address = locate(source)
         self._name = display_name(source)
         self._source, self._stream, self._settings = source, stream, settings
@@ -76,7 +86,10 @@ class LiveSource(Iterator[Frame]):
         self._clock = LiveClock()
         self._newest = NewestFrames(settings.depth, settings.max_lag_seconds)
         self._due_seconds: float | None = None  # of the frame that was handed out last, by time.monotonic
-        self._gaps, self._gap_seconds, self._untold_gap_seconds = 0, 0.0, 0.0
+        self._seconds = self._left.seconds  # of the frame that was handed out last
+        self._gaps, self._gap_seconds, self._untold_gap_seconds = self._left.gaps, self._left.gap_seconds, 0.0
+        self._seen_before = -math.inf  # frames of a file up to here
+        self._go_on()
         self._connected = False
         self._finished = False  # all that was asked for has been seen
         self._refused: Exception | None = None
@@ -91,7 +104,25 @@ class LiveSource(Iterator[Frame]):
     def status(self) -> LiveStatus:
         """How it is doing now."""
         lag = 0.0 if self._due_seconds is None else max(0.0, time.monotonic() - self._due_seconds)
-        return LiveStatus(self._connected, lag, self._newest.dropped, self._gaps, self._gap_seconds)
+        dropped = self._left.dropped + self._newest.dropped
+        return LiveStatus(self._connected, lag, dropped, self._gaps, self._gap_seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """What another one needs to go on: `Left(**facts["left"])`."""
+        began, status = self._clock.began_seconds, self.status
+        left = replace(
+            self._left,
+            name=self._name,
+            duration_seconds=self._settings.duration_seconds,
+            until_seconds=self._settings.until_seconds,
+            seconds=self._seconds,
+            began_at=None if began is None else time.time() - time.monotonic() + began,
+            kept=self._sampler.kept,
+            dropped=status.dropped,
+            gaps=status.gaps,
+            gap_seconds=status.gap_seconds,
+        )
+        return Unopened(left).facts()
 
     def ready(self, timeout_seconds: float) -> bool:
         """Wait until the next frame, or the end, is there; False if it is not by then."""
@@ -106,6 +137,7 @@ class LiveSource(Iterator[Frame]):
         if found is None:
             raise StopIteration
         frame, self._due_seconds = found
+        self._seconds = frame.pts_seconds
         return frame
 
     def close(self) -> None:
@@ -115,6 +147,17 @@ class LiveSource(Iterator[Frame]):
         self._newest.end()
         if self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
+
+    def _go_on(self) -> None:
+        """Set clock and sampler to where the source was left."""
+        seconds, began_at = self._left.seconds, self._left.began_at
+        if seconds is None or began_at is None:
+            return
+        if local_path(self._source) is not None:
+            self._seen_before = seconds  # which brings clock and sampler there too
+            return
+        self._clock.go_on(seconds, time.time() - began_at, time.monotonic())
+        self._sampler.kept = self._left.kept
 
     def _run(self) -> None:
         end: Exception | None = None
@@ -187,6 +230,10 @@ class LiveSource(Iterator[Frame]):
             if until is not None and pts >= until:
                 self._finished = True
                 return
+            if pts <= self._seen_before:
+                self._sampler.keep(pts)
+                self._clock.began_seconds = now - pts
+                continue
             due = now
             if self._address.paced and self._clock.began_seconds is not None:
                 due = self._clock.began_seconds + pts
@@ -200,3 +247,21 @@ class LiveSource(Iterator[Frame]):
                 if self._sampler.exhausted:
                     self._finished = True
                     return
+
+
+class Unopened(Iterator[Frame]):
+    """A live source that was left, and that nobody has opened again.
+
+    Args:
+        left: where.
+    """
+
+    def __init__(self, left: Left) -> None:
+        self._left = left
+
+    def __next__(self) -> Frame:
+        raise VideoError(f"{self._left.name} was live, and has not been opened again", "say where it is with source")
+
+    def facts(self) -> dict[str, Any]:
+        """As those of the source that was left."""
+        return {"live": True, "left": self._left.facts()}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from statekv.errors import VideoError
+from statekv.video.digest import check_same, digest_of
 from statekv.video.frame import Frame
 from statekv.video.reader import read_frames
 from statekv.video.source import Source, display_name, local_path
-
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Footage(Iterator[Frame]):
         self.reading = reading
         self.drawn = drawn
         self.ended = ended
-        self.digest = digest or _digest(source)
+        self.digest = digest or digest_of(source)
         self._frames: Generator[Frame, None, None] | None = None
 
     def __next__(self) -> Frame:
@@ -85,6 +82,7 @@ class Footage(Iterator[Frame]):
         path = local_path(self.source)
         address = display_name(self.source) if path is None else str(path.absolute())
         return {
+            "live": False,
             "address": address,
             "complete": path is not None or address == os.fspath(self.source),
             "digest": self.digest,
@@ -114,13 +112,7 @@ class Footage(Iterator[Frame]):
 
     def check(self) -> None:
         """Raise a VideoError unless the file is still the one whose frames were drawn."""
-        if self.digest is None or local_path(self.source) is None:
-            return
-        name, found = display_name(self.source), _digest(self.source)
-        if found is None:
-            raise VideoError(f"{name} is not there any more", "say where it is with source, or ask about what was seen")
-        if found != self.digest:
-            raise VideoError(f"{name} is not the file that was watched before", "use that one, or watch it anew")
+        check_same(self.source, self.digest)
 
     def _open(self) -> Generator[Frame, None, None]:
         r = self.reading
@@ -142,20 +134,3 @@ class _Withheld(Footage):
     def __next__(self) -> Frame:
         rule = f"{self.source}: its address held a password or a token, which is not saved"
         raise VideoError(rule, "give the address with source")
-
-
-def _digest(source: Source) -> str | None:
-    """SHA-256 over the size and 16 evenly spread samples of 64 KiB of a local file; None for all else.
-
-    A change between the samples that leaves the size alone is not seen.
-    """
-    path = local_path(source)
-    if path is None or not Path(path).is_file():
-        return None
-    size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            found.update(file.read(_SAMPLE_BYTES))
-    return found.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.carried import CarriedCache
-from statekv.cache.folder import read_folder, write_folder
+from statekv.cache.folder import Piece, read_folder, write_folder
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError, SaveError
 from statekv.session import Session
@@ -118,11 +119,13 @@ def test_the_folder_holds_safetensors_and_json_and_no_more_than_the_tokens(tmp_p
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"layer-{layer:02d}.1.safetensors" for layer in range(layers)),
         "session.json",
+        "steps.1.safetensors",
+        "tokens-000000000.1.safetensors",
     ]
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
     json.loads((folder / "session.json").read_text())
-    with safe_open(folder / "layer-00.1.safetensors", "pt") as tensors:
-        assert tensors.get_slice("detailed").get_shape()[-2] == session.state.tokens
+    with safe_open(folder / "tokens-000000000.1.safetensors", "pt") as tensors:
+        assert tensors.get_slice("layer-00").get_shape()[-2] == session.state.tokens
     per_token = session.state.geometry.bytes_per_token
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert size < per_token * (session.state.tokens + 30) + 30_000
@@ -188,6 +191,6 @@ def test_facts_that_do_not_fit_together_are_refused_in_one_line(
 def rewrite(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Write a folder anew with other facts."""
     found = read_folder(folder)
-    facts, parts = dict(found.facts), [(name, found.part(name)) for name in found.files]
+    facts, pieces = dict(found.facts), [Piece(name, partial(found.part, name)) for name in found.files]
     edit(facts)
-    write_folder(folder, facts, parts)
+    write_folder(folder, facts, pieces)

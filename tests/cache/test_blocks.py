@@ -122,3 +122,134 @@ def test_restored_blocks_score_the_same_and_go_on() -> None:
         each.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
     assert other.spots == blocks.spots
     assert torch.equal(other.scores(1, query), blocks.scores(1, query))
+
+
+# Forgetting
+
+
+def starts_of(blocks: Blocks) -> list[int]:
+    return [block.start for block in blocks.spots]
+
+
+@pytest.mark.parametrize("forgotten", [[0], [3], [2, 3, 4], [0, 1, 5], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_those_that_stay_score_as_before(forgotten: list[int]) -> None:
+    blocks, detailed, _ = filled(7)
+    query, starts = torch.randn(1, HEADS * GROUP, DIM), starts_of(blocks)
+    stay = [number for number in range(7) if number not in forgotten]
+    scores = [blocks.scores(layer, query)[:, stay] for layer in range(2)]
+    blocks.forget([starts[number] for number in forgotten])
+    assert starts_of(blocks) == [starts[number] for number in stay]
+    assert all(torch.equal(blocks.scores(layer, query), scores[layer]) for layer in range(2))
+    turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
+    blocks.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+    assert len(blocks) == len(stay) + 1
+    assert torch.equal(blocks.scores(1, query)[:, :-1], scores[1])
+
+
+def test_what_the_forgotten_took_is_lost_before_the_next_that_stays() -> None:
+    """In one go or one after another, in any order."""
+    for rounds in ([[1, 3, 4]], [[1], [3], [4]], [[4], [1, 3]], [[3], [4, 1]]):
+        blocks, _, _ = filled(7)
+        starts = starts_of(blocks)
+        blocks.respace([10, 11, 12, 13, 14, 15, 16])
+        for forgotten in rounds:
+            blocks.forget([starts[number] for number in forgotten])
+        found = [(block.positions, block.lost) for block in blocks.spots]
+        assert found == [(10, 0), (12, 11), (15, 13 + 14), (16, 0)]
+    blocks.forget([starts[2], starts[5]])
+    assert [(block.positions, block.lost) for block in blocks.spots] == [(10, 0), (16, 11 + 12 + 13 + 14 + 15)]
+    blocks.forget([starts[0]])
+    assert [(block.start, block.lost) for block in blocks.spots] == [(starts[6], 75)]
+
+
+def test_respacing_leaves_what_is_lost() -> None:
+    blocks, _, _ = filled(4)
+    blocks.forget(starts_of(blocks)[1:2])
+    blocks.respace([1, 2, 3])
+    assert [(block.positions, block.lost) for block in blocks.spots] == [(1, 0), (2, 5), (3, 0)]
+
+
+def with_text() -> tuple[Blocks, DetailedCache]:
+    """Three tokens of text, steps of 4, 5, 6, two tokens of text, and steps of 4 and 5."""
+    blocks, detailed, _ = filled(3)
+    feed(detailed, torch.ones(2, HEADS, 2, DIM), 0)
+    for length in (4, 5):
+        turn = feed(detailed, torch.ones(2, HEADS, length, DIM), 0)
+        blocks.add(detailed, Block(detailed.length - length, detailed.length, length), *turn)
+    return blocks, detailed
+
+
+@pytest.mark.parametrize("forgotten", [[], [3], [7, 12], [3, 7, 12, 20]], ids=str)
+def test_forgotten_steps_are_no_text(forgotten: list[int]) -> None:
+    """Nor on a fork, nor for what enters later."""
+    blocks, detailed = with_text()
+    assert starts_of(blocks) == [3, 7, 12, 20, 24]
+    if forgotten:
+        blocks.forget(forgotten)
+    for each in (blocks, blocks.fork()):
+        assert each.texts == [(0, 3), (18, 20)]
+        assert each.text_behind(detailed.length) == []
+        assert each.text_behind(detailed.length + 6) == [(29, 35)]
+    for each in (blocks.fork(), blocks):
+        turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
+        each.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+        behind = [(29, detailed.length - 4)] if detailed.length > 33 else []
+        assert each.texts == [(0, 3), (18, 20), *behind]
+
+
+def test_crop_goes_back_to_before_a_text() -> None:
+    blocks, _ = with_text()
+    blocks.forget([7, 12])
+    for tokens, starts, texts, behind in (
+        (27, [3, 20], [(0, 3), (18, 20)], [(24, 27)]),
+        (19, [3], [(0, 3)], [(18, 19)]),
+        (18, [3], [(0, 3)], []),
+    ):
+        blocks.crop(tokens)
+        assert (starts_of(blocks), blocks.texts, blocks.text_behind(tokens)) == (starts, texts, behind)
+
+
+def test_a_fork_forgets_alone() -> None:
+    blocks, _ = with_text()
+    other, query = blocks.fork(), torch.randn(1, HEADS, DIM)
+    spots, scores = blocks.spots, blocks.scores(0, query)
+    other.forget([3, 12])
+    assert blocks.spots == spots
+    assert torch.equal(blocks.scores(0, query), scores)
+    assert torch.equal(other.scores(0, query), scores[:, [1, 3, 4]])
+
+
+def test_never_more_room_than_for_the_most() -> None:
+    blocks, _, _ = filled(60)
+    blocks.most = 70
+    detailed = DetailedCache(blocks.geometry)
+    for _ in range(30):
+        turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
+        blocks.add(detailed, Block(detailed.length - 4 + 1000, detailed.length + 1000, 4), *turn)
+        if len(blocks) == 70:
+            blocks.forget(starts_of(blocks)[:5])
+    assert blocks.nbytes == 2 * HEADS * DIM * 4 * 70
+
+
+@pytest.mark.parametrize("forgotten", [range(0, 1500, 3), range(600), range(900, 1499)], ids=str)
+def test_many_move_up_part_by_part(forgotten: range) -> None:
+    """More of them than move at once."""
+    blocks = Blocks(geometry())
+    means = [torch.randn(1, HEADS, 1500, DIM) for _ in range(2)]
+    blocks.restore([Block(5 * number, 5 * number + 5, 5) for number in range(1500)], means)
+    stay = [number for number in range(1500) if number not in forgotten]
+    blocks.forget([5 * number for number in forgotten])
+    assert starts_of(blocks) == [5 * number for number in stay]
+    for layer in range(2):
+        assert torch.equal(blocks.means[layer][:, :, : len(stay)], means[layer][:, :, stay])
+
+
+def test_with_a_limit_the_memory_is_taken_once() -> None:
+    blocks, detailed = Blocks(geometry(), most=300), DetailedCache(geometry())
+    turn = feed(detailed, torch.ones(2, HEADS, 5, DIM), 0)
+    found = set()
+    for number in range(300):
+        blocks.add(detailed, Block(5 * number, 5 * number + 5, 5), *turn)
+        found.add(tuple(means.data_ptr() for means in blocks.means))
+    assert len(found) == 1
+    assert blocks.nbytes == 2 * HEADS * DIM * 4 * 300

@@ -12,6 +12,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import Moves
 from statekv.ops import select
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values
@@ -224,10 +225,11 @@ def test_random_repeats_itself_with_its_seed() -> None:
     assert not any(torch.equal(first.kept(layer), other.kept(layer)) for layer in range(3))
 
 
-def test_random_differs_across_streams_heads_and_layers() -> None:
+def test_random_differs_across_heads_and_layers_and_draws_in_a_batch_as_alone() -> None:
     cache = after_random_steps(0, geometry(kv_heads=4, streams=2))
-    rows = [tuple(row) for layer in range(3) for row in cache.kept(layer).flatten(0, 1).tolist()]
-    assert len(set(rows)) == len(rows) == 24
+    rows = [tuple(row) for layer in range(3) for row in cache.kept(layer)[0].tolist()]
+    assert len(set(rows)) == len(rows) == 12
+    assert all(torch.equal(*cache.kept(layer)) for layer in range(3))
 
 
 def random_shares(steps: int) -> torch.Tensor:
@@ -353,9 +355,9 @@ def test_pinning_the_newest_moves_on_in_place() -> None:
         cache.pin_from(start)
         step(cache, 7, seed=number)
         assert all((cache.kept(layer)[..., -7:] == torch.arange(start, start + 7)).all() for layer in range(3))
-    addresses = {place.data_ptr() for place in cache._newest.values()}
+    addresses = {place.data_ptr() for place in cache.newest.values()}
     cache.pin_from(1000)
-    assert {place.data_ptr() for place in cache._newest.values()} == addresses
+    assert {place.data_ptr() for place in cache.newest.values()} == addresses
 
 
 def test_carried_keys_turn_by_what_their_tokens_move() -> None:
@@ -365,7 +367,7 @@ def test_carried_keys_turn_by_what_their_tokens_move() -> None:
         step(cache, 7, seed=number)
     first, before = 30, [buffer.clone() for buffer in cache.buffers]
     by = -(1 + torch.arange(84 - first) // 5)
-    cache.turn(first, by, quarter_turns)
+    cache.turn(Moves(range(first, first + len(by)), by.tolist()), quarter_turns)
     for layer, buffer in enumerate(before):
         born = cache.born[layer][..., :20].long()
         for s, h, slot in itertools.product(range(2), range(2), range(20)):
@@ -381,3 +383,78 @@ def quarter_turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     turned = by % 4
     cos, sin = (turned == 0).float() - (turned == 2).float(), (turned == 1).float() - (turned == 3).float()
     return cos[None, :, None].expand(1, -1, 4), sin[None, :, None].expand(1, -1, 4)
+
+
+def remembering(budget: int = 20, decay: float = 0.0, remembers: bool = True, carry: str = "attention") -> CarriedCache:
+    g = geometry(streams=2)
+    rule = Rule(carry, sinks=0, seed=0, pinned=0)
+    return CarriedCache(g, budget, rule, DetailedCache(g), decay=decay, remembers=remembers)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("starts", [[0], [0, 9, 40], [13, 14, 77, 500], list(range(0, 90, 7))], ids=str)
+def test_a_segments_worth_is_that_of_its_slots(starts: list[int], decay: float) -> None:
+    cache = remembering(decay=decay)
+    for number, tokens in enumerate(sizes(3, 9, steps=20)):
+        step(cache, tokens, seed=number)
+        expected: dict[int, tuple[float, int]] = {}
+        for layer, s, h in itertools.product(range(3), range(2), range(2)):
+            for slot in range(cache.lengths[layer]):
+                before = [start for start in starts if start <= int(cache.born[layer][s, h, slot])]
+                if before:
+                    score, count = expected.get(before[-1], (0.0, 0))
+                    expected[before[-1]] = score + float(cache.totals[layer][s, h, slot]), count + 1
+        found = cache.worths(starts)
+        assert found.keys() == expected.keys()
+        for start, (score, count) in expected.items():
+            assert found[start][0] == pytest.approx(score, rel=1e-12)
+            assert found[start][1] == count
+    assert sum(score for score, _ in found.values()) > 0
+
+
+def test_a_worth_is_that_of_the_newest_step_that_was_judged() -> None:
+    """By hand: what is kept has the scores that it was kept for; until something has to go, none has any."""
+    cache = remembering()
+    step(cache, 12, evict=False)
+    step(cache, 8, evict=False)
+    assert not cache.judges(0)
+    assert cache.worths([0, 12]) == {0: (0.0, 12 * 12), 12: (0.0, 8 * 12)}
+    cache.make_room(5)
+    expected = [0.0, 0.0, 0.0]
+    for layer in range(3):
+        own = range(20, 25)
+        cache.update(keys(cache.geometry, layer, own), values(cache.geometry, layer, own), layer)
+        scores, slots = random_scores(cache, layer, 2), held(cache, layer)
+        for s, h in itertools.product(range(2), range(2)):
+            best = sorted(zip(scores[s, h].tolist(), slots[s, h].tolist(), strict=True), reverse=True)[:20]
+            for score, token in best:
+                expected[(token >= 12) + (token >= 20)] += score
+        cache.evict(layer, scores)
+    found = cache.worths([0, 12, 20])
+    assert [found[start][0] for start in (0, 12, 20)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_remembering_scores_changes_nothing_else(carry: str) -> None:
+    cache, plain = remembering(carry=carry), remembering(carry=carry, remembers=False)
+    for number, tokens in enumerate(sizes(5, 30)):
+        for each in (cache, plain):
+            step(each, tokens, seed=number)
+        assert cache.lengths == plain.lengths
+        assert cache.judges(tokens) == plain.judges(tokens)
+        for layer in range(3):
+            assert torch.equal(held(cache, layer), held(plain, layer))  # slot by slot
+            assert torch.equal(cache.born[layer][..., : cache.lengths[layer]], held(plain, layer))
+    assert plain.totals == []
+    assert cache.nbytes - plain.nbytes == 4 * sum(cache.slots) * 2 * 2
+
+
+def test_a_fork_remembers_too() -> None:
+    cache = remembering()
+    for number in range(5):
+        step(cache, 9, seed=number)
+    other = cache.fork(DetailedCache(cache.geometry))
+    assert other.worths([0, 20]) == cache.worths([0, 20])
+    before = other.worths([0, 20])
+    step(cache, 9, seed=9)
+    assert other.worths([0, 20]) == before != cache.worths([0, 20])

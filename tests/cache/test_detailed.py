@@ -9,6 +9,7 @@ import torch
 
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import Moves, numbers_in
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values
 
@@ -185,7 +186,7 @@ def test_keys_turn_in_place_from_a_token_on(g: Geometry) -> None:
     at, first = addresses(cache), 300
     before = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(g.layers)]
     by = -(torch.arange(9000 - first) // 7)
-    cache.turn(first, by, turns)
+    cache.turn(Moves(range(first, first + len(by)), by.tolist()), turns)
     cos, sin = turns(by)
     for layer, (key, value) in enumerate(before):
         assert torch.equal(cache.values(layer), value)
@@ -193,3 +194,43 @@ def test_keys_turn_in_place_from_a_token_on(g: Geometry) -> None:
         expected = rotate(key[:, :, first:].float(), cos[:, None], sin[:, None])
         assert torch.equal(cache.keys(layer)[:, :, first:], expected.to(g.dtype))
     assert addresses(cache) == at
+
+
+# What tiers and retrieval read
+
+
+@pytest.mark.parametrize("g", [geometry(), geometry(streams=2, dtype=torch.bfloat16)], ids=["one", "streams"])
+def test_gathered_segments_are_copies_in_order(g: Geometry) -> None:
+    cache = DetailedCache(g)
+    feed(cache, 50)
+    starts, stops = [0, 9, 40], [4, 30, 50]
+    for layer in range(g.layers):
+        found = cache.gather(layer, starts, stops)
+        assert found.shape == (2, g.streams, g.kv_heads, 35, g.head_dim)
+        tokens = check_whole(g, layer, found[0], found[1])
+        assert (tokens == numbers_in(starts, stops)).all()
+        found.zero_()
+        check_whole(g, layer, cache.keys(layer), cache.values(layer))
+
+
+def test_the_newest_keys_are_a_view_of_the_last() -> None:
+    cache = DetailedCache(geometry())
+    feed(cache, 20)
+    for layer in range(3):
+        found = cache.newest(layer, 6)
+        assert torch.equal(found, keys(cache.geometry, layer, range(14, 20)))
+        assert found.untyped_storage().data_ptr() == cache.buffers[layer].untyped_storage().data_ptr()
+    assert cache.newest(0, 0).shape[-2] == 0
+
+
+def test_what_has_left_the_buffers_still_counts() -> None:
+    """Tokens keep their numbers, by which streams are cropped."""
+    cache = DetailedCache(geometry())
+    feed(cache, 20)
+    cache.away = 100
+    assert (cache.length, cache.number(0), cache.get_seq_length()) == (120, 120, 20)
+    g = cache.geometry
+    cache.update(keys(g, 0, range(20, 25)), values(g, 0, range(20, 25)), 0)
+    assert [cache.number(layer) for layer in range(3)] == [125, 120, 120]
+    cache.crop(117)
+    assert (cache.length, cache.lengths) == (117, [17] * 3)

@@ -16,17 +16,31 @@ import pytest
 import torch
 
 from statekv.cache import folder as subject
-from statekv.cache.folder import FACTS, FORMAT, read_folder, write_folder
+from statekv.cache.folder import FACTS, FORMAT, Piece, read_folder, write_folder
 from statekv.errors import SaveError
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = 5_000  # elements of a tensor
+SAME = "tokens-000000000"
 
 
 def write(folder: Path, number: int) -> None:
-    """Three files and a fact, all of which say `number`."""
-    parts = ((f"layer-{layer:02d}", {"x": torch.full((SIZE,), number + layer)}) for layer in range(3))
-    write_folder(folder, {"number": number}, parts)
+    """A file that is always the same, three that say `number`, and a fact that says so too."""
+    pieces = [Piece(f"layer-{layer:02d}", lambda layer=layer: filled(number + layer)) for layer in range(3)]  # type: ignore[misc]
+    digest = read_folder(folder).files[SAME]["sha256"] if (folder / FACTS).exists() and readable(folder) else None
+    write_folder(folder, {"number": number}, [Piece(SAME, lambda: filled(7), digest), *pieces])
+
+
+def filled(number: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((SIZE,), number)}
+
+
+def readable(folder: Path) -> bool:
+    try:
+        read_folder(folder)
+    except SaveError:
+        return False
+    return True
 
 
 def number_of(folder: Path) -> int:
@@ -34,7 +48,8 @@ def number_of(folder: Path) -> int:
     found = read_folder(folder)
     number: int = found.facts["number"]
     for layer in range(3):
-        assert torch.equal(found.part(f"layer-{layer:02d}")["x"], torch.full((SIZE,), number + layer))
+        assert torch.equal(found.part(f"layer-{layer:02d}")["x"], filled(number + layer)["x"])
+    assert torch.equal(found.part(SAME)["x"], filled(7)["x"])
     return number
 
 
@@ -52,13 +67,40 @@ def test_a_second_write_replaces_the_first_and_leaves_nothing_of_it(saved: Path)
     assert number_of(saved) == 10
     write(saved, 20)
     assert number_of(saved) == 20
-    assert names(saved) == [*(f"layer-{layer:02d}.2.safetensors" for layer in range(3)), FACTS]
+    layers = [f"layer-{layer:02d}.2.safetensors" for layer in range(3)]
+    assert names(saved) == [*layers, FACTS, f"{SAME}.1.safetensors"]
 
 
 def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
     facts = {"a": 0.1 + 0.2, "b": [1, None, "ü"], "c": {"d": True}}
     write_folder(tmp_path / "saved", facts, [])
     assert read_folder(tmp_path / "saved").facts == facts
+
+
+# Written once
+
+
+def test_a_piece_that_the_folder_holds_already_is_not_written_again(saved: Path) -> None:
+    before = (saved / f"{SAME}.1.safetensors").stat()
+    for number in (20, 30):
+        write(saved, number)
+        assert number_of(saved) == number
+        after = (saved / f"{SAME}.1.safetensors").stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")])
+def test_a_file_that_is_plainly_damaged_does_not_count_as_held(saved: Path, damage: Callable[[Path], None]) -> None:
+    damage(saved / f"{SAME}.1.safetensors")
+    write(saved, 20)
+    assert number_of(saved) == 20
+
+
+def test_another_folder_gets_all_of_it(saved: Path, tmp_path: Path) -> None:
+    digest = read_folder(saved).files[SAME]["sha256"]
+    found = write_folder(tmp_path / "other", {}, [Piece(SAME, lambda: filled(7), digest)])
+    assert torch.equal(read_folder(tmp_path / "other").part(SAME)["x"], filled(7)["x"])
+    assert found == {SAME: digest}
 
 
 # Killed
@@ -119,7 +161,7 @@ def test_killed_at_any_moment_the_old_or_the_new_is_left(saved: Path, tmp_path: 
     for folder in folders:  # a killed write is in nobody's way, and what it left goes
         write(folder, 30)
         assert number_of(folder) == 30
-        assert len(names(folder)) == 4
+        assert len(names(folder)) == 5
 
 
 def test_what_a_killed_first_write_left_does_not_count_and_goes(tmp_path: Path) -> None:
@@ -129,7 +171,7 @@ def test_what_a_killed_first_write_left_does_not_count_and_goes(tmp_path: Path) 
         read_folder(tmp_path / "other")
     write(tmp_path / "other", 20)
     assert number_of(tmp_path / "other") == 20
-    assert len(names(tmp_path / "other")) == 4
+    assert len(names(tmp_path / "other")) == 5
 
 
 # Writes that fail
@@ -154,7 +196,8 @@ def test_where_no_more_can_be_written_the_old_one_stays(saved: Path) -> None:
     assert "intact" in caught.value.hint
     assert "\n" not in str(caught.value)
     assert number_of(saved) == 10
-    assert names(saved) == [*(f"layer-{layer:02d}.1.safetensors" for layer in range(3)), FACTS]
+    layers = [f"layer-{layer:02d}.1.safetensors" for layer in range(3)]
+    assert names(saved) == [*layers, FACTS, f"{SAME}.1.safetensors"]
 
 
 def test_nothing_is_left_of_a_first_write_that_fails(tmp_path: Path) -> None:

@@ -147,6 +147,40 @@ def test_reindexed_keys_close_up_to_the_question(steps: tuple[int, ...]) -> None
         assert torch.equal(value[:, :, :-3], values)
 
 
+@pytest.mark.parametrize(
+    ("steps", "forgotten"),
+    [((1,), (0,)), ((1,), (3,)), ((1,), (0, 2, 3)), ((0, 3), (2,)), ((4,), (0,)), ((0,), (2, 3)), ((0, 4), (2, 3))],
+    ids=str,
+)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_reindexed_keys_stand_as_if_forgotten_steps_had_never_been(
+    steps: tuple[int, ...], forgotten: tuple[int, ...], one_by_one: bool
+) -> None:
+    stream = Stream(planted=steps)
+    starts = [stream.blocks.spots[step].start for step in forgotten]
+    for gone in [[start] for start in starts] if one_by_one else [starts]:
+        stream.blocks.forget(gone)
+    seen = stream.ask(retrieve=len(steps), retrieve_positions="reindex")
+    chosen, total = tokens_of(*steps), stream.detailed.length
+    places = 2 * (total - len(chosen) + torch.arange(len(chosen)))
+    cos, sin = angles(places[None])
+    for layer in range(2):
+        values = stream.detailed.buffers[layer][1][..., chosen, :].clone()
+        key, value, _ = question(stream, seen, layer)
+        expected = rotate(stream.raw[layer][None, :, chosen], cos[:, None], sin[:, None])
+        torch.testing.assert_close(key[:, :, :-3], expected, atol=2e-5, rtol=0)
+        assert torch.equal(value[:, :, :-3], values)
+
+
+def test_forgotten_steps_are_never_chosen() -> None:
+    stream = Stream(planted=(1, 3))
+    stream.blocks.forget([stream.blocks.spots[3].start])
+    seen = stream.ask(retrieve=1, retrieve_newest=1)
+    question(stream, seen, 0)
+    assert seen.chosen[0] is not None
+    assert seen.chosen[0].tolist() == tokens_of(1, 4)
+
+
 def test_carried_keys_are_seen_once() -> None:
     stream = Stream(planted=(1,), budget=10)
     seen = stream.ask(retrieve=1, carried=True)

@@ -10,7 +10,8 @@ import torch
 from statekv.cache.blocks import Block
 from statekv.cache.carried import CarriedCache
 from statekv.cache.retrieved import Retrieved
-from statekv.cache.stream import Span, StreamState
+from statekv.cache.span import Span
+from statekv.cache.stream import StreamState
 from statekv.config import METHODS, Config
 from statekv.errors import ConfigError
 from tests.cache.tokens import check_whole, geometry, keys, values
@@ -89,7 +90,7 @@ def test_a_mark_is_made_of_numbers() -> None:
     enter(state, "step", 5)
     state.position += 7  # positions of pictures run ahead of tokens
     mark = state.mark()
-    assert (mark.tokens, mark.position, mark.carried, mark.spans) == (10, 17, 8, 2)
+    assert (mark.tokens, mark.position, mark.carried) == (10, 17, 8)
 
 
 @pytest.mark.parametrize("method", ["statekv", "full"])
@@ -166,7 +167,7 @@ def test_only_a_choice_among_steps_is_more_than_a_view(recall: str) -> None:
     question = torch.zeros(1, 3, dtype=torch.int64)
     for steps in range(5):
         mark = state.mark()
-        state.begin_answer(question, nothing_turns)
+        state.begin_answer(question, nothing_turns, nothing_turns)
         assert isinstance(state.recalled, Retrieved) == (recall == "retrieve" and steps > 3)
         state.crop_to(mark)
         assert state.recalled is state.detailed
@@ -248,3 +249,15 @@ def test_free_gives_the_memory_back() -> None:
     enter(state, "step", 20)
     state.free()
     assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
+
+
+def test_a_step_is_worth_what_its_own_keys_score() -> None:
+    """And not what those of a forgotten step behind it do, which may be carried for long."""
+    state = stream(budget=8, memory="1MiB")
+    for _ in range(3):
+        enter(state, "step", 5)  # of 15 tokens the 8 even ones are carried
+    before = state._worths([0, 5, 10])
+    assert before.keys() == {0, 5, 10}
+    state._forget([5])
+    assert state._worths([0, 10]) == {0: before[0], 10: before[10]}
+    assert [span.start for span in state.spans] == [0, 5, 10]  # its keys would have to move with it

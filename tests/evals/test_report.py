@@ -121,6 +121,8 @@ def test_a_run_in_which_everything_failed(tmp_path: Path) -> None:
         ("statekv", {"layout": "release", "seed": 3}, "statekv layout=release seed=3", 4096),
         ("uniform", {"max_frames": 32}, "uniform max_frames=32", None),
         ("last_frames", {"last_frames": 8, "horizon": 99}, "last_frames last_frames=8", None),
+        ("statekv", {"memory": "8GiB", "bits": 4, "disk": 1025}, "statekv memory=8GiB disk=1025 bits=4", 4096),
+        ("full", {"horizon": 99, "on_horizon": "compact"}, "full horizon=99 on_horizon=compact", None),
     ],
 )
 def test_names_tell_what_is_out_of_the_ordinary(

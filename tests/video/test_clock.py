@@ -69,3 +69,15 @@ def test_live_times_never_run_backwards():
     clock.reconnect()
     assert [clock.tick(0.0, 2.0), clock.tick(1.0, 3.0)] == [8, 9]
     assert clock.tick(None, 4.0) == 9
+
+
+def test_a_clock_goes_on_from_another_process():
+    clock = LiveClock()
+    clock.go_on(last_seconds=20.0, elapsed_seconds=50.0, now_seconds=1000.0)
+    assert [clock.tick(3.0, 1001.0), clock.tick(4.0, 1002.5), clock.tick(None, 1005.0)] == [51, 52, 55]
+
+
+def test_a_clock_goes_on_although_the_wall_was_set_back():
+    clock = LiveClock()
+    clock.go_on(last_seconds=20.0, elapsed_seconds=-400.0, now_seconds=1000.0)
+    assert [clock.tick(3.0, 1001.0), clock.tick(4.0, 1002.0)] == [21, 22]

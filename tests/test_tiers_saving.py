@@ -1,0 +1,197 @@
+"""Capped streams saved and restored: every tier as it was, to the bit, and blocks written once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from statekv.cache.folder import FACTS
+from statekv.errors import ConfigError, SaveError
+from statekv.session import Session
+from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
+from tests.test_tiers import carried, held, opened, pictures, spots, tiered, tight
+from tests.tiny import video
+
+FRAMES = 36
+TWO_FAMILIES = pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+KINDS: dict[str, dict[str, Any]] = {
+    "forgets": {},
+    "host": {"host_memory": "1GiB"},
+    "host and disk": {"host_memory": "60KiB", "disk": "1GiB"},
+    "bits": {"bits": 4, "host_memory": "10KiB", "disk": "20KiB"},
+    "retrieve": {"recall": "retrieve", "retrieve": 3, "disk": "60KiB"},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def assert_same_tiers(found: Session, expected: Session) -> None:
+    """All that is held, where it lies, and what comes of it."""
+    assert spots(found) == spots(expected)
+    assert_same_memory(held(found), held(expected))
+    assert_same_memory(carried(found), carried(expected))
+    taken, due = found.state.nbytes, expected.state.nbytes
+    unlike = {"recent": 0, "carried": 0}  # what questions brought in, and slots that only the next step needs
+    assert taken | unlike == due | unlike
+    for name in ("forgotten", "spans", "outlived", "position"):
+        assert getattr(found.state, name) == getattr(expected.state, name)
+    ranks = [[passage.rank for passage in tiered(each).passages.values()] for each in (found, expected)]
+    assert ranks[0] == ranks[1]
+    assert torch.equal(found.logits(QUESTION), expected.logits(QUESTION))
+
+
+@EVERY_KIND
+@TWO_FAMILIES
+def test_restored_and_continued_equals_never_interrupted(family: str, kind: dict[str, Any], tmp_path: Path) -> None:
+    settings = tight(family, **kind)
+    never, going = opened(family, **settings), opened(family, **settings)
+    never.push(pictures())
+    for number, frame in enumerate(pictures()):
+        going.push([frame])
+        if number % 15 == 10:
+            going.save(tmp_path / "saved")
+            going.close()
+            going = shared_engine(family).restore(tmp_path / "saved")
+    assert len(tiered(going).shelves) or not tiered(going).shelves.open
+    assert_same_tiers(going, never)
+
+
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+def test_steps_in_blocks_that_have_moved(family: str, tmp_path: Path) -> None:
+    settings = {**tight(family, host_memory="1GiB"), "horizon": 700, "on_horizon": "compact"}
+    going = opened(family, **settings)
+    going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
+    assert any(passage.moved for passage in tiered(going).passages.values())
+    going.save(tmp_path / "saved")
+    assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
+
+
+@TWO_FAMILIES
+def test_a_block_is_written_once(family: str, tmp_path: Path) -> None:
+    going = opened(family, **tight(family, disk="1GiB"))
+    going.push(pictures()[:30])
+    going.save(tmp_path / "saved")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "saved").glob("block-*")}
+    assert before
+    going.push(pictures()[30:])
+    going.save(tmp_path / "saved")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "saved").glob("block-*")}
+    assert len(after) > len(before)
+    assert before.items() <= after.items()
+    restored = shared_engine(family).restore(tmp_path / "saved")
+    restored.save(tmp_path / "saved")
+    assert after == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "saved").glob("block-*")}
+
+
+@TWO_FAMILIES
+def test_what_was_forgotten_is_not_saved_again(family: str, tmp_path: Path) -> None:
+    """Tokens have other neighbours in the buffers then: a file with the ones that left must not stand for them."""
+    going = opened(family, **tight(family, 8))
+    for number, frame in enumerate(pictures()):
+        going.push([frame])
+        if number % 4 == 3:
+            going.save(tmp_path / "saved")
+    assert going.state.forgotten
+    assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
+
+
+def test_another_cap_is_refused_and_another_folder_is_not(tmp_path: Path) -> None:
+    going = opened("internvl", **tight("internvl", disk="1GiB"))
+    going.push(pictures())
+    going.save(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="was watched with memory"):
+        shared_engine("internvl").restore(tmp_path / "saved", memory="1GiB")
+    (tmp_path / "blocks").mkdir()
+    restored = shared_engine("internvl").restore(tmp_path / "saved", disk_folder=str(tmp_path / "blocks"))
+    assert list((tmp_path / "blocks").rglob("*.block"))
+    assert_same_memory(held(restored), held(going))
+
+
+def test_a_damaged_block_of_a_save_is_named(tmp_path: Path) -> None:
+    going = opened("internvl", **tight("internvl", disk="1GiB"))
+    going.push(pictures())
+    going.save(tmp_path / "saved")
+    file = sorted((tmp_path / "saved").glob("block-*"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(SaveError, match=rf"{file.name} is not as it was written"):
+        shared_engine("internvl").restore(tmp_path / "saved")
+
+
+def run(settings: dict[str, Any], place: Path) -> None:
+    """A capped stream that is saved now and then, its blocks in a folder beside the saves."""
+    (place / "blocks").mkdir()
+    going = opened("internvl", **settings, disk_folder=str(place / "blocks"))
+    for number, frame in enumerate(pictures()[:FRAMES]):
+        going.push([frame])
+        if number % 6 == 5:
+            going.save(place / "saved")
+
+
+# Each child is killed some moments later than the one before: at the beginnings and ends of every block that is
+# written or removed, every closing of gaps, every file and rename of a save.
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from statekv.cache import disk, folder, tiered
+from statekv.cache.block_file import BlockFile
+from tests.test_tiers_saving import run, shared_engine
+
+torch.set_num_threads(1)
+settings, rounds, stride = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+left = 0
+
+def dying(call):
+    def instead(*args, **kwargs):
+        global left
+        for after in (False, True):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            found = found if after else call(*args, **kwargs)
+        return found
+    return instead
+
+for owner, name in (
+    (disk, "write_block"), (BlockFile, "remove"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
+):
+    setattr(owner, name, dying(getattr(owner, name)))
+shared_engine("internvl")
+moment = 0
+while True:
+    moment += stride
+    place = rounds / str(moment)
+    place.mkdir()
+    child = os.fork()
+    if child == 0:
+        left = moment
+        run(settings, place)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_while_blocks_move_it_goes_on_from_the_save(tmp_path: Path) -> None:
+    settings = tight("internvl", bits=8, host_memory="10KiB", disk="30KiB")
+    line = [sys.executable, "-c", _KILLED, json.dumps(settings), str(tmp_path), "17"]
+    subprocess.run(line, cwd=Path(__file__).parent.parent, check=True, timeout=300)
+    never = opened("internvl", **settings)
+    never.push(pictures()[:FRAMES])
+    assert never.state.forgotten
+    found = set()
+    for place in tmp_path.iterdir():
+        if (place / "saved" / FACTS).exists():
+            restored = shared_engine("internvl").restore(place / "saved", disk_folder=str(place / "blocks"))
+            found.add(restored.frames)
+            restored.push(pictures()[restored.frames : FRAMES])
+            assert_same_tiers(restored, never)
+            assert len(list((place / "blocks").iterdir())) == 1  # what the killed one left behind is gone
+    assert len(found) > 3
