@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from statekv.capacity import bytes_of
+from statekv.capacity import bytes_of, told
 from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
@@ -69,8 +69,7 @@ class Config:
         horizon: positions that RoPE is scaled for; None: the video's length where it is known, else the trained length.
         on_horizon: what happens when the next step would pass the horizon: error, or compact (older steps move closer
             together, and the stream goes on); None: error for a file of known length, else compact.
-        memory: cap on what one stream may take on the model's device, in bytes or as "8GiB"; None: no cap. What happens
-            where it is reached: docs/tiers.md.
+        memory: cap on what one stream takes on the model's device, in bytes or as "8GiB" (docs/tiers.md); None: none.
         host_memory: cap on what moves from there to the host's memory; None: nothing does.
         disk: cap on what moves from there to files; None: nothing does.
         disk_folder: where these files lie; None: the system's folder for temporary files.
@@ -153,8 +152,8 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 rule = f"{name} is {getattr(self, name)!r}, but must be True or False"
                 raise ConfigError(rule, "leave it out for the default")
-        for told, way_out in self._contradictions():
-            raise ConfigError(told, way_out)
+        for rule, way_out in self._contradictions():
+            raise ConfigError(rule, way_out)
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together: the rule, and the way out."""
@@ -166,43 +165,47 @@ class Config:
         for name in ATTENTION_DIALS:
             value = getattr(self, name)
             if self.carry != "attention" and value:
-                told = f"{name} is {value!r} with carry {self.carry!r}, but it is a dial of carry 'attention'"
-                yield told, f"set carry to 'attention', or leave {name} out"
+                rule = f"{name} is {value!r} with carry {self.carry!r}, but it is a dial of carry 'attention'"
+                yield rule, f"set carry to 'attention', or leave {name} out"
         if self.budget * (1 - abs(self.layer_slope)) < 1:
-            told = (
+            rule = (
                 f"layer_slope is {self.layer_slope} with a budget of {self.budget}, which leaves a layer without a key"
             )
-            yield told, "raise budget, or bring layer_slope nearer to 0"
+            yield rule, "raise budget, or bring layer_slope nearer to 0"
         if self.recall == "retrieve" and self.retrieve_carried:
             if self.carry == "all":
-                told = "retrieve_carried is True with carry 'all', but where all keys are carried there is no choice"
-                yield told, "set recall to 'all', or retrieve_carried to False"
+                rule = "retrieve_carried is True with carry 'all', but where all keys are carried there is no choice"
+                yield rule, "set recall to 'all', or retrieve_carried to False"
             if self.retrieve_positions == "reindex":
-                told = (
+                rule = (
                     "retrieve_carried is True with retrieve_positions 'reindex', but carried keys keep their positions"
                 )
-                yield told, "set retrieve_positions to 'keep', or retrieve_carried to False"
+                yield rule, "set retrieve_positions to 'keep', or retrieve_carried to False"
         if self.recall == "last_frames" and self.carry != "all":
-            told = (
+            rule = (
                 f"carry is {self.carry!r} with recall 'last_frames', but frames that are encoded anew carry nothing on"
             )
-            yield told, "set carry to 'all', or use the method last_frames"
+            yield rule, "set carry to 'all', or use the method last_frames"
         if self.uniform and self.max_frames is None:
             yield "max_frames is None, but uniform spreads a number of frames over the video", "give max_frames"
 
         for name in ("host_memory", "disk", "bits"):
             value = getattr(self, name)
             if value is not None and self.memory is None:
-                told = f"{name} is {value} without memory, but only what memory has no room for goes there"
-                yield told, f"give memory, or leave {name} out"
+                rule = (
+                    f"{name} is {_shown(name, value)} without memory, but only what memory has no room for goes there"
+                )
+                yield rule, f"give memory, or leave {name} out"
         if self.disk_folder is not None and self.disk is None:
             yield f"disk_folder is {self.disk_folder!r} without disk, so that no file goes there", "give disk"
         if self.memory is not None and self.carry == "all":
-            told = f"memory is {self.memory} with carry 'all', but steps that see everything need all of it"
-            yield told, "choose a method with a budget, or leave memory out"
+            rule = f"memory is {_shown('memory', self.memory)} with carry 'all', but such steps need all of it"
+            yield rule, "choose a method with a budget, or leave memory out"
         if self.memory is not None and self.recall in ("recent", "sink_recent"):
-            told = f"memory is {self.memory} with recall {self.recall!r}, which keeps what it never shows"
-            yield told, "set recall to 'all' or 'retrieve', or leave memory out"
+            rule = (
+                f"memory is {_shown('memory', self.memory)} with recall {self.recall!r}, which shows the newest alone"
+            )
+            yield rule, "set recall to 'all' or 'retrieve', or leave memory out"
 
     @classmethod
     def of(cls, method: str | None = None, **settings: Any) -> Config:
@@ -257,6 +260,10 @@ _COUNTS = {
 }
 _SHARES = {"decay": (0, 1), "layer_slope": (-1, 1), "coverage": (0, 1)}
 _SWITCHES = ("pin_prefix", "value_norms", "retrieve_carried", "uniform", "graph", "pack")
+
+
+def _shown(name: str, value: int | str | None) -> str:
+    return told(value) if name in CAPS and isinstance(value, int) else str(value)
 
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:
