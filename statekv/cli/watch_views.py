@@ -80,6 +80,8 @@ class Facts:
             stream += [f"lag {lag:.1f} s", f"{live.dropped} dropped"]
             if live.gaps:
                 stream.append(f"{live.gaps} gaps ({live.gap_seconds:.1f} s)")
+        if self.session.state.forgotten:
+            stream.append(f"{self.session.state.forgotten:,} steps forgotten")
         if self.saved:
             stream.append(self.saved)
         work = []
@@ -87,8 +89,6 @@ class Facts:
             held = {tier: size for tier, size in self.session.state.nbytes.items() if size}
             work = [f"{1000 * median(self._steps):.1f} ms per step", f"{newest.carried:,} tokens carried"]
             work += [f"{tier} {told(size)}" for tier, size in held.items()]
-            if self.session.state.forgotten:
-                work.append(f"{self.session.state.forgotten:,} steps forgotten")
         return [" · ".join(stream), " · ".join(work)]
 
 
