@@ -28,7 +28,7 @@ FORMAT = 1
 _MAGIC = b"statekv\n"
 _HEAD = struct.Struct("<8s3I")  # magic, format, bytes of the JSON that follows, CRC-32 of it
 _ALIGNMENT = 64  # bytes: of each tensor in the file
-_CHUNK = 1 << 16  # bytes, about: what one CRC-32 covers
+_CHUNK = 1 << 13  # bytes, about: what one CRC-32 covers, and so what is read at least
 _NAME = re.compile(r"[\w.-]+\.block(\.part)?")
 
 Layers = Sequence[Mapping[str, torch.Tensor]]
@@ -93,7 +93,7 @@ class BlockFile:
     def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, a copy on the CPU.
 
-        Read are these rows and what shares a chunk of at most 64 KiB, or one row, with them.
+        Read are these rows and what shares a chunk of at most 8 KiB, or one row, with them.
 
         Raises:
             StorageError: the file is missing, of another length, or does not hold what was written.
