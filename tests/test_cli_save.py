@@ -112,6 +112,10 @@ def test_settings_of_answers_may_change(kept: Path) -> None:
     assert len(found["text"].split()) <= 1
 
 
+def test_the_method_that_it_has_may_be_named(kept: Path) -> None:
+    assert succeed("ask", "--restore", kept, COUNT, "--method", "statekv") == succeed("ask", "--restore", kept, COUNT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -17,6 +17,7 @@ from statekv.demo.film import write_film
 from statekv.demo.world import FIRST_TEST_SEED, write_story
 from statekv.session import Session
 from statekv.video.writer import write_video
+from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, memory, shared_engine, some_frames
 from tests.test_cli import COUNT, succeed
 from tests.test_saving import assert_same_session
@@ -50,50 +51,16 @@ def run(family: str, clip: Path | None, folder: Path, saved: Callable[[int], Non
         saved(frames)
 
 
-# Each child is killed some moments later than the one before. Moments are the beginnings and ends of every write into
-# either memory, every eviction, every file and rename of a save.
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
+# Every write into either memory, every eviction, every file and rename of a save.
+_IMPORTS = """
 from statekv.cache import folder
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from tests.test_faults import run, shared_engine
-
-torch.set_num_threads(1)
-family, clip, rounds, stride = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-left = 0
-
-def dying(call):
-    def instead(*args, **kwargs):
-        global left
-        for after in (False, True):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            found = found if after else call(*args, **kwargs)
-        return found
-    return instead
-
-for owner, name in (
+"""
+_CALLS = """
     (CarriedCache, "update"), (CarriedCache, "evict"), (DetailedCache, "append"),
     (folder, "save_file"), (os, "replace"),
-):
-    setattr(owner, name, dying(getattr(owner, name)))
-shared_engine(family)
-moment = 0
-while True:
-    moment += stride
-    place = rounds / str(moment)
-    place.mkdir()
-    child = os.fork()
-    if child == 0:
-        left = moment
-        run(family, clip if clip.exists() else None, place / "saved", lambda n: (place / "told").write_text(str(n)))
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
 """
 
 
@@ -108,8 +75,10 @@ def test_killed_at_any_moment_of_a_step_or_a_save_it_goes_on(
     if reads_a_file:
         write_video(clip, video(2 * FRAMES), fps=2)
     rounds.mkdir()
-    line = [sys.executable, "-c", _KILLED, family, str(clip), str(rounds), str(stride)]
-    subprocess.run(line, cwd=ROOT, check=True, timeout=300)
+    film = f"Path({str(clip)!r})" if reads_a_file else None
+    tell = 'lambda frames: (place / "told").write_text(str(frames))'
+    call = f'run({family!r}, {film}, place / "saved", {tell})'
+    kill_at_moments(_IMPORTS, _CALLS, f"shared_engine({family!r})", call, rounds, stride)
     never = opened(family, clip if reads_a_file else None)
     go_on(never, FRAMES)
     found = set()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from statekv.cache.folder import FACTS
 from statekv.errors import ConfigError, SaveError
 from statekv.session import Session
+from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
 from tests.test_tiers import carried, held, opened, pictures, spots, tiered, tight
 from tests.tiny import video
@@ -133,56 +131,21 @@ def run(settings: dict[str, Any], place: Path) -> None:
             going.save(place / "saved")
 
 
-# Each child is killed some moments later than the one before: at the beginnings and ends of every block that is
-# written or removed, every closing of gaps, every file and rename of a save.
-_KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
+# Every block that is written or removed, every closing of gaps, every file and rename of a save.
+_IMPORTS = """
 from statekv.cache import disk, folder, tiered
 from statekv.cache.block_file import BlockFile
 from tests.test_tiers_saving import run, shared_engine
-
-torch.set_num_threads(1)
-settings, rounds, stride = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-left = 0
-
-def dying(call):
-    def instead(*args, **kwargs):
-        global left
-        for after in (False, True):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            found = found if after else call(*args, **kwargs)
-        return found
-    return instead
-
-for owner, name in (
+"""
+_CALLS = """
     (disk, "write_block"), (BlockFile, "remove"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
-):
-    setattr(owner, name, dying(getattr(owner, name)))
-shared_engine("internvl")
-moment = 0
-while True:
-    moment += stride
-    place = rounds / str(moment)
-    place.mkdir()
-    child = os.fork()
-    if child == 0:
-        left = moment
-        run(settings, place)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_while_blocks_move_it_goes_on_from_the_save(tmp_path: Path) -> None:
     settings = tight("internvl", bits=8, host_memory="10KiB", disk="30KiB")
-    line = [sys.executable, "-c", _KILLED, json.dumps(settings), str(tmp_path), "17"]
-    subprocess.run(line, cwd=Path(__file__).parent.parent, check=True, timeout=300)
+    kill_at_moments(_IMPORTS, _CALLS, 'shared_engine("internvl")', f"run({settings!r}, place)", tmp_path, 17)
     never = opened("internvl", **settings)
     never.push(pictures()[:FRAMES])
     assert never.state.forgotten

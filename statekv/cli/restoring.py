@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import statekv
+from statekv.config import Config
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ def load_again(folder: Path, given: Mapping[str, Any], typed: Collection[str]) -
         The model's name, and the engine to restore the session on.
 
     Raises:
-        ConfigError: an option that a session has once and for all.
+        ConfigError: an option that a session has once and for all, unless it is the method that it has.
         SaveError: the folder holds no session.
         ModelError: the model cannot be loaded.
     """
     from statekv.cache.folder import read_folder
 
-    for name in sorted(set(_STAYS) & set(typed)):
-        rule = f"--{name} was given with --restore, but a session stays as it was opened"
-        raise ConfigError(rule, f"leave --{name} out, or watch the video again")
     saved = read_folder(folder)
     with saved.reading():
+        for name in sorted(set(_STAYS) & set(typed)):
+            if name == "method" and Config(**saved.facts["stream"]["config"]).method == given["method"]:
+                continue  # one command line for every start names it each time
+            rule = f"--{name} was given with --restore, but a session stays as it was opened"
+            raise ConfigError(rule, f"leave --{name} out, or watch the video again")
         then = saved.facts["model"]
         name = given["model"] if "model" in typed else then["name"]
         kept = {"dtype"} if "model" in typed else {"dtype", "revision"}
