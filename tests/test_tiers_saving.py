@@ -107,7 +107,7 @@ def test_another_cap_is_refused_and_another_folder_is_not(tmp_path: Path) -> Non
         shared_engine("internvl").restore(tmp_path / "saved", memory="1GiB")
     (tmp_path / "blocks").mkdir()
     restored = shared_engine("internvl").restore(tmp_path / "saved", disk_folder=str(tmp_path / "blocks"))
-    assert list((tmp_path / "blocks").rglob("*.block"))
+    assert list((tmp_path / "blocks").rglob("blocks"))
     assert_same_memory(held(restored), held(going))
 
 
@@ -131,14 +131,14 @@ def run(settings: dict[str, Any], place: Path) -> None:
             going.save(place / "saved")
 
 
-# Every block that is written or removed, every closing of gaps, every file and rename of a save.
+# Every step that is written to the tier's file or leaves it, every closing of gaps, every file and rename of a save.
 _IMPORTS = """
-from statekv.cache import disk, folder, tiered
-from statekv.cache.block_file import BlockFile
+from statekv.cache import folder, tiered
+from statekv.cache.scratch import Scratch
 from tests.test_tiers_saving import run, shared_engine
 """
 _CALLS = """
-    (disk, "write_block"), (BlockFile, "remove"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
+    (Scratch, "write"), (Scratch, "give"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
 """
 
 

@@ -102,7 +102,8 @@ class Blocks:
         """
         means = self.means[layer][:, :, : len(self)]  # [streams, kv_heads, blocks, D]
         grouped = query.unflatten(1, (means.shape[1], -1)).sum(2)  # every query head of a group meets the same key
-        return torch.einsum("shd,shbd->sb", grouped, means)
+        by_head: torch.Tensor = means @ grouped[..., None]  # einsum would copy the means
+        return by_head[..., 0].sum(1)
 
     def text_behind(self, tokens: int) -> list[tuple[int, int]]:
         """Tokens behind the last block of a stream of so many, where there are any."""

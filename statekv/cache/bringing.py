@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import numbers_in
 from statekv.cache.passage import Passage
 from statekv.cache.recent import Recent
 from statekv.cache.sealed import read_steps
+from statekv.errors import StorageError
 from statekv.ops.rope import Angles, rotate
 
 
@@ -46,15 +48,32 @@ class Bringing:
             held[0] = rotate(held[0].float(), cos.to(held.device)[:, None], sin.to(held.device)[:, None])
         return held
 
+    def can_read(self, step: Passage) -> bool:
+        """Whether a step is as it was written, in all layers."""
+        try:
+            for layer in range(self.geometry.layers):
+                self.bring(layer, [step])
+        except StorageError:
+            return False
+        return True
+
     def recall(self, layer: int, steps: Sequence[Passage]) -> torch.Tensor:
-        """As `bring`, by way of what was asked for lately."""
-        known = {step.start: self.recent.get(layer, step.start) for step in steps}
-        missing = [step for step in steps if known[step.start] is None]
-        fresh: dict[int, torch.Tensor] = {}
-        if missing:
-            parts = self.bring(layer, missing).split([step.length for step in missing], dim=-2)
-            fresh = {step.start: tokens for step, tokens in zip(missing, parts, strict=True)}
-        found = torch.cat([tokens for tokens in (known | fresh).values() if tokens is not None], dim=-2)
-        for start, tokens in fresh.items():  # perhaps into the place of one that has just been found
-            self.recent.put(layer, start, tokens)
-        return found
+        """As `bring`, of steps in the order of the stream, by way of what was asked for lately."""
+        known = set(self.recent.known(layer, [step.start for step in steps]))
+        here = [step for step in steps if step.start in known]
+        missing = [step for step in steps if step.start not in known]
+        kept = self.recent.read(layer, [step.start for step in here])
+        if not missing:
+            return kept
+        fresh = self.bring(layer, missing)
+        self.recent.put(layer, [step.start for step in missing], [step.length for step in missing], fresh)
+        return _in_order([*here, *missing], torch.cat([kept, fresh], dim=-2)) if here else fresh
+
+
+def _in_order(steps: Sequence[Passage], held: torch.Tensor) -> torch.Tensor:
+    """Tokens [..., n, head_dim] of steps, these one behind another, in the order of the stream."""
+    behind = accumulate(step.length for step in steps)
+    stops = [stop for _, stop in sorted(zip((step.start for step in steps), behind, strict=True))]
+    lengths = [step.length for step in sorted(steps, key=lambda step: step.start)]
+    starts = [stop - length for stop, length in zip(stops, lengths, strict=True)]
+    return held.index_select(-2, numbers_in(starts, stops).to(held.device))

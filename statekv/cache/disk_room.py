@@ -1,4 +1,4 @@
-"""A private folder for the blocks that one process has on disk; gone when the process is, however that ended."""
+"""A private folder for the blocks that one stream has on disk; gone when the process is, however that ended."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from statekv.cache.block_file import is_block
 from statekv.errors import StorageError
 
+BLOCKS = "blocks"  # the file in the folder
 _PREFIX = "statekv-"
 _ROOM = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")  # as `tempfile.mkdtemp` names folders
 _LOCK = "lock"
@@ -25,7 +25,7 @@ class DiskRoom:
 
     A process that is killed cannot remove its folder. Therefore each one holds a lock, which the system lets go of
     whenever the process ends, and whoever makes a new one first removes those of the same parent that nobody holds.
-    Nothing is ever removed but block files, locks, and folders of that kind that are empty then; links are left alone.
+    Nothing is ever removed but files of blocks, locks, and folders of that kind that are empty then; links stay.
 
     Args:
         parent: where the folder is made; None: the system's folder for temporary files.
@@ -59,7 +59,7 @@ class DiskRoom:
             return self._folder
 
     def close(self) -> None:
-        """Remove the folder with the blocks in it, if there is one."""
+        """Remove the folder with the file of blocks in it, if there is one."""
         if self._leave is not None:
             self._leave()
         self._folder = None
@@ -105,13 +105,11 @@ def _own_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove block files, and the folder with its lock where nothing else is left."""
+    """Remove the file of blocks, and the folder with its lock where nothing else is left."""
     with suppress(OSError):
-        with os.scandir(folder) as found:
-            entries = list(found)
-        for entry in entries:
-            if is_block(entry.name) and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+        blocks = folder / BLOCKS
+        if blocks.is_file() and not blocks.is_symlink():
+            blocks.unlink()
         if [path.name for path in folder.iterdir()] == [_LOCK]:
             os.unlink(folder / _LOCK)
             folder.rmdir()

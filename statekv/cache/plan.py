@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from statekv.cache.budgets import layer_budgets
 from statekv.cache.geometry import Geometry
-from statekv.cache.sealed import GROUP
+from statekv.cache.rows import GROUP
 from statekv.capacity import bytes_of, told
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError

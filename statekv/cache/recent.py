@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
 from statekv.cache.geometry import Geometry
+from statekv.cache.moves import numbers_in
 
 
 class Recent:
@@ -25,9 +27,10 @@ class Recent:
     def __init__(self, geometry: Geometry, cap: int, longest: int) -> None:
         g = geometry
         token = g.streams * g.bytes_per_token // g.layers
-        shape = (cap // (g.layers * longest * token), 2, g.streams, g.kv_heads, longest, g.head_dim)
+        steps = cap // (g.layers * longest * token)
+        shape = (2, g.streams, g.kv_heads, steps * longest, g.head_dim)
         self._held = [torch.empty(shape, dtype=g.dtype, device=device) for device in g.devices]
-        self._free = [list(range(shape[0])) for _ in g.devices]
+        self._free = [list(range(steps)) for _ in g.devices]
         self._steps: list[OrderedDict[int, tuple[int, int]]] = [OrderedDict() for _ in g.devices]  # place, tokens
         self._longest = longest
 
@@ -40,25 +43,38 @@ class Recent:
         """Bytes allocated."""
         return sum(held.nbytes for held in self._held)
 
-    def get(self, layer: int, start: int) -> torch.Tensor | None:
-        """Of the step that begins at token `start`: [2, streams, kv_heads, n, head_dim], a view that is good until the
-        next `put`; None: it has to be fetched."""
+    def known(self, layer: int, starts: Iterable[int]) -> list[int]:
+        """Those of the steps that begin at these tokens which are kept; they have been asked for now."""
         steps = self._steps[layer]
-        if start not in steps:
-            return None
-        steps.move_to_end(start)
-        place, tokens = steps[start]
-        return self._held[layer][place, ..., :tokens, :]
+        found = [start for start in starts if start in steps]
+        for start in found:
+            steps.move_to_end(start)
+        return found
 
     @torch.inference_mode()
-    def put(self, layer: int, start: int, step: torch.Tensor) -> None:
-        """Keep a copy, in the place of what has not been asked for the longest where none is free."""
-        steps, free = self._steps[layer], self._free[layer]
-        if not (steps or free) or step.shape[-2] > self._longest:
-            return
-        place = free.pop() if free else steps.popitem(last=False)[1][0]
-        self._held[layer][place, ..., : step.shape[-2], :] = step
-        steps[start] = place, step.shape[-2]
+    def read(self, layer: int, starts: Iterable[int]) -> torch.Tensor:
+        """Of steps that are kept: [2, streams, kv_heads, n, head_dim], one behind another, a copy."""
+        return self._held[layer].index_select(-2, self._spots(layer, [self._steps[layer][start] for start in starts]))
+
+    @torch.inference_mode()
+    def put(self, layer: int, starts: Sequence[int], lengths: Sequence[int], steps: torch.Tensor) -> None:
+        """Keep copies, in the places of what has not been asked for the longest where none is free.
+
+        Args:
+            layer: index of the layer.
+            starts, lengths: of steps that are not kept yet, in tokens. No more are kept than there is room for, the
+                last ones, and none that is longer than expected.
+            steps: [2, streams, kv_heads, n, head_dim], one behind another.
+        """
+        known, free = self._steps[layer], self._free[layer]
+        begins = list(accumulate(lengths, initial=0))
+        fit = [number for number, length in enumerate(lengths) if length <= self._longest]
+        fit = fit[max(0, len(fit) - len(free) - len(known)) :]
+        places = [free.pop() if free else known.popitem(last=False)[1][0] for _ in fit]
+        spots = [(place, lengths[number]) for number, place in zip(fit, places, strict=True)]
+        known.update(zip((starts[number] for number in fit), spots, strict=True))
+        taken = numbers_in([begins[number] for number in fit], [begins[number + 1] for number in fit]).to(steps.device)
+        self._held[layer].index_copy_(-2, self._spots(layer, spots), steps.index_select(-2, taken))
 
     def drop(self, starts: Collection[int]) -> None:
         """Let go of the steps that begin at these tokens."""
@@ -69,3 +85,9 @@ class Recent:
         """Let go of all: they have moved to other positions."""
         for steps in self._steps:
             self.drop(list(steps))
+
+    def _spots(self, layer: int, steps: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Tokens that steps have, int64 on their device."""
+        starts = [place * self._longest for place, _ in steps]
+        stops = [place * self._longest + length for place, length in steps]
+        return numbers_in(starts, stops).to(self._held[layer].device)

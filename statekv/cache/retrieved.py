@@ -13,6 +13,7 @@ from statekv.cache.detailed import DetailedCache
 from statekv.cache.moves import numbers_in
 from statekv.config import Config
 from statekv.ops.rope import Angles, rotate
+from statekv.ops.select import earliest_best
 
 
 class Retrieved(Cache):
@@ -95,10 +96,8 @@ class Retrieved(Cache):
         cos, sin = (part.to(query.device)[:, None] for part in self._question)
         mean = rotate(query.float(), cos, -sin).mean(-2)
         scores = self.blocks.scores(layer, mean)[0, : self._free]
-        best = scores.argsort(descending=True, stable=True)[: self.config.retrieve]
-        shown = torch.zeros(len(self.blocks), dtype=torch.bool, device=query.device)
-        shown[self._free :] = True
-        shown[best] = True
+        shown = torch.ones(len(self.blocks), dtype=torch.bool, device=query.device)
+        shown[: self._free] = earliest_best(scores, self.config.retrieve)
         return shown
 
     def _fetch(self, layer: int, shown: torch.Tensor) -> None:

@@ -7,29 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from statekv.cache.tier import Content, Held
+from statekv.cache.rows import GROUP, Content, Rows, joined, rows_of
+from statekv.cache.tier import Held
 from statekv.ops.quantise import Quantised, dequantise, quantise
-
-GROUP = 32  # tokens that share a scale and a zero
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where one step lies in a block: its tokens, and its groups where they are quantised."""
-
-    first: int
-    tokens: int
-    first_group: int
-
-    @property
-    def last(self) -> int:
-        """One past its last token."""
-        return self.first + self.tokens
-
-    @property
-    def last_group(self) -> int:
-        """One past its last group."""
-        return self.first_group + -(-self.tokens // GROUP)
 
 
 def seal(tokens: Sequence[torch.Tensor], lengths: Sequence[int], bits: int | None) -> list[Content]:
@@ -52,20 +32,7 @@ def _content(tokens: torch.Tensor, lengths: Sequence[int], bits: int | None) -> 
     if bits is None:
         return {"tokens": tokens}
     steps = [quantise(step, bits, GROUP) for step in tokens.split(list(lengths))]
-    return {
-        "codes": torch.cat([step.codes for step in steps]),
-        "scale": torch.cat([step.scale for step in steps]),
-        "zero": torch.cat([step.zero for step in steps]),
-    }
-
-
-def rows_of(lengths: Sequence[int]) -> list[Rows]:
-    """Where steps of these lengths lie in their block."""
-    found, first, group = [], 0, 0
-    for length in lengths:
-        found.append(Rows(first, length, group))
-        first, group = found[-1].last, found[-1].last_group
-    return found
+    return joined([{"codes": step.codes, "scale": step.scale, "zero": step.zero} for step in steps])
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -98,34 +65,15 @@ def read_steps(
         [N, 2, streams, kv_heads, head_dim], the steps one behind another.
 
     Raises:
-        StorageError: a block is not as it was written.
+        StorageError: a step is not as it was written.
     """
     spots = [(sealed.held, sealed.rows[number]) for sealed, number in steps]
+    parts = [held.read(layer, rows) for held, rows in spots]
+    found = joined(parts) if len(parts) > 1 else parts[0]
+    found = {name: tensor.to(device) for name, tensor in found.items()}
     if bits is None:
-        return _joined([held.read(layer, "tokens", rows.first, rows.last) for held, rows in spots], device)
-    codes = _joined([held.read(layer, "codes", rows.first, rows.last) for held, rows in spots], device)
-    scale, zero = (
-        _joined([held.read(layer, name, rows.first_group, rows.last_group) for held, rows in spots], device)
-        for name in ("scale", "zero")
-    )
-    joined = rows_of([rows.tokens for _, rows in spots])
-    group = torch.cat([torch.arange(rows.tokens) // GROUP + rows.first_group for rows in joined]).to(device)
-    by_token = Quantised(codes, scale[group], zero[group], bits, 1)
-    return dequantise(by_token, 0, len(codes), dtype)
-
-
-def _joined(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
-
-
-def only(content: Sequence[Content], rows: Sequence[Rows], kept: Sequence[int]) -> list[Content]:
-    """A block's content with some of its steps alone; these are as they were, to the bit."""
-    return [
-        {name: torch.cat([_part(name, tensor, rows[number]) for number in kept]) for name, tensor in layer.items()}
-        for layer in content
-    ]
-
-
-def _part(name: str, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    by_token = name in ("tokens", "codes")
-    return tensor[rows.first : rows.last] if by_token else tensor[rows.first_group : rows.last_group]
+        return found["tokens"]
+    places = rows_of([rows.tokens for _, rows in spots])
+    group = torch.cat([torch.arange(rows.tokens) // GROUP + rows.first_group for rows in places]).to(device)
+    by_token = Quantised(found["codes"], found["scale"][group], found["zero"][group], bits, 1)
+    return dequantise(by_token, 0, len(found["codes"]), dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
@@ -14,8 +14,9 @@ from statekv.cache.disk import DiskTier
 from statekv.cache.geometry import Geometry
 from statekv.cache.passage import Passage
 from statekv.cache.plan import step_bytes
-from statekv.cache.sealed import Sealed, only, rows_of
-from statekv.cache.tier import Content, DeviceTier, HostTier, Tier
+from statekv.cache.rows import Content, only, rows_of
+from statekv.cache.sealed import Sealed
+from statekv.cache.tier import DeviceTier, Held, HostTier, Tier
 from statekv.capacity import told as bytes_told
 from statekv.config import Config
 from statekv.errors import StorageError, StorageWarning
@@ -32,8 +33,20 @@ class _Shelf:
 
     def take_in(self, content: Sequence[Content], steps: list[Passage]) -> bool:
         """Whether there was room; where there was none, although the cap allows it, the cap goes down to what fits."""
+        return self._take(lambda: self.tier.put(content, rows_of([step.length for step in steps])), steps)
+
+    def thin(self, block: Sealed, gone: Container[int]) -> list[Passage]:
+        """Let go of some of a block's steps, by their numbers; returns others that could not be kept."""
+        stay = [rows.number for rows in block.rows if rows.number not in gone]
+        steps = self.let_go(block)
+        kept = [steps[number] for number in stay]
+        if not kept or self._take(lambda: self.tier.thin(block.held, block.rows, stay), kept):
+            return []
+        return kept
+
+    def _take(self, make: Callable[[], Held], steps: list[Passage]) -> bool:
         try:
-            held = self.tier.put(content)
+            held = make()
         except StorageError as error:
             self.cap = self.nbytes
             told = f"{error.message}; from now on {self.tier.name} holds {bytes_told(self.cap)} at most, and forgets"
@@ -125,10 +138,6 @@ class Shelves:
             shelf.blocks = dict(sorted(shelf.blocks.items(), key=lambda block: block[1][0].start))
         return gone
 
-    def lose(self, block: Sealed) -> list[Passage]:
-        """Let go of a block that cannot be read; returns its steps."""
-        return next(shelf for shelf in self._shelves if block in shelf.blocks).let_go(block)
-
     def fork(self, steps: Mapping[int, Passage]) -> Shelves:
         """The same blocks for another stream, whose steps are given by their starts."""
         found = copy(self)
@@ -159,10 +168,7 @@ class Shelves:
         return gone
 
     def _move_down(self, block: Sealed, number: int) -> list[Passage]:
-        try:
-            content = block.held.content()
-        except StorageError as error:
-            return self._lost(block, error)
+        content = block.held.content()
         return self._put(content, self._shelves[number].let_go(block), number + 1)
 
     def _least(self, steps: Sequence[Passage], over: int) -> list[Passage]:
@@ -183,22 +189,4 @@ class Shelves:
         going: dict[Sealed, set[int]] = {}
         for step in steps:
             going.setdefault(step.sealed, set()).add(step.row)
-        gone: list[Passage] = []
-        while going:
-            block, rows = going.popitem()
-            stay = [row for row in range(len(block.rows)) if row not in rows]
-            try:
-                content = only(block.held.content(), block.rows, stay) if stay else []
-            except StorageError as error:
-                gone += [step for row, step in enumerate(self._lost(block, error)) if row in stay]
-                continue
-            members = shelf.let_go(block)
-            del block  # what it took is free before the others are written anew
-            if stay and not shelf.take_in(content, [members[row] for row in stay]):
-                gone += [members[row] for row in stay]
-        return gone
-
-    def _lost(self, block: Sealed, error: StorageError) -> list[Passage]:
-        told = f"{error.message}; {len(block.rows)} steps are forgotten"
-        warnings.warn(StorageWarning(told), stacklevel=2)
-        return self.lose(block)
+        return [*chain.from_iterable(shelf.thin(block, rows) for block, rows in going.items())]

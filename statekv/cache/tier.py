@@ -9,10 +9,9 @@ from typing import Protocol
 
 import torch
 
+from statekv.cache.rows import Content, Rows, only
 from statekv.capacity import told
 from statekv.errors import StorageError
-
-Content = dict[str, torch.Tensor]  # of one layer: "tokens", or "codes", "scale" and "zero" (`cache.sealed`)
 
 _HOST = torch.device("cpu")
 
@@ -24,11 +23,11 @@ class Held(Protocol):
     def nbytes(self) -> int:
         """Bytes that it takes there."""
 
-    def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of one of a layer's tensors.
+    def read(self, layer: int, rows: Rows) -> Content:
+        """One layer of one of its steps, where it lies or on the CPU.
 
         Raises:
-            StorageError: they are not as they were written.
+            StorageError: it is not as it was written.
         """
 
     def content(self) -> Sequence[Content]:
@@ -47,8 +46,24 @@ class Tier(Protocol):
     def size(self, content: Sequence[Content]) -> int:
         """Bytes that it would take here."""
 
-    def put(self, content: Sequence[Content]) -> Held:
-        """Take a block's content in, which lies wherever it did before.
+    def put(self, content: Sequence[Content], rows: Sequence[Rows]) -> Held:
+        """Take a block in.
+
+        Args:
+            content: its tensors, which lie wherever they did before.
+            rows: where its steps lie in them.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+
+    def thin(self, block: Held, rows: Sequence[Rows], kept: Sequence[int]) -> Held:
+        """A block of this tier without some of its steps; the block itself stays as it is.
+
+        Args:
+            block: the block.
+            rows: where its steps lie in it.
+            kept: numbers of those that stay.
 
         Raises:
             StorageError: it cannot be written.
@@ -67,13 +82,16 @@ class InMemory:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor:
-        """A view."""
-        return self._tensor(self._spots[layer][name])[start:stop]
+    def read(self, layer: int, rows: Rows) -> Content:
+        """Views."""
+        return rows.of(self._layer(layer))
 
     def content(self) -> Sequence[Content]:
         """Views of the tensors."""
-        return [{name: self._tensor(spot) for name, spot in layer.items()} for layer in self._spots]
+        return [self._layer(layer) for layer in range(len(self._spots))]
+
+    def _layer(self, layer: int) -> Content:
+        return {name: self._tensor(spot) for name, spot in self._spots[layer].items()}
 
     def _tensor(self, spot: Spot) -> torch.Tensor:
         dtype, shape, device, offset = spot
@@ -134,7 +152,7 @@ class DeviceTier:
         """Bytes of the buffers."""
         return sum(buffer_bytes(spots_of(content, self._devices)).values())
 
-    def put(self, content: Sequence[Content]) -> InMemory:
+    def put(self, content: Sequence[Content], _: Sequence[Rows]) -> InMemory:
         """Copy the tensors."""
         spots = spots_of(content, self._devices)
         buffers = {
@@ -145,6 +163,10 @@ class DeviceTier:
             for name, tensor in tensors.items():
                 layer[name].copy_(tensor)
         return block
+
+    def thin(self, block: Held, rows: Sequence[Rows], kept: Sequence[int]) -> InMemory:
+        """Copy what stays."""
+        return self.put(only(block.content(), rows, kept), rows)
 
 
 class HostTier:
@@ -165,7 +187,7 @@ class HostTier:
         (size,) = buffer_bytes(_on_host(content)).values()
         return 1 << (size - 1).bit_length() if self._pinned else size
 
-    def put(self, content: Sequence[Content]) -> InMemory:
+    def put(self, content: Sequence[Content], _: Sequence[Rows]) -> InMemory:
         """Copy the tensors; those of a CUDA device are on their way when this returns, whoever reads them waits."""
         spots = _on_host(content)
         sources = {tensor.device for layer in content for tensor in layer.values() if tensor.is_cuda}
@@ -180,6 +202,10 @@ class HostTier:
                 self._copy(layer[name], tensor)
         block.done = [self._streams[device].record_event() for device in sources]
         return block
+
+    def thin(self, block: Held, rows: Sequence[Rows], kept: Sequence[int]) -> InMemory:
+        """Copy what stays."""
+        return self.put(only(block.content(), rows, kept), rows)
 
     def _copy(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
         if not tensor.is_cuda:

@@ -59,7 +59,7 @@ class TieredCache(DetailedCache):
         self.forgotten = 0  # steps
         self.longest = 0  # tokens that a step may have before another plan is made
         self.saved_blocks: WeakKeyDictionary[Sealed, str] = WeakKeyDictionary()  # SHA-256 of files that hold them
-        self._lost: list[Passage] = []  # whose blocks a question found damaged
+        self._lost: list[Passage] = []  # that a question found damaged
         self._gone: list[int] = []  # starts of forgotten steps of which nobody has been told
         self._here: list[Passage] = []  # those in the buffers, in order
         self._steps = 0
@@ -284,16 +284,14 @@ class TieredCache(DetailedCache):
 
     @contextmanager
     def _reading(self, steps: Sequence[Passage]) -> Iterator[None]:
-        """Where a block turns out not to be as it was written, its steps are forgotten once the question is over."""
+        """Steps that turn out not to be as they were written are forgotten once the question is over."""
         try:
             yield
         except StorageError as error:
-            for block in {step.sealed for step in steps}:
-                try:
-                    block.held.content()
-                except StorageError:
-                    self._lost += self.shelves.lose(block)
-            raise StorageError(error.message, "its steps are forgotten: ask again, of what is left") from None
+            damaged = [step for step in steps if not self.bringing.can_read(step)]
+            self._lost += [*damaged, *self.shelves.drop(damaged)]
+            hint = f"damaged steps forgotten: {len(damaged)}; ask again, of what is left"
+            raise StorageError(error.message, hint) from None
 
     def _numbers(self) -> torch.Tensor:
         noted = [torch.arange(passage.start, passage.start + passage.length) for passage in self._here]

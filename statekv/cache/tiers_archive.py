@@ -12,8 +12,8 @@ import torch
 from statekv.cache.folder import Piece, Saved
 from statekv.cache.passage import Passage
 from statekv.cache.plan import MemoryPlan
+from statekv.cache.rows import Content
 from statekv.cache.sealed import Sealed
-from statekv.cache.tier import Content
 from statekv.cache.tiered import TieredCache
 
 _PASSAGES = "passages"

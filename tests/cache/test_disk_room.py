@@ -14,11 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-
 from statekv.cache import disk_room as subject
-from statekv.cache.block_file import write_block
-from statekv.cache.disk_room import DiskRoom
+from statekv.cache.disk_room import BLOCKS, DiskRoom
 from statekv.errors import StorageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,13 +23,10 @@ ROOT = Path(__file__).parent.parent.parent
 _HOLDER = """
 import sys
 from pathlib import Path
-import torch
-from statekv.cache.block_file import write_block
-from statekv.cache.disk_room import DiskRoom
+from statekv.cache.disk_room import BLOCKS, DiskRoom
 
 room = DiskRoom(Path(sys.argv[1]))
-write_block(room.folder, "0", {}, [{"x": torch.ones(9)}])
-(room.folder / "1.block.part").write_bytes(b"half")
+(room.folder / BLOCKS).write_bytes(b"some")
 print(room.folder, flush=True)
 sys.stdin.readline()
 """
@@ -40,25 +34,25 @@ sys.stdin.readline()
 
 @contextmanager
 def holder(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process that has a room with a block and a half in it; ends by itself when its input does."""
+    """Another process that has a room with blocks in it; ends by itself when its input does."""
     command = [sys.executable, "-c", _HOLDER, str(parent)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        assert {path.name for path in folder.iterdir()} == {"lock", "0.block", "1.block.part"}
+        assert {path.name for path in folder.iterdir()} == {"lock", BLOCKS}
         yield process, folder
 
 
 def fill(room: DiskRoom) -> None:
-    write_block(room.folder, "0", {}, [{"x": torch.ones(9)}])
+    (room.folder / BLOCKS).write_bytes(b"some")
 
 
 def abandoned(parent: Path, name: str = "statekv-abcdefgh") -> Path:
     """What a killed process leaves."""
     (parent / name).mkdir()
     (parent / name / "lock").touch()
-    (parent / name / "3.block").write_bytes(b"x")
+    (parent / name / BLOCKS).write_bytes(b"x")
     return parent / name
 
 
@@ -106,7 +100,7 @@ def test_a_killed_process_leaves_it_to_the_next_one(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, folder):
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
-    assert (folder / "0.block").exists()
+    assert (folder / BLOCKS).exists()
     room = DiskRoom(tmp_path)
     assert room.folder != folder
     assert list(tmp_path.iterdir()) == [room.folder]
@@ -115,7 +109,7 @@ def test_a_killed_process_leaves_it_to_the_next_one(tmp_path: Path) -> None:
 def test_what_another_process_holds_stays(tmp_path: Path) -> None:
     with holder(tmp_path) as (_, folder):
         fill(DiskRoom(tmp_path))
-        assert {path.name for path in folder.iterdir()} == {"lock", "0.block", "1.block.part"}
+        assert {path.name for path in folder.iterdir()} == {"lock", BLOCKS}
 
 
 def test_rooms_of_one_process_leave_each_other_alone(tmp_path: Path) -> None:
@@ -123,7 +117,7 @@ def test_rooms_of_one_process_leave_each_other_alone(tmp_path: Path) -> None:
     for room in rooms:
         fill(room)
     rooms[1].close()
-    assert {path for path in tmp_path.iterdir() if (path / "0.block").exists()} == {rooms[0].folder, rooms[2].folder}
+    assert {path for path in tmp_path.iterdir() if (path / BLOCKS).exists()} == {rooms[0].folder, rooms[2].folder}
 
 
 def test_a_fork_does_not_remove_what_its_parent_has(tmp_path: Path) -> None:
@@ -134,7 +128,7 @@ def test_a_fork_does_not_remove_what_its_parent_has(tmp_path: Path) -> None:
         room.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert (room.folder / "0.block").exists()
+    assert (room.folder / BLOCKS).exists()
 
 
 # What is not ours
@@ -149,7 +143,7 @@ def test_nothing_but_our_own_is_swept(tmp_path: Path) -> None:
     (parent / "statekv-linkxxxx").symlink_to(precious)  # a folder of that name, elsewhere
     (parent / "statekv-filexxxx").write_text("mine")
     (parent / "statekv-nolockxx").mkdir()
-    (parent / "statekv-nolockxx" / "0.block").write_text("mine")
+    (parent / "statekv-nolockxx" / BLOCKS).write_text("mine")
     abandoned(parent, "statekv-other-name")
     linked = abandoned(parent, "statekv-locklink")
     (linked / "lock").unlink()
@@ -165,17 +159,30 @@ def test_nothing_but_our_own_is_swept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_guests_in_a_folder_stay(tmp_path: Path, own: bool) -> None:
     """Whether the folder is swept or closed: blocks go, a file, a folder and a link of the user do not."""
-    precious = tmp_path / "precious.block"
-    precious.write_text("mine")
     room = DiskRoom(tmp_path)
     folder = room.folder if own else abandoned(tmp_path)
-    (folder / "5.block").write_bytes(b"x")
+    (folder / BLOCKS).write_bytes(b"x")
     (folder / "notes.txt").write_text("mine")
     (folder / "6.block").mkdir()
-    (folder / "7.block").symlink_to(precious)
     assert room.folder.exists()
     room.close()
-    assert {path.name for path in folder.iterdir()} == {"lock", "notes.txt", "6.block", "7.block"}
+    assert {path.name for path in folder.iterdir()} == {"lock", "notes.txt", "6.block"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_called_like_blocks_and_is_none_stays(tmp_path: Path, own: bool) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    rooms = [DiskRoom(tmp_path) for _ in range(2)]
+    folders = [room.folder for room in rooms] if own else [abandoned(tmp_path, f"statekv-abcdefg{n}") for n in "hi"]
+    for folder in folders:
+        (folder / BLOCKS).unlink(missing_ok=True)
+    (folders[0] / BLOCKS).symlink_to(precious)
+    (folders[1] / BLOCKS).mkdir()
+    assert rooms[0].folder.exists()
+    for room in rooms:
+        room.close()
+    assert all({path.name for path in folder.iterdir()} == {"lock", BLOCKS} for folder in folders)
     assert precious.read_text() == "mine"
 
 

@@ -14,6 +14,7 @@ from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.plan import MemoryPlan, plan, step_bytes
+from statekv.cache.rows import rows_of
 from statekv.cache.sealed import seal
 from statekv.cache.tier import HostTier
 from statekv.capacity import bytes_of
@@ -191,4 +192,4 @@ def test_the_carried_cache_takes_what_is_planned(g: Geometry, slope: float) -> N
 def test_steps_take_what_is_said(bits: int | None, g: Geometry) -> None:
     lengths = [1, 31, 32, 33, 64, 7, 257]
     content = seal(tokens_of(g, sum(lengths)), lengths, bits)
-    assert HostTier().put(content).nbytes == sum(step_bytes(g, length, bits) for length in lengths)
+    assert HostTier().put(content, rows_of(lengths)).nbytes == sum(step_bytes(g, length, bits) for length in lengths)

@@ -22,17 +22,43 @@ def step(tokens: int = 10) -> torch.Tensor:
     return torch.randn(2, 1, 2, tokens, 4)
 
 
+def get(kept: Recent, layer: int, start: int) -> torch.Tensor | None:
+    return kept.read(layer, [start]) if kept.known(layer, [start]) else None
+
+
+def put(kept: Recent, layer: int, start: int, tokens: torch.Tensor) -> None:
+    kept.put(layer, [start], [tokens.shape[-2]], tokens)
+
+
 def test_comes_back_as_it_was_put_in() -> None:
     kept, held = recent(3), step(9)
     part = held[..., 2:5, :]
     expected = part.clone()
-    kept.put(1, 70, part)
+    put(kept, 1, 70, part)
     held.zero_()  # what it was read into is used again
-    found = kept.get(1, 70)
+    found = get(kept, 1, 70)
     assert found is not None
     assert torch.equal(found, expected)
-    assert kept.get(0, 70) is None
-    assert kept.get(1, 71) is None
+    assert get(kept, 0, 70) is None
+    assert get(kept, 1, 71) is None
+
+
+def test_several_come_and_go_at_once() -> None:
+    """As one by one."""
+    draw = random.Random(0)
+    several, single = recent(5), recent(5)
+    for first in range(0, 2000, 20):
+        lengths = [draw.randint(1, 11) for _ in range(draw.randint(0, 7))]
+        starts, tokens = [first + number for number in range(len(lengths))], step(sum(lengths))
+        several.put(0, starts, lengths, tokens)
+        for start, part in zip(starts, tokens.split(lengths, dim=-2), strict=False):
+            put(single, 0, start, part)
+        asked = draw.sample(range(first - 30, first + 8), 12)
+        known = several.known(0, asked)
+        assert known == single.known(0, asked)
+        alone = [single.read(0, [start]) for start in known]
+        found = several.read(0, known)
+        assert torch.equal(found, torch.cat(alone, dim=-2) if alone else found[..., :0, :])
 
 
 def test_what_was_not_asked_for_the_longest_goes_first() -> None:
@@ -41,17 +67,16 @@ def test_what_was_not_asked_for_the_longest_goes_first() -> None:
     used: list[list[tuple[int, torch.Tensor]]] = [[], []]
     for start in range(400):
         layer, tokens = draw.randrange(2), step(draw.randint(1, 10))
-        kept.put(layer, start, tokens)
+        put(kept, layer, start, tokens)
         used[layer] = [*used[layer][-6:], (start, tokens)]
         assert len(kept) == sum(map(len, used))
         asked, expected = used[layer].pop(draw.randrange(len(used[layer])))
         used[layer].append((asked, expected))
-        found = kept.get(layer, asked)
+        found = get(kept, layer, asked)
         assert found is not None
         assert torch.equal(found, expected)
     for layer in range(2):
-        known = {start for start, _ in used[layer]}
-        assert {start for start in range(400) if kept.get(layer, start) is not None} == known
+        assert set(kept.known(layer, range(400))) == {start for start, _ in used[layer]}
 
 
 def test_takes_what_it_may_and_never_more() -> None:
@@ -59,37 +84,37 @@ def test_takes_what_it_may_and_never_more() -> None:
     before = kept.nbytes
     assert before == 2 * 3 * 10 * TOKEN
     for start in range(9):
-        kept.put(0, start, step())
+        put(kept, 0, start, step())
     assert (kept.nbytes, len(kept)) == (before, 3)
 
 
 def test_where_there_is_no_room_nothing_is_kept() -> None:
     kept = recent(0)
-    kept.put(0, 0, step(1))
-    assert (kept.get(0, 0), kept.nbytes) == (None, 0)
+    put(kept, 0, 0, step(1))
+    assert (get(kept, 0, 0), kept.nbytes) == (None, 0)
     kept = recent(2)
-    kept.put(0, 0, step(11))
-    assert kept.get(0, 0) is None
+    put(kept, 0, 0, step(11))
+    assert get(kept, 0, 0) is None
 
 
 def test_steps_that_are_gone_leave_all_layers_and_their_places() -> None:
     kept = recent(3)
     for layer in range(2):
         for start in (0, 10, 20):
-            kept.put(layer, start, step())
+            put(kept, layer, start, step())
     kept.drop({10, 20, 30})
     assert len(kept) == 2
-    assert kept.get(0, 0) is not None
-    assert kept.get(1, 10) is None
+    assert kept.known(0, [0]) == [0]
+    assert kept.known(1, [10]) == []
     for start in (40, 50):
-        kept.put(0, start, step())
-    assert [kept.get(0, start) is not None for start in (0, 40, 50)] == [True] * 3
+        put(kept, 0, start, step())
+    assert kept.known(0, [0, 40, 50]) == [0, 40, 50]
 
 
 def test_clear_lets_go_of_all() -> None:
     kept = recent(1)
-    kept.put(0, 0, step())
+    put(kept, 0, 0, step())
     kept.clear()
-    assert (len(kept), kept.get(0, 0)) == (0, None)
-    kept.put(0, 0, step(4))
-    assert kept.get(0, 0) is not None
+    assert (len(kept), kept.known(0, [0])) == (0, [])
+    put(kept, 0, 0, step(4))
+    assert kept.known(0, [0]) == [0]

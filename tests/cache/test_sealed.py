@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from statekv.cache.geometry import Geometry
-from statekv.cache.sealed import GROUP, Sealed, only, read_steps, rows_of, seal
+from statekv.cache.rows import GROUP, rows_of
+from statekv.cache.sealed import Sealed, read_steps, seal
 from statekv.cache.tier import HostTier
 from statekv.ops.quantise import dequantise, quantise
 from tests.cache.tokens import CPU, geometry
@@ -42,7 +43,7 @@ def expected(step: torch.Tensor, bits: int | None) -> torch.Tensor:
 def test_any_steps_read_back_as_they_were_sealed(bits: int | None, dtype: torch.dtype, kept: list[int]) -> None:
     g = geometry(streams=2, dtype=dtype)
     tokens = tokens_of(g, sum(LENGTHS))
-    block = Sealed(HostTier().put(seal(tokens, LENGTHS, bits)), rows_of(LENGTHS), on_device=True)
+    block = Sealed(HostTier().put(seal(tokens, LENGTHS, bits), rows_of(LENGTHS)), rows_of(LENGTHS), on_device=True)
     for layer in range(g.layers):
         steps = by_token(tokens[layer], LENGTHS)
         found = read_steps([(block, number) for number in kept], layer, bits, CPU, dtype)
@@ -56,28 +57,13 @@ def test_steps_of_several_blocks_read_back_in_the_order_asked_for(bits: int | No
     lengths = [[33, 5], [40], [2, 31, 64]]
     tokens = [tokens_of(g, sum(each), seed) for seed, each in enumerate(lengths)]
     blocks = [
-        Sealed(HostTier().put(seal(held, each, bits)), rows_of(each), True)
+        Sealed(HostTier().put(seal(held, each, bits), rows_of(each)), rows_of(each), True)
         for held, each in zip(tokens, lengths, strict=True)
     ]
     spots = [(2, 1), (0, 0), (1, 0), (2, 2), (0, 1)]
     found = read_steps([(blocks[block], row) for block, row in spots], 1, bits, CPU, g.dtype)
     steps = [by_token(held[1], each) for held, each in zip(tokens, lengths, strict=True)]
     assert torch.equal(found, torch.cat([expected(steps[block][row], bits) for block, row in spots]))
-
-
-@BITS
-@SUBSETS
-def test_those_that_stay_keep_their_bits(bits: int | None, kept: list[int]) -> None:
-    """As if they had been sealed alone, in memory of their own."""
-    g = geometry(dtype=torch.bfloat16)
-    tokens = tokens_of(g, sum(LENGTHS))
-    thinned = only(seal(tokens, LENGTHS, bits), rows_of(LENGTHS), kept)
-    apart = [torch.cat([layer.split(LENGTHS, dim=-2)[number] for number in kept], dim=-2) for layer in tokens]
-    alone = seal(apart, [LENGTHS[number] for number in kept], bits)
-    for mine, its in zip(thinned, alone, strict=True):
-        assert mine.keys() == its.keys()
-        assert all(torch.equal(mine[name], its[name]) for name in mine)
-        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in mine.values())
 
 
 @BITS
@@ -91,9 +77,3 @@ def test_a_block_is_a_copy_and_nothing_else_stays_alive_with_it(bits: int | None
     for mine, its in zip(content, before, strict=True):
         assert all(torch.equal(mine[name], its[name]) for name in its)
     assert HostTier().size(content) == sum(t.untyped_storage().nbytes() for layer in content for t in layer.values())
-
-
-def test_rows_and_groups_lie_one_behind_another() -> None:
-    rows = rows_of(LENGTHS)
-    assert [(each.first, each.last) for each in rows] == [(0, 7), (7, 71), (71, 72), (72, 105), (105, 137), (137, 187)]
-    assert [(each.first_group, each.last_group) for each in rows] == [(0, 1), (1, 3), (3, 4), (4, 6), (6, 7), (7, 9)]

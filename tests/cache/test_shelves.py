@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.cache import disk
-from statekv.cache.block_file import BlockFile, block_bytes, write_block
 from statekv.cache.passage import Passage
 from statekv.cache.plan import step_bytes
-from statekv.cache.sealed import GROUP, read_steps, seal
+from statekv.cache.rows import GROUP, Content
+from statekv.cache.sealed import read_steps, seal
 from statekv.cache.shelves import Shelves
-from statekv.cache.tier import Content
 from statekv.config import Config
-from statekv.errors import StorageError, StorageWarning
+from statekv.errors import StorageWarning
 from statekv.ops.quantise import dequantise, quantise
+from tests.cache.test_folder import files_of_at_most
 from tests.cache.tokens import CPU, geometry, keys, values
 
 G = geometry(layers=2)
@@ -135,32 +133,19 @@ class Model:
     ],
     ids=str,
 )
-def test_becomes_of_blocks_what_plain_lists_say(bits: int | None, caps: list[int]) -> None:
-    host = {"host_memory": caps[-1]} if bits is None or len(caps) > 1 else {}
-    stream, model = Stream(shelves(caps[0], bits=bits, **host), bits, seed=sum(caps)), Model(caps, bits)
+@pytest.mark.parametrize("below", ["host_memory", "disk"])
+def test_becomes_of_blocks_what_plain_lists_say(bits: int | None, caps: list[int], below: str, tmp_path: Path) -> None:
+    last: dict[str, Any] = {below: caps[-1]} if bits is None or len(caps) > 1 else {}
+    if "disk" in last:
+        last["disk_folder"] = str(tmp_path)
+    stream, model = Stream(shelves(caps[0], bits=bits, **last), bits, seed=sum(caps)), Model(caps, bits)
     for _ in range(100):
         block = stream.put()
         model.put([(step.worth, step.start, step.length) for step in block])
         stream.check()
         expected = [[[start for _, start, _ in block] for block in tier] for tier in model.tiers]
         assert [sorted(tier) for tier in stream.layout()] == [sorted(tier) for tier in expected]
-    assert stream.gone
-    stream.check_reads()
-
-
-def test_forgets_the_lowest_on_disk_and_not_many_more_than_it_must(tmp_path: Path) -> None:
-    """A file takes more than its steps, so that what goes may free more than was needed."""
-    cap = 40_000
-    stream = Stream(shelves(disk=cap, disk_folder=str(tmp_path)))
-    for _ in range(60):
-        before = set(stream.gone)
-        stream.put()
-        stream.check()
-        gone = set(stream.gone) - before
-        there = sorted((stream.steps[start] for start in stream.steps if start not in before), key=lambda it: it.rank)
-        assert {step.start for step in there[: len(gone)]} == gone
-        assert not gone or stream.on.nbytes["disk"] > 0.75 * cap
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*.block")) == stream.on.nbytes["disk"] <= cap
+        assert sum(path.stat().st_size for path in tmp_path.rglob("blocks")) <= caps[-1]
     assert stream.gone
     stream.check_reads()
 
@@ -184,7 +169,7 @@ def test_older_blocks_lie_further_down_whatever_is_dropped(seed: int, tmp_path: 
         assert min(device, default=FOREVER) > max(host, default=-1)
         assert min(host, default=min(device, default=FOREVER)) > max(below, default=-1)
     assert all(stream.layout())
-    assert len(list(tmp_path.rglob("*.block"))) == len(stream.layout()[2])
+    assert [path.stat().st_size <= 40_000 for path in tmp_path.rglob("blocks")] == [True]
     stream.check_reads()
 
 
@@ -204,14 +189,6 @@ def test_where_there_is_no_tier_there_is_no_shelf() -> None:
     assert not shelves().open
     assert shelves().nbytes == {}
     assert shelves(bits=8).open
-
-
-def test_a_lost_block_frees_its_bytes() -> None:
-    stream = Stream(shelves(host_memory=FOREVER))
-    first, second = stream.put([4, 5]), stream.put([6])
-    stream.gone += [step.start for step in stream.on.lose(first[0].sealed)]
-    stream.check()
-    assert stream.layout() == [[[second[0].start]]]
 
 
 # Forks
@@ -244,25 +221,9 @@ def test_a_fork_shares_blocks_and_nothing_else(tmp_path: Path) -> None:
 # Faults
 
 
-@contextmanager
-def disk_of(monkeypatch: pytest.MonkeyPatch, size: int) -> Iterator[None]:
-    """A file system that holds so many bytes."""
-
-    def write(folder: Path, name: str, facts: dict[str, Any], content: Sequence[Content]) -> BlockFile:
-        if sum(path.stat().st_size for path in folder.iterdir()) + block_bytes(facts, content) > size:
-            raise StorageError(f"{folder / name} cannot be written: No space left on device", "make room")
-        return write_block(folder, name, facts, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_block", write)
-        yield
-
-
-def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(tmp_path: Path) -> None:
     stream = Stream(shelves(disk=10**6, disk_folder=str(tmp_path)))
-    with disk_of(monkeypatch, 40_000), warnings.catch_warnings(record=True) as told:
+    with files_of_at_most(40_000), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(60):
             stream.put()
@@ -270,7 +231,7 @@ def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(
         assert stream.put([9], [2.0])[0].block is not None
     assert [warning.category for warning in told] == [StorageWarning]
     text = str(told[0].message)
-    assert "No space left on device; from now on disk holds" in text
+    assert "File too large; from now on disk holds" in text
     assert "\n" not in text
     assert 20_000 < stream.on._shelves[0].cap < 40_000
     assert stream.gone
@@ -278,9 +239,9 @@ def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(
     stream.check_reads()
 
 
-def test_a_disk_that_takes_nothing_leaves_blocks_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_nothing_leaves_blocks_nowhere(tmp_path: Path) -> None:
     stream = Stream(shelves(host_memory=2_000, disk=10**6, disk_folder=str(tmp_path)))
-    with disk_of(monkeypatch, 0), warnings.catch_warnings(record=True) as told:
+    with files_of_at_most(0), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(20):
             stream.put([5, 5])
@@ -290,30 +251,13 @@ def test_a_disk_that_takes_nothing_leaves_blocks_nowhere(tmp_path: Path, monkeyp
     assert sorted(stream.gone) == list(range(0, 190, 5))
 
 
-def test_a_damaged_block_is_named_and_forgotten_when_it_is_thinned(tmp_path: Path) -> None:
+def test_a_damaged_step_leaves_without_the_others(tmp_path: Path) -> None:
+    """Nothing is read for it."""
     stream = Stream(shelves(disk=10**6, disk_folder=str(tmp_path)))
-    blocks = [stream.put([3, 4, 5], [0.1, 0.2, 0.3]) for _ in range(3)]
-    path = sorted(tmp_path.rglob("*.block"))[1]
-    path.write_bytes(path.read_bytes()[:-300] + bytes(300))
-    with pytest.warns(StorageWarning, match=rf"{path.name} does not hold what was written; 3 steps are forgotten"):
-        stream.drop([block[0] for block in blocks])
+    steps = stream.put([3, 4, 5])
+    (path,) = tmp_path.rglob("blocks")
+    path.write_bytes(bytes(100) + path.read_bytes()[100:])
+    stream.drop(steps[:1])
     stream.check()
-    assert sorted(stream.gone) == sorted(step.start for step in [blocks[0][0], *blocks[1], blocks[2][0]])
-    assert not path.exists()
+    assert stream.gone == [steps[0].start]
     stream.check_reads()
-    stream.put()
-    stream.check()
-
-
-def test_a_damaged_block_is_named_and_forgotten_when_it_would_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Stream(shelves(2_000, bits=8, host_memory=FOREVER), 8)
-    first = stream.put([30])
-
-    def refuse() -> None:
-        raise StorageError("block is not as it was written")
-
-    monkeypatch.setattr(first[0].sealed.held, "content", refuse)
-    with pytest.warns(StorageWarning, match="not as it was written; 1 steps are forgotten"):
-        second = stream.put([30])
-    stream.check()
-    assert (stream.gone, stream.layout()) == ([first[0].start], [[[second[0].start]], []])

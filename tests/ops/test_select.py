@@ -47,6 +47,18 @@ def test_ties_do_not_change_the_number_kept(value: float) -> None:
     assert (kept.sum(-1) == 4).all()
 
 
+@pytest.mark.parametrize("number", [0, 1, 3, 8, 20, 21])
+def test_earliest_best_is_what_sorting_finds(number: int) -> None:
+    """Few values, so that many are equal."""
+    for seed in range(20):
+        found = torch.randint(4, (20,), generator=torch.Generator().manual_seed(seed)).float()
+        found[seed % 7] = -torch.inf
+        expected = torch.zeros(20, dtype=torch.bool)
+        expected[found.argsort(descending=True, stable=True)[:number]] = True
+        assert torch.equal(select.earliest_best(found, number), expected)
+    assert select.earliest_best(torch.empty(0), number).shape == (0,)
+
+
 @pytest.mark.parametrize(("keys", "budget"), SIZES)
 def test_moves_hold_what_a_gather_would(keys: int, budget: int) -> None:
     for seed in range(50):
