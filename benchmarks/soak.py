@@ -9,6 +9,10 @@ The loaded model is one that has seen a few frames without a cap and has answere
 sets up once counts as the model's. What that stream has left behind as free memory does not: it is given back to the
 system, and a much shorter stream takes what a step and an answer need to work in.
 
+A machine whose speed changes from minute to minute would say more about itself than about the stream. So in turns with
+its steps and answers, those of a still stream are timed: forks of a short one, which never grows. Ratios are given as
+they are, and divided by that of the still stream.
+
 glibc moves the size from which on it asks the system for memory of its own, and gives it back, as it goes; holes that
 stay behind take some MiB. MALLOC_MMAP_THRESHOLD_=131072 in the environment holds it where it was.
 """
@@ -45,6 +49,9 @@ from statekv.video.frame import Frame
 _FIRST_SEED = FIRST_TEST_SEED + 400_000
 _FILM_SECONDS = 240
 _QUESTIONS = 5  # of different kinds; one alone would find what it needs where it left it
+_STILL = 64  # steps: as many as an answer sees
+_STILL_STEPS = (1, 5)  # of a fork: the first ones copy what is shared; the others are timed
+_STILL_EVERY = 50  # steps
 _WARM = (64, 8)  # frames; the first are more than the carried cache holds
 _MIB = 1 << 20
 _MALLOC = "MALLOC_MMAP_THRESHOLD_"
@@ -61,6 +68,8 @@ class Moment:
     forgotten: int
     tiers: dict[str, int]  # bytes, as the stream counts them
     answers: list[float]  # seconds
+    still_steps: list[float]  # seconds, since the last moment
+    still_answers: list[float]
 
 
 def filmed(story: Story) -> torch.Tensor:
@@ -89,9 +98,46 @@ def ask_each(session: Session, asked: list[str]) -> list[float]:
     return took
 
 
-def look(session: Session, asked: list[str], loaded: int) -> Moment:
+class Still:
+    """A short stream without a cap, whose forks are always of one length.
+
+    Args:
+        session: the stream.
+        frames: what it sees.
+    """
+
+    def __init__(self, session: Session, frames: Iterator[Frame]) -> None:
+        self.session = session
+        per_step = session.stepper.model.frames_per_step
+        session.push(islice(frames, _STILL * per_step))
+        self._next = [list(islice(frames, per_step)) for _ in range(sum(_STILL_STEPS))]
+        self.steps: list[float] = []
+
+    def step(self) -> None:
+        """Take down what a few steps take."""
+        with self.session.fork() as fork:
+            took = [seconds_of(fork, entering) for entering in self._next]
+        self.steps += took[_STILL_STEPS[0] :]
+
+    def taken(self) -> list[float]:
+        """Seconds of all steps since the last time."""
+        found, self.steps = self.steps, []
+        return found
+
+
+def seconds_of(session: Session, entering: list[Frame]) -> float:
+    """What a step takes."""
+    began = time.perf_counter()
+    session.push(entering)
+    return time.perf_counter() - began
+
+
+def look(session: Session, still: Still, asked: list[str], loaded: int) -> Moment:
     """Ask, and take down what there is."""
-    answers = ask_each(session, asked)
+    answers, still_answers = [], []
+    for question in asked:
+        answers += ask_each(session, [question])
+        still_answers += ask_each(still.session, [question])
     return Moment(
         session.steps,
         resident_bytes() - loaded,
@@ -100,11 +146,14 @@ def look(session: Session, asked: list[str], loaded: int) -> Moment:
         session.state.forgotten,
         session.state.nbytes,
         answers,
+        still.taken(),
+        still_answers,
     )
 
 
 def soak(
     session: Session,
+    still: Still,
     frames: Iterator[Frame],
     asked: list[str],
     every: int,
@@ -116,11 +165,11 @@ def soak(
     moments: list[Moment] = []
     for step in range(len(took)):
         entering = [next(frames) for _ in range(session.stepper.model.frames_per_step)]
-        began = time.perf_counter()
-        session.push(entering)
-        took[step] = time.perf_counter() - began
+        took[step] = seconds_of(session, entering)
+        if (step + 1) % _STILL_EVERY == 0:
+            still.step()
         if (step + 1) % every == 0:
-            moments.append(look(session, asked, loaded))
+            moments.append(look(session, still, asked, loaded))
             tell(moments[-1], took[step + 1 - every : step + 1])
             if time.perf_counter() > until:
                 break
@@ -131,11 +180,18 @@ def tell(moment: Moment, took: array[float]) -> None:
     """One line on what a moment has shown, and the steps before it."""
     tiers = ", ".join(f"{name} {held / _MIB:.1f}" for name, held in moment.tiers.items())
     print(
-        f"{moment.step} steps: {1e3 * statistics.median(took):.2f} ms a step, "
-        f"{1e3 * statistics.median(moment.answers):.1f} ms an answer, {moment.resident / _MIB:.1f} MiB ({tiers}), "
+        f"{moment.step} steps: {1e3 * statistics.median(took):.2f} ms a step "
+        f"(still {1e3 * statistics.median(moment.still_steps):.2f}), "
+        f"{1e3 * statistics.median(moment.answers):.1f} ms an answer "
+        f"(still {1e3 * statistics.median(moment.still_answers):.1f}), {moment.resident / _MIB:.1f} MiB ({tiers}), "
         f"{moment.files} files, {moment.threads} threads, {moment.forgotten} forgotten",
         flush=True,
     )
+
+
+def milliseconds(moments: list[Moment], name: str) -> list[float]:
+    """All that was timed at some moments."""
+    return [1e3 * seconds for moment in moments for seconds in getattr(moment, name)]
 
 
 def rows_of(config: Config, moments: list[Moment], took: array[float], every: int) -> Iterator[Row]:
@@ -147,14 +203,22 @@ def rows_of(config: Config, moments: list[Moment], took: array[float], every: in
     if _MALLOC in os.environ:
         setting[_MALLOC] = os.environ[_MALLOC]
     early, late = (
-        [1e3 * seconds for moment in moments if first < moment.step <= last for seconds in moment.answers]
+        [moment for moment in moments if first < moment.step <= last]
         for first, last in ((hundredth, 2 * hundredth), (steps - hundredth, steps))
     )
     early_steps, late_steps = (1e3 * np.array(part) for part in (took[hundredth : 2 * hundredth], took[-hundredth:]))
-    against = f"of the last {hundredth} steps; ratio is to the second {hundredth}"
-    means = f"{against}; means {late_steps.mean():.2f} and {early_steps.mean():.2f}"
-    yield Row("soak", "a step", setting, "ms", tuple(late_steps), None, float(np.median(early_steps)), means)
-    yield Row("soak", "an answer", setting, "ms", tuple(late), None, statistics.median(early), against)
+    early_answers, late_answers = (np.array(milliseconds(part, "answers")) for part in (early, late))
+    for subject, before, after, still in (
+        ("a step", early_steps, late_steps, "still_steps"),
+        ("an answer", early_answers, late_answers, "still_answers"),
+    ):
+        drift = statistics.median(milliseconds(late, still)) / statistics.median(milliseconds(early, still))
+        ratio = float(np.median(after) / np.median(before))
+        told = (
+            f"of the last {hundredth} steps; ratio is to the second {hundredth}; the still stream's is {drift:.3f}, so "
+            f"beside it {ratio / drift:.3f}; means {after.mean():.2f} and {before.mean():.2f}"
+        )
+        yield Row("soak", subject, setting, "ms", tuple(after), None, float(np.median(before)), told)
     cap = sum(held for held in (config.memory, config.host_memory) if isinstance(held, int)) / _MIB
     resident = tuple(moment.resident / _MIB for moment in moments)
     told = f"{max(resident):.1f} at most; floor is the cap; {moments[-1].forgotten} steps forgotten"
@@ -181,6 +245,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.steps // 100 < given.every:
         parser.error(f"--every {given.every} leaves no question in one of 100 parts of {given.steps} steps")
+    if given.every < _STILL_EVERY:
+        parser.error(f"--every {given.every} is too often: the still stream steps every {_STILL_EVERY}")
     check_columns(given.csv)
     story = next(
         story
@@ -199,11 +265,17 @@ def main() -> None:
         gc.collect()
     frames, took = endless(film), array("d", bytes(8 * given.steps))
     caps = {name: getattr(given, name) for name in ("memory", "host_memory", "disk", "disk_folder", "bits")}
-    loaded = resident_bytes()
-    with engine.open(on_horizon="compact", **caps) as session:
+    with engine.open() as short:
+        still = Still(short, endless(film))
+        still.step()
+        ask_each(short, asked)
+        still.taken()
+        loaded = resident_bytes()
         until = time.perf_counter() + 60 * given.minutes
-        moments = soak(session, frames, asked, given.every, took, loaded, until)
-        rows = list(rows_of(session.state.config, moments, took[: moments[-1].step], given.every))
+        with engine.open(on_horizon="compact", **caps) as session:
+            moments = soak(session, still, frames, asked, given.every, took, loaded, until)
+            config = session.state.config
+    rows = list(rows_of(config, moments, took[: moments[-1].step], given.every))
     command = shlex.join(["python", "benchmarks/soak.py", *sys.argv[1:]])
     append(given.csv, rows, Circumstances.here(command, torch.device("cpu")))
     for row in rows:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from statekv.cache import disk_room as subject
 from statekv.cache.disk_room import BLOCKS, DiskRoom
 from statekv.errors import StorageError

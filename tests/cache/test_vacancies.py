@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_no_byte_is_given_twice_and_the_file_grows_only_when_it_is_full(sizes: t
             assert sum(stop - start for start, stop in held[-1]) == size
             assert all(start < stop for start, stop in held[-1])
         taken = sorted(span for spans in held for span in spans)
-        assert all(before[1] <= after[0] for before, after in zip(taken, taken[1:], strict=False))
+        assert all(before[1] <= after[0] for before, after in pairwise(taken))
         now = sum(stop - start for start, stop in taken)
         most = max(most, now)
         assert max((stop for _, stop in taken), default=0) <= vacancies.end <= most
