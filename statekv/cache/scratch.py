@@ -137,7 +137,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(stop - start for start, stop in self._spans)
+        return sum(self._bounds[1::2]) - sum(self._bounds[::2])
 
     def read(self, part: int) -> bytearray:
         """One of the parts.
@@ -145,16 +145,17 @@ class Piece:
         Raises:
             StorageError: it is not as it was written.
         """
-        size, spans = self.nbytes // self.parts, self._spans
-        return self._scratch.read(_within(spans, part * size, (part + 1) * size), self._checks[part])
+        size = self.nbytes // self.parts
+        return self._scratch.read(self._within(part * size, (part + 1) * size), self._checks[part])
 
-
-def _within(spans: Sequence[Span], first: int, last: int) -> list[Span]:
-    """Where bytes `first` to `last` of what lies in spans are."""
-    found, before = [], 0
-    for start, stop in spans:
-        begin, end = max(start, start + first - before), min(stop, start + last - before)
-        if begin < end:
-            found.append((begin, end))
-        before += stop - start
-    return found
+    def _within(self, first: int, last: int) -> list[Span]:
+        """Where bytes `first` to `last` of it are."""
+        if len(self._bounds) == 2:
+            return [(self._bounds[0] + first, self._bounds[0] + last)]
+        found, before = [], 0
+        for start, stop in self._spans:
+            begin, end = max(start, start + first - before), min(stop, start + last - before)
+            if begin < end:
+                found.append((begin, end))
+            before += stop - start
+        return found
