@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statekv.cache.folder import FACTS
-from statekv.errors import ConfigError, SaveError
+from statekv.errors import ConfigError, SaveError, StorageWarning
 from statekv.session import Session
 from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
@@ -119,6 +119,28 @@ def test_a_damaged_block_of_a_save_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(SaveError, match=rf"{file.name} is not as it was written"):
         shared_engine("internvl").restore(tmp_path / "saved")
+
+
+@TWO_FAMILIES
+def test_damaged_steps_are_left_out_of_a_save_and_named(family: str, tmp_path: Path) -> None:
+    going = opened(family, **tight(family, disk="1GiB"), disk_folder=str(tmp_path))
+    going.push(pictures())
+    on_disk = [passage for passage in tiered(going).passages.values() if passage.block is not None]
+    (file,) = tmp_path.rglob("blocks")
+    with file.open("r+b") as damaged:
+        for place in (0, file.stat().st_size - 9):  # of two blocks
+            damaged.seek(place)
+            damaged.write(b"?!")
+    with pytest.warns(StorageWarning, match=rf"{file} does not hold .*; damaged steps forgotten: 1") as told:
+        going.save(tmp_path / "saved")
+    assert len(told) == going.state.forgotten == 2
+    assert len(tiered(going).passages) == len({each.start for each in tiered(going).passages.values()})
+    assert [each.start in tiered(going).passages for each in on_disk] == [False, *[True] * (len(on_disk) - 2), False]
+    restored = shared_engine(family).restore(tmp_path / "saved")
+    assert_same_tiers(restored, going)
+    for session in (restored, going):
+        session.push(pictures()[:2])
+    assert_same_tiers(restored, going)
 
 
 def run(settings: dict[str, Any], place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -22,7 +23,7 @@ from statekv.cache.stream import StreamState
 from statekv.cache.tiered import TieredCache
 from statekv.cache.tiers_archive import block_pieces, note_blocks, restore_blocks, tier_facts
 from statekv.config import Config
-from statekv.errors import ModelError, SaveError
+from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 
 _STEPS = "steps"
 _PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
@@ -39,7 +40,8 @@ def save_stream(
     Of the detailed cache only the parts are written that the former save does not have as they are now.
 
     Args:
-        state: the stream; it is left as it is.
+        state: the stream; it is left as it is, but for steps on disk that turn out to be damaged: they are forgotten,
+            with a warning, so that the rest can be saved.
         folder: made where there is none.
         beside: facts that are saved with it, under names of their own.
         pieces: tensors that are saved with it.
@@ -47,7 +49,14 @@ def save_stream(
     Raises:
         SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
     """
-    digests = write_folder(folder, {"stream": _facts(state), **(beside or {})}, chain(_pieces(state), pieces))
+    pieces = list(pieces)
+    while True:
+        try:
+            digests = write_folder(folder, {"stream": _facts(state), **(beside or {})}, chain(_pieces(state), pieces))
+            break
+        except StorageError as error:
+            warnings.warn(StorageWarning(error.message), stacklevel=2)
+            state.settle()
     spots = ((part.first, part.stop) for part in state.detailed.parts())
     state.detailed.written.note({spot: digests[_part_name(spot[0])] for spot in spots})
     if isinstance(state.detailed, TieredCache):

@@ -231,8 +231,11 @@ class StreamState:
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
         while self.spans and self.spans[-1].start >= mark.tokens:
             self.spans.pop()
+        self.settle()
+
+    def settle(self) -> None:
+        """Let go of steps whose blocks have turned out to be damaged."""
         if isinstance(self.detailed, TieredCache):
-            self.detailed.bringing.turned = None
             self._forget(self.detailed.settle())
 
     def fork(self) -> StreamState:

@@ -59,7 +59,7 @@ class TieredCache(DetailedCache):
         self.forgotten = 0  # steps
         self.longest = 0  # tokens that a step may have before another plan is made
         self.saved_blocks: WeakKeyDictionary[Sealed, str] = WeakKeyDictionary()  # SHA-256 of files that hold them
-        self._lost: list[Passage] = []  # that a question found damaged
+        self._lost: list[Passage] = []  # found damaged
         self._gone: list[int] = []  # starts of forgotten steps of which nobody has been told
         self._here: list[Passage] = []  # those in the buffers, in order
         self._steps = 0
@@ -92,10 +92,17 @@ class TieredCache(DetailedCache):
         return self.settle()
 
     def settle(self) -> list[int]:
-        """Starts of the steps that were forgotten since the last time, those whose blocks are damaged among them."""
+        """Starts of the steps that were forgotten since the last time, damaged ones among them."""
+        self.bringing.turned = None
         self._let_go(self._lost)
         gone, self._gone, self._lost = sorted(self._gone), [], []
         return gone
+
+    def lose_damaged(self, steps: Iterable[Passage]) -> int:
+        """Forget, with the next `settle`, those of some steps in blocks that cannot be read; returns how many."""
+        self._lost += (damaged := [step for step in steps if not self.bringing.can_read(step)])
+        self._lost += self.shelves.drop(damaged)
+        return len(damaged)
 
     def note(self, kind: str, tokens: int) -> None:
         """Take note of which segment the newest tokens are."""
@@ -140,7 +147,7 @@ class TieredCache(DetailedCache):
         found = []
         for here, run in groupby(wanted, key=lambda each: each[0].block is None):
             if here:
-                places = [(passage.place, passage.place + tokens) for passage, tokens in run]
+                places = ((passage.place, passage.place + tokens) for passage, tokens in run)
                 found.append(super().gather(layer, *zip(*places, strict=True)))
             else:
                 steps = [passage for passage, _ in run]
@@ -170,8 +177,7 @@ class TieredCache(DetailedCache):
         size = tokens_of_part(g.bytes_per_token * g.streams)
         for group in (numbers // size).unique().tolist():
             first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
-            spots = int(numbers[first]), int(numbers[stop - 1]) + 1
-            yield Part(*spots, partial(self._part, first, stop))
+            yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
 
     def resume(self, plan: MemoryPlan | None, longest: int, forgotten: int, passages: Sequence[Passage]) -> None:
         """Stand where another cache of this configuration stood; blocks, buffers and `settled` come next."""
@@ -224,19 +230,18 @@ class TieredCache(DetailedCache):
         wanted = max(tokens, int(_RELIEVED * self.plan.plain), self.plan.block_tokens)
         steps = [passage for passage in self._here if passage.kind == "step"][:-1]
         if self.shelves.open:
-            self._seal(first_of(steps, wanted))
+            self._seal(first_of(steps, wanted), self.plan.block_tokens)
             return
         going = first_of(sorted(steps, key=lambda step: step.rank), wanted)
         self.written.forget(min((step.start for step in going), default=self.length))
         self._close_up(going)
         self._let_go(going)
 
-    def _seal(self, going: list[Passage]) -> None:
+    def _seal(self, going: list[Passage], block_tokens: int) -> None:
         """Bring steps to the shelves."""
-        assert self.plan is not None
         gone, sealed = list[Passage](), list[Passage]()
         try:
-            for group in groups_of(going, self.plan.block_tokens):
+            for group in groups_of(going, block_tokens):
                 first, stop = group[0].place, group[-1].place + group[-1].length
                 tokens = [held[..., first:stop, :] for held in self.buffers]
                 gone += self.shelves.put(seal(tokens, [step.length for step in group], self.config.bits), group)
@@ -288,10 +293,7 @@ class TieredCache(DetailedCache):
         try:
             yield
         except StorageError as error:
-            damaged = [step for step in steps if not self.bringing.can_read(step)]
-            self._lost += [*damaged, *self.shelves.drop(damaged)]
-            hint = f"damaged steps forgotten: {len(damaged)}; ask again, of what is left"
-            raise StorageError(error.message, hint) from None
+            raise StorageError(error.message, f"damaged steps forgotten: {self.lose_damaged(steps)}, ask again") from None
 
     def _numbers(self) -> torch.Tensor:
         noted = [torch.arange(passage.start, passage.start + passage.length) for passage in self._here]

@@ -15,6 +15,7 @@ from statekv.cache.plan import MemoryPlan
 from statekv.cache.rows import Content
 from statekv.cache.sealed import Sealed
 from statekv.cache.tiered import TieredCache
+from statekv.errors import StorageError
 
 _PASSAGES = "passages"
 
@@ -22,7 +23,7 @@ _PASSAGES = "passages"
 def block_pieces(cache: TieredCache) -> Iterator[Piece]:
     """A piece for each block, and one that says where all segments lie."""
     for _, block, steps in cache.shelves.blocks():
-        yield Piece(_name(steps), partial(_tensors, block), cache.saved_blocks.get(block))
+        yield Piece(_name(steps), partial(_tensors, cache, block, steps), cache.saved_blocks.get(block))
     yield Piece(_PASSAGES, partial(_passages, cache))
 
 
@@ -60,10 +61,14 @@ def _name(steps: Sequence[Passage]) -> str:
     return f"block-{steps[0].start:09d}"
 
 
-def _tensors(block: Sealed) -> dict[str, torch.Tensor]:
+def _tensors(cache: TieredCache, block: Sealed, steps: Sequence[Passage]) -> dict[str, torch.Tensor]:
+    try:
+        content = block.held.content()
+    except StorageError as error:
+        raise StorageError(f"{error.message}; damaged steps forgotten: {cache.lose_damaged(steps)}") from None
     return {
         f"{name}.{layer:02d}": tensor.cpu().contiguous()
-        for layer, tensors in enumerate(block.held.content())
+        for layer, tensors in enumerate(content)
         for name, tensor in tensors.items()
     }
 
