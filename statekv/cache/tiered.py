@@ -195,14 +195,14 @@ class TieredCache(DetailedCache):
     def fork(self) -> TieredCache:
         """As `DetailedCache.fork`; blocks are never written to, so both read the same."""
         found = TieredCache(self.geometry, self.config)
-        found.plan, found.longest, found._steps = self.plan, self.longest, self._steps
-        found.lengths, found.buffers, found.away = list(self.lengths), list(self.buffers), self.away
+        found.plan, found.longest, found._steps, found.away = self.plan, self.longest, self._steps, self.away
+        found.lengths, found.buffers = list(self.lengths), list(self.buffers)
+        found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
         found.passages = {start: replace(passage) for start, passage in self.passages.items()}
         found._here = [found.passages[passage.start] for passage in self._here]
         found.shelves = self.shelves.fork(found.passages)
         if self.plan is not None:
             found.bringing.recent = Recent(self.geometry, self.plan.recent, self.longest)
-        found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
         self._share(found)
         return found
 
