@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -74,9 +75,10 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
         device, dtype: of weights and caches.
 
     Returns:
-        A row of the large product whose best rate all floors are made of, a row of a step's products with weights
-        alone, for comparison, then a row per step number and method, in ms; where the caches do not fit in memory it
-        has no samples and a remark.
+        A row of the large product whose best rate all floors are made of; a row of a step's products with weights
+        alone, for comparison; then a row per step number and method, in ms. Remarks hold medians against the product's
+        median rate too, for noise falls on steps and products alike. Where the caches do not fit in memory a row has no
+        samples and says so.
 
     Raises:
         MemoryLimitError: the weights or the nearest step's caches do not fit.
@@ -96,6 +98,7 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
     calls[LARGE] = large_product(device, dtype, plan.tokens)  # in turns too, so that it meets the same machine
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
     rate = best_rate(seconds[LARGE], plan.tokens)
+    usual = min(seconds[LARGE]) / statistics.median(seconds[LARGE])
     floors = {LARGE: min(seconds[LARGE]), PRODUCTS: 2 * plan.size.parameters * plan.tokens / rate}
     rows = [_products_row(plan, name, seconds[name], dtype, floor) for name, floor in floors.items()]
     for step in plan.steps:
@@ -104,7 +107,10 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
             samples = tuple(1000 * second for second in seconds.get(_name(method, step), []))
             setting = _setting(plan, dtype) | _moment(method, step)
             floor = 1000 * segment_flops(plan.size, plan.tokens, plan.seen(method, step)) / rate
-            rows.append(Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step]))
+            row = Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step])
+            if row.distance is not None:
+                row = replace(row, remark=f"{row.distance * usual:.3g} × the floor by medians")
+            rows.append(row)
             if samples and method.method == FULL:
                 reference = rows[-1].median
     return rows

@@ -222,9 +222,8 @@ class TieredCache(DetailedCache):
 
     def _relieve(self, tokens: int, worths: Worths) -> None:
         """Have so many tokens leave the buffers, or some more."""
-        if tokens <= 0:
+        if tokens <= 0 or self.plan is None:
             return
-        assert self.plan is not None
         for start, worth in worths(list(self.passages)).items():
             self.passages[start].worth = max(self.passages[start].worth, worth)
         wanted = max(tokens, int(_RELIEVED * self.plan.plain), self.plan.block_tokens)
@@ -293,7 +292,8 @@ class TieredCache(DetailedCache):
         try:
             yield
         except StorageError as error:
-            raise StorageError(error.message, f"damaged steps forgotten: {self.lose_damaged(steps)}, ask again") from None
+            hint = f"damaged steps forgotten: {self.lose_damaged(steps)}; ask again"
+            raise StorageError(error.message, hint) from None
 
     def _numbers(self) -> torch.Tensor:
         noted = [torch.arange(passage.start, passage.start + passage.length) for passage in self._here]

@@ -65,6 +65,14 @@ def test_floors_count_the_keys_that_are_seen() -> None:
         assert floors[key] == pytest.approx(1000 * segment_flops(INTERNVL, 10, past) / rate_of(large))
 
 
+def test_remarks_hold_medians_against_the_usual_product() -> None:
+    large, _, *rows = measure(replace(PLAN, runs=3), device=CPU, dtype=torch.float32)
+    for row in rows:
+        assert row.floor is not None
+        usual = row.median / (row.floor * large.median / min(large.samples))
+        assert row.remark == f"{usual:.3g} × the floor by medians"
+
+
 def test_steps_that_do_not_fit_are_left_out_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 1 << 30)
     rows = measured(replace(PLAN, steps=(1, 4, 1 << 20)))
