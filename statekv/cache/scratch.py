@@ -60,18 +60,19 @@ class Scratch:
             raise StorageError(f"{self.path} belongs to the process that this one was forked from", hint)
         data = memoryview(b"".join(parts))
         with self._writing:
-            while self._given:
-                self._vacancies.give(self._given.popleft())
+            self._take_back()
             spans = self._vacancies.take(len(data))
+            piece = Piece(self, spans, array("I", map(zlib.crc32, parts)))  # whatever happens, it gives them back
             try:
                 for start, stop in spans:
                     self._fill(start, data[: stop - start])
                     data = data[stop - start :]
             except OSError as error:
-                self._vacancies.give(spans)
+                del piece
+                self._take_back()
                 os.ftruncate(self._file, self._vacancies.end)
                 raise self._unwritten(error) from None
-        return Piece(self, spans, array("I", map(zlib.crc32, parts)))
+        return piece
 
     def read(self, spans: Sequence[Span], check: int) -> bytearray:
         """What lies in spans, one behind another.
@@ -101,6 +102,10 @@ class Scratch:
     def give(self, spans: Sequence[Span]) -> None:
         """Take back what a piece had."""
         self._given.append(spans)
+
+    def _take_back(self) -> None:
+        while self._given:
+            self._vacancies.give(self._given.popleft())
 
     def _fill(self, start: int, data: memoryview) -> None:
         while data:

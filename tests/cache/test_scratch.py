@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -142,6 +143,23 @@ def test_on_a_full_disk_a_piece_takes_nothing(tmp_path: Path) -> None:
     assert parts(first) == [b"first"]
     assert parts(file.write([b"y" * 60])) == [b"y" * 60]  # there is room again
     assert file.path.stat().st_size == 65
+
+
+def test_an_interrupted_write_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = scratch(tmp_path)
+    first = file.write([b"first"])
+
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            file.write([b"x" * 40])
+    gc.collect()
+    second = file.write([b"other"])
+    assert file.path.stat().st_size == 10
+    assert [parts(first), parts(second)] == [[b"first"], [b"other"]]
 
 
 def test_a_process_that_was_forked_reads_and_writes_nothing(tmp_path: Path) -> None:
