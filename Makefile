@@ -9,8 +9,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/statekv demo
 
+# A process for each core, up to four, for each holds torch and the demo model; so threads within one would only wait.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
