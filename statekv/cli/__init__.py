@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from statekv.cli import analyze, ask, bench, bench_streams, demo, evals, evals_report, models, watch
 from statekv.cli.console import notes, show_warning
 from statekv.cli.heap import keep_freed_memory
+from statekv.cli.threads import wait_briefly
 from statekv.errors import StateKVError
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five retries would be ten lines before ours
     warnings.showwarning = show_warning
     keep_freed_memory()
+    wait_briefly()
     try:
         app()
     except StateKVError as error:
