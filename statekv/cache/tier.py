@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from statekv.cache.rows import Content, Rows, only
+from statekv.cache.rows import Content, Rows, only, rows_of
 from statekv.capacity import told
 from statekv.errors import StorageError
 
@@ -68,6 +68,7 @@ class Tier(Protocol):
         Raises:
             StorageError: it cannot be written.
         """
+        return self.put(only(block.content(), rows, kept), rows_of([rows[number].tokens for number in kept]))
 
 
 class InMemory:
@@ -140,7 +141,7 @@ def buffer_bytes(spots: Spots) -> dict[torch.device, int]:
     return found
 
 
-class DeviceTier:
+class DeviceTier(Tier):
     """Blocks stay on the devices of their layers."""
 
     name = "device"
@@ -164,12 +165,8 @@ class DeviceTier:
                 layer[name].copy_(tensor)
         return block
 
-    def thin(self, block: Held, rows: Sequence[Rows], kept: Sequence[int]) -> InMemory:
-        """Copy what stays."""
-        return self.put(only(block.content(), rows, kept), rows)
 
-
-class HostTier:
+class HostTier(Tier):
     """Blocks move to the host's memory: for CUDA devices to pinned memory, on a stream of its own.
 
     Args:
@@ -202,10 +199,6 @@ class HostTier:
                 self._copy(layer[name], tensor)
         block.done = [self._streams[device].record_event() for device in sources]
         return block
-
-    def thin(self, block: Held, rows: Sequence[Rows], kept: Sequence[int]) -> InMemory:
-        """Copy what stays."""
-        return self.put(only(block.content(), rows, kept), rows)
 
     def _copy(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
         if not tensor.is_cuda:
