@@ -143,6 +143,25 @@ def test_damaged_steps_are_left_out_of_a_save_and_named(family: str, tmp_path: P
     assert_same_tiers(restored, going)
 
 
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+def test_damaged_steps_that_have_moved_are_left_out_of_a_save(family: str, tmp_path: Path) -> None:
+    settings = {**tight(family, disk="1GiB"), "horizon": 700, "on_horizon": "compact"}
+    going = opened(family, **settings, disk_folder=str(tmp_path))
+    going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
+    on_disk = [passage for passage in tiered(going).passages.values() if passage.block is not None]
+    moved = next(number for number, passage in enumerate(on_disk) if passage.moved)
+    (file,) = tmp_path.rglob("blocks")
+    with file.open("r+b") as damaged:  # in its last layer; steps lie there as they came
+        end = sum(passage.length for passage in on_disk[: moved + 1]) * tiered(going).geometry.bytes_per_token
+        damaged.seek(end - 2)
+        damaged.write(b"?!")
+    with pytest.warns(StorageWarning, match="damaged steps forgotten: 1"):
+        going.save(tmp_path / "saved")
+    assert on_disk[moved].start not in tiered(going).passages
+    assert going.state.forgotten == 1
+    assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
+
+
 def run(settings: dict[str, Any], place: Path) -> None:
     """A capped stream that is saved now and then, its blocks in a folder beside the saves."""
     (place / "blocks").mkdir()
