@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 import statekv
-from statekv.demo.film import write_film
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
-from statekv.session import Session
+from statekv.engine.session import Session
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 
 _FIRST_SEED = FIRST_TEST_SEED + 300_000
 _ENOUGH = 40  # draws of each kind: nearly every question that a story allows

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 import statekv
-from statekv.demo.film import write_film
-from statekv.demo.world import FIRST_TEST_SEED, write_story
-from statekv.session import Session
+from statekv.engine.session import Session
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 
 
 def shared(one: Session, other: Session) -> float:

@@ -40,10 +40,10 @@ import torch
 import statekv
 from statekv.bench.rows import Circumstances, Row, append, check_columns
 from statekv.config import Config
-from statekv.demo.film import PICTURE
-from statekv.demo.render import render
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
-from statekv.session import Session
+from statekv.engine.session import Session
+from statekv.evals.cards.film import PICTURE
+from statekv.evals.cards.render import render
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 from statekv.video.frame import Frame
 
 _FIRST_SEED = FIRST_TEST_SEED + 400_000

@@ -24,13 +24,13 @@ import torch
 
 import statekv
 from statekv.bench.rows import Circumstances, Row, append, check_columns
-from statekv.cache.bringing import Bringing
-from statekv.cache.passage import Passage
-from statekv.cache.tiered import TieredCache
-from statekv.demo.film import PICTURE
-from statekv.demo.render import render
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
-from statekv.session import Session
+from statekv.cache.tiers.bringing import Bringing
+from statekv.cache.tiers.passage import Passage
+from statekv.cache.tiers.tiered import TieredCache
+from statekv.engine.session import Session
+from statekv.evals.cards.film import PICTURE
+from statekv.evals.cards.render import render
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 from statekv.video.frame import Frame
 
 _FIRST_SEED = FIRST_TEST_SEED + 400_000

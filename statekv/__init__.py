@@ -10,10 +10,10 @@ from statekv.errors import explained
 
 if TYPE_CHECKING:
     from statekv.config import Config
-    from statekv.dropin import generate
-    from statekv.engine import Engine, load
+    from statekv.engine.dropin import generate
+    from statekv.engine.engine import Engine, load
+    from statekv.engine.session import Session
     from statekv.errors import StateKVError
-    from statekv.session import Session
     from statekv.video.frame import Frame
 
 __version__ = version("statekv")
@@ -21,12 +21,12 @@ __version__ = version("statekv")
 # Looked up at first use: importing statekv imports neither torch nor transformers.
 _HOMES = {
     "Config": "statekv.config",
-    "Engine": "statekv.engine",
+    "Engine": "statekv.engine.engine",
     "Frame": "statekv.video.frame",
-    "Session": "statekv.session",
+    "Session": "statekv.engine.session",
     "StateKVError": "statekv.errors",
-    "generate": "statekv.dropin",
-    "load": "statekv.engine",
+    "generate": "statekv.engine.dropin",
+    "load": "statekv.engine.engine",
 }
 
 __all__ = ["Config", "Engine", "Frame", "Session", "StateKVError", "__version__", "generate", "load"]

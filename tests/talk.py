@@ -11,12 +11,12 @@ import torch
 
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.decoding import Sampling
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
+from statekv.engine.session import Session
 from statekv.models import adapter
 from statekv.models.base import Segment, Texts, VideoModel
-from statekv.session import Session
-from statekv.stepper import Stepper
+from statekv.runner.decoding import Sampling
+from statekv.runner.stepper import Stepper
 from statekv.video.frame import Frame
 from tests.tiny import Tiny, tiny, video
 

@@ -34,9 +34,10 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from statekv.models.own_code import completed_config, completed_model
-from tests import eagle_processor, eagle_stand_in, stock
-from tests.eagle_stand_in import Eagle2_5_VLConfig, Eagle2_5_VLForConditionalGeneration
+from statekv.models.families.own_code import completed_config, completed_model
+from tests import stock
+from tests.models.families import eagle_processor, eagle_stand_in
+from tests.models.families.eagle_stand_in import Eagle2_5_VLConfig, Eagle2_5_VLForConditionalGeneration
 
 FAMILIES = ("internvl", "qwen3_vl", "qwen2_5_vl", "llava_onevision")
 # Two families with another language model, and one whose code comes with its checkpoint: for the tests of exactness.

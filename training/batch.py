@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from statekv.demo.render import render
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Question, Story, questions, write_story
+from statekv.evals.cards.render import render
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, SHAPES, Question, Story, questions, write_story
 from training.model import PICTURE, TOKENS_PER_FRAME
 
 IGNORE = -100

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from statekv.demo.film import write_film
-from statekv.demo.world import FIRST_TEST_SEED, KINDS, questions, write_story
-from statekv.engine import Engine, load
+from statekv.engine.engine import Engine, load
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, questions, write_story
 
 # Apart from the films of `statekv demo`, which start at FIRST_TEST_SEED.
 _FIRST_SEED = FIRST_TEST_SEED + 100_000

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from statekv.demo.world import COLORS, SHAPES
+from statekv.evals.cards.world import COLORS, SHAPES
 from training.batch import IGNORE, Batch
 
 SUMMARY_LAYER = 2  # of 5: one layer to gather, one to compare with the frame before, the rest to answer

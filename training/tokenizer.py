@@ -7,7 +7,7 @@ from itertools import product
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from statekv.demo.world import COLORS, SHAPES
+from statekv.evals.cards.world import COLORS, SHAPES
 
 SPECIAL = {
     "pad_token": "<|endoftext|>",

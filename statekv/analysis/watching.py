@@ -14,9 +14,9 @@ from statekv.analysis.concentration import Concentration, LayerShares
 from statekv.analysis.holdings import Holdings, Moment, Picture
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
+from statekv.engine.session import Session
 from statekv.errors import ConfigError, VideoError
-from statekv.session import Session
 from statekv.video.frame import Frame
 
 

@@ -18,10 +18,10 @@ from statekv.bench.sizes import Size
 from statekv.bench.steps import stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.decoding import Sampling
-from statekv.memory import check_fits, refusal
 from statekv.models.base import Segment
-from statekv.stepper import Stepper, room_for_answers
+from statekv.runner.decoding import Sampling
+from statekv.runner.memory import check_fits, refusal
+from statekv.runner.stepper import Stepper, room_for_answers
 
 FIRST, EACH = "first token", "each further token"
 

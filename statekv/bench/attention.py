@@ -15,9 +15,9 @@ from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
 from statekv.bench.sizes import size_of
 from statekv.errors import StateKVError
-from statekv.memory import check_fits
 from statekv.ops import IMPLEMENTATIONS, attention_with_key_scores
 from statekv.ops.plain import flash_attention, with_flash_attention, with_torch
+from statekv.runner.memory import check_fits
 
 STOCK, _FLASH = "sdpa", "flash-attn"
 _NAIVE_BYTES = 256 << 20  # of one matrix of all heads, of which the definition holds several

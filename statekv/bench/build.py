@@ -20,9 +20,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from statekv.bench.sizes import Size
-from statekv.memory import check_fits
 from statekv.models.base import VideoModel
 from statekv.models.loading import wrap_model
+from statekv.runner.memory import check_fits
 
 _SPREAD = 0.02  # standard deviation of the weights, as transformers starts them
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

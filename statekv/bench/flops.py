@@ -14,9 +14,9 @@ from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
 from statekv.bench.sizes import Size, size_of
 from statekv.config import Config
-from statekv.flops import matrix_weights, step_flops
 from statekv.models import adapter
-from statekv.stepper import Stepper
+from statekv.models.flops import matrix_weights, step_flops
+from statekv.runner.stepper import Stepper
 
 _TERA = 1e12
 _POINTS = 24  # of a line in the picture

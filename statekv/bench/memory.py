@@ -17,8 +17,8 @@ from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.memory import check_fits
-from statekv.stepper import Stepper
+from statekv.runner.memory import check_fits
+from statekv.runner.stepper import Stepper
 
 _MEBI = 2**20
 _HOLDS, _COPIED, _CARRIES = "detailed holds", "detailed copied", "carried holds"

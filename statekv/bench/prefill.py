@@ -20,8 +20,8 @@ from statekv.bench.steps import products_alone, random_step, stride
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.memory import check_fits, refusal
-from statekv.stepper import Stepper, room_for_answers
+from statekv.runner.memory import check_fits, refusal
+from statekv.runner.stepper import Stepper, room_for_answers
 
 FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
 _VOCABULARY = 64

@@ -18,11 +18,11 @@ from statekv.bench.sizes import Size, size_of
 from statekv.bench.steps import random_step, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.memory import check_fits
 from statekv.models.base import Segment, VideoModel
 from statekv.models.loading import load_model
-from statekv.stepper import Stepper, room_for_answers
-from statekv.together import prefill_together
+from statekv.runner.memory import check_fits
+from statekv.runner.stepper import Stepper, room_for_answers
+from statekv.runner.together import prefill_together
 
 DEMO = "demo"
 TOGETHER, ANEW, IN_TURN, LARGE = "together", "together anew", "in turn", "large product"

@@ -8,7 +8,7 @@ from math import isqrt
 import torch
 
 from statekv.models.base import Segment, VideoModel
-from statekv.models.qwen3_vl import EVERYWHERE, Qwen3VL
+from statekv.models.families.qwen3_vl import EVERYWHERE, Qwen3VL
 from statekv.ops.rope import grid_positions, text_positions
 
 _DEEPSTACK = 3  # layers that receive vision features, in all Qwen3-VL sizes

@@ -11,9 +11,9 @@ from statistics import median
 from statekv.bench.clock import wait
 from statekv.bench.picture import Panel
 from statekv.bench.rows import Row
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
+from statekv.engine.progress import Progress
 from statekv.errors import VideoError
-from statekv.progress import Progress
 from statekv.video.frame import Frame
 from statekv.video.prefetch import prefetch
 from statekv.video.reader import read_frames

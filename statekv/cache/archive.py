@@ -20,7 +20,7 @@ from statekv.cache.folder import Piece, Saved, read_folder, write_folder
 from statekv.cache.geometry import Geometry
 from statekv.cache.span import Span
 from statekv.cache.stream import StreamState
-from statekv.cache.tiered import TieredCache
+from statekv.cache.tiers.tiered import TieredCache
 from statekv.cache.tiers_archive import block_pieces, note_blocks, restore_blocks, tier_facts
 from statekv.config import Config
 from statekv.errors import ModelError, SaveError, StorageError, StorageWarning

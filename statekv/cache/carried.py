@@ -9,10 +9,10 @@ import torch
 from transformers import Cache
 
 from statekv.cache.budgets import layer_budgets
-from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.moves import Moves
+from statekv.cache.policies.carry import Rule
 from statekv.cache.slots import one_block
 from statekv.ops import select
 from statekv.ops.rope import Angles, rotate

@@ -11,14 +11,14 @@ import torch
 from statekv.cache.blocks import Blocks
 from statekv.cache.budgets import layer_budgets
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import Rule
 from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.moves import Moves
+from statekv.cache.policies.carry import Rule
 from statekv.cache.retrieved import Retrieved
 from statekv.cache.span import Mark, Span
-from statekv.cache.tiered import TieredCache
+from statekv.cache.tiers.tiered import TieredCache
 from statekv.config import Config
 from statekv.errors import ConfigError
 from statekv.ops.rope import Angles

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from statekv.cache.folder import Piece, Saved
-from statekv.cache.passage import Passage
-from statekv.cache.plan import MemoryPlan
-from statekv.cache.rows import Content
-from statekv.cache.sealed import Sealed
-from statekv.cache.tiered import TieredCache
+from statekv.cache.tiers.passage import Passage
+from statekv.cache.tiers.plan import MemoryPlan
+from statekv.cache.tiers.rows import Content
+from statekv.cache.tiers.sealed import Sealed
+from statekv.cache.tiers.tiered import TieredCache
 from statekv.errors import StorageError
 
 _PASSAGES = "passages"

@@ -17,8 +17,8 @@ from statekv.config import ATTENTION_DIALS, CAPS, Config
 from statekv.errors import ConfigError, StateKVError, VideoError
 
 if TYPE_CHECKING:
-    from statekv.engine import Engine
-    from statekv.session import Session
+    from statekv.engine.engine import Engine
+    from statekv.engine.session import Session
 
 _DEFAULT = Config()
 _SETTINGS = (

@@ -14,7 +14,7 @@ from statekv.cli.console import notes, out, progress
 from statekv.config import Config
 
 if TYPE_CHECKING:
-    from statekv.demo.compare import MethodResult
+    from statekv.evals.cards.compare import MethodResult
 
 
 def demo(
@@ -28,9 +28,9 @@ def demo(
     if budget is not None:
         Config.of("streaming_llm", budget=budget)  # the strictest of the methods
     engine = statekv.load("demo")
-    from statekv.demo.compare import compare
-    from statekv.demo.picture import draw_step_times
     from statekv.drawing import check_drawing
+    from statekv.evals.cards.compare import compare
+    from statekv.evals.cards.picture import draw_step_times
 
     check_drawing()
     tokens = engine.model.span(frames, 64, 64, "hf")

@@ -11,7 +11,7 @@ from statekv.cli.durations import clock
 from statekv.errors import SaveError
 
 if TYPE_CHECKING:
-    from statekv.session import Session
+    from statekv.engine.session import Session
 
 
 class Keeper:

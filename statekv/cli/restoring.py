@@ -13,7 +13,7 @@ from statekv.config import Config
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from statekv.engine import Engine
+    from statekv.engine.engine import Engine
 
 LOADING = ("dtype", "device", "device_map", "revision", "trust_remote_code")
 _STAYS = ("method", "stream")

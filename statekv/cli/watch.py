@@ -19,12 +19,12 @@ from statekv.cli.restoring import LOADING, load_again, typed_options
 from statekv.cli.watch_views import Facts, Plain, Screen
 from statekv.cli.watching import Standing, Watching
 from statekv.config import CAPS, Config
+from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError
-from statekv.interrupts import endings_interrupt
 
 if TYPE_CHECKING:
-    from statekv.engine import Engine
-    from statekv.session import Session
+    from statekv.engine.engine import Engine
+    from statekv.engine.session import Session
 
 _DEFAULT = Config()
 _SETTINGS = (

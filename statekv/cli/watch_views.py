@@ -20,8 +20,8 @@ from statekv.cli.durations import clock
 from statekv.cli.keyboard import Line
 
 if TYPE_CHECKING:
-    from statekv.progress import Progress
-    from statekv.session import Session
+    from statekv.engine.progress import Progress
+    from statekv.engine.session import Session
 
 _PLAIN_SECONDS = 10.0  # between two lines about the stream
 _REFRESHES_PER_SECOND = 8

@@ -15,8 +15,8 @@ from statekv.cli.watch_views import Facts, Plain, Screen
 from statekv.errors import MemoryLimitError, StateKVError
 
 if TYPE_CHECKING:
-    from statekv.progress import Progress
-    from statekv.session import Session
+    from statekv.engine.progress import Progress
+    from statekv.engine.session import Session
 
 _WAIT_SECONDS = 0.1
 

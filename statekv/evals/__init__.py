@@ -12,11 +12,11 @@ from statekv.evals.task import Task
 
 # Resolved at first use; a class takes the folder of its data, or None.
 TASKS: Mapping[str, str] = {
-    "cards": "statekv.evals.cards:Cards",
-    "videomme": "statekv.evals.videomme:VideoMME",
-    "mlvu": "statekv.evals.mlvu:MLVU",
-    "ovo_realtime": "statekv.evals.ovo:OVORealtime",
-    "ovo_backward": "statekv.evals.ovo:OVOBackward",
+    "cards": "statekv.evals.tasks.cards:Cards",
+    "videomme": "statekv.evals.tasks.videomme:VideoMME",
+    "mlvu": "statekv.evals.tasks.mlvu:MLVU",
+    "ovo_realtime": "statekv.evals.tasks.ovo:OVORealtime",
+    "ovo_backward": "statekv.evals.tasks.ovo:OVOBackward",
 }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from statekv.config import Config
-from statekv.flops import Widths, step_flops
-from statekv.session import Session
+from statekv.engine.session import Session
+from statekv.models.flops import Widths, step_flops
 from statekv.video.frame import Frame
 
 

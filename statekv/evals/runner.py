@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from statekv.config import Config
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
 from statekv.errors import StateKVError
 from statekv.evals.results import Header, Line, ResultFile
 from statekv.evals.shard import Shard

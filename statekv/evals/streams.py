@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from statekv.config import Config
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
 from statekv.errors import StateKVError
 from statekv.evals.cost import clip_tokens, flops_of, prefill_flops
-from statekv.memory import memory_limit
 from statekv.models.base import Seen
+from statekv.runner.memory import memory_limit
 from statekv.video.frame import Frame
 
 

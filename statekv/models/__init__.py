@@ -60,7 +60,7 @@ class Family:
 
 FAMILIES = {
     "internvl": Family(
-        "statekv.models.internvl",
+        "statekv.models.families.internvl",
         "InternVL",
         (
             Checkpoint("OpenGVLab/InternVL3-1B-hf", 0.94, 24, 2, 64),
@@ -74,7 +74,7 @@ FAMILIES = {
         tokens_per_frame=256,
     ),
     "qwen3_vl": Family(
-        "statekv.models.qwen3_vl",
+        "statekv.models.families.qwen3_vl",
         "Qwen3VL",
         (
             Checkpoint("Qwen/Qwen3-VL-2B-Instruct", 2.13, 28, 8, 128),
@@ -86,14 +86,14 @@ FAMILIES = {
         of_pixels=(640, 360),
     ),
     "qwen3_vl_moe": Family(
-        "statekv.models.qwen3_vl",
+        "statekv.models.families.qwen3_vl",
         "Qwen3VL",
         (Checkpoint("Qwen/Qwen3-VL-30B-A3B-Instruct", 31.1, 48, 4, 128),),
         tokens_per_frame=14,
         of_pixels=(640, 360),
     ),
     "qwen2_5_vl": Family(
-        "statekv.models.qwen2_5_vl",
+        "statekv.models.families.qwen2_5_vl",
         "Qwen25VL",
         (
             Checkpoint("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 2, 128),
@@ -103,7 +103,7 @@ FAMILIES = {
         of_pixels=(640, 360),
     ),
     "llava_onevision": Family(
-        "statekv.models.llava_onevision",
+        "statekv.models.families.llava_onevision",
         "LlavaOnevision",
         (
             Checkpoint("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, 24, 2, 64),
@@ -112,7 +112,7 @@ FAMILIES = {
         tokens_per_frame=196,
     ),
     "eagle_2_5_vl": Family(
-        "statekv.models.eagle2_5",
+        "statekv.models.families.eagle2_5",
         "Eagle25",
         (Checkpoint("nvidia/Eagle2.5-8B", 8.07, 28, 4, 128),),
         tokens_per_frame=256,

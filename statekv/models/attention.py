@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from statekv.cache.carried import CarriedCache
 from statekv.cache.retrieved import Retrieved
 from statekv.cache.static import StaticStep
-from statekv.cache.tiered import TieredCache
+from statekv.cache.tiers.tiered import TieredCache
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
 from statekv.ops.pieces import attention_over

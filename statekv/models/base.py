@@ -16,7 +16,7 @@ from statekv.errors import ModelError
 from statekv.models.placeholders import check_placeholders
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.models.rope_scope import RopeScope
-from statekv.turns import Turns
+from statekv.runner.turns import Turns
 from statekv.video.frame import Frame
 
 

@@ -98,7 +98,7 @@ def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str,
 
     try:
         if trust_remote_code and (reference := _own_reference(source, hub)):
-            from statekv.models.own_code import own_config
+            from statekv.models.families.own_code import own_config
 
             return own_config(source, reference, **hub)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
@@ -135,7 +135,7 @@ def _read_weights(source: str, name: str, settings: dict[str, Any], own_config: 
     try:
         stock: Any = AutoModelForImageTextToText
         if own_config is not None:
-            from statekv.models.own_code import own_model_class
+            from statekv.models.families.own_code import own_model_class
 
             stock = own_model_class(source, own_config.auto_map["AutoModel"], revision=settings.get("revision"))
             settings = {**settings, "config": own_config, "attn_implementation": "sdpa"}

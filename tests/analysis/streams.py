@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from statekv.analysis.watching import Analysis, watch
-from statekv.session import Session
+from statekv.engine.session import Session
 from tests.talk import shared_engine, some_frames
 
 

@@ -10,13 +10,13 @@ import torch
 
 from statekv.analysis.concentration import BUDGETS
 from statekv.analysis.watching import analyse, watch
-from statekv.demo.film import write_film
-from statekv.demo.world import FIRST_TEST_SEED, write_story
 from statekv.errors import ConfigError, VideoError
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from tests.analysis.streams import opened, watched
+from tests.runner.test_graphs import Tape
+from tests.runner.test_graphs import session as recorded_session
 from tests.talk import assert_same_memory, assert_same_stream, entering, memory, shared_engine, some_frames
-from tests.test_graphs import Tape
-from tests.test_graphs import session as recorded_session
 from tests.tiny import FAMILIES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)

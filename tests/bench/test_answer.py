@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv import memory
 from statekv.bench.answer import EACH, FIRST, Plan, measure, panels
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.rows import Row
 from statekv.bench.sizes import Size
+from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL
 
 PLAN = Plan(INTERNVL, steps=(1, 6), tokens=10, question=5, answer=4, runs=2)

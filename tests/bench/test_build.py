@@ -12,7 +12,7 @@ from statekv.bench.sizes import SIZES, Size
 from statekv.bench.steps import random_step
 from statekv.config import Config
 from statekv.errors import MemoryLimitError
-from statekv.stepper import Stepper
+from statekv.runner.stepper import Stepper
 from tests.bench.small import CPU, INTERNVL, QWEN3_VL, shrunk, small
 
 SMALL = {size.family: shrunk(size) for size in SIZES.values()}

@@ -11,7 +11,7 @@ from statekv.bench.steps import random_step, stride
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.stepper import Stepper
+from statekv.runner.stepper import Stepper
 from tests.bench.small import FAMILIES, INTERNVL, small
 
 TOKENS = 10  # of a step

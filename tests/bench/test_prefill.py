@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv import memory
 from statekv.bench.clock import best_rate
 from statekv.bench.floor import segment_flops
 from statekv.bench.prefill import Plan, measure, panels
 from statekv.bench.rows import Row
 from statekv.bench.sizes import Size
 from statekv.errors import MemoryLimitError
+from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL
 
 PLAN = Plan(INTERNVL, steps=(1, 4, 9), budgets=(8, 32), tokens=10, runs=2, seconds=60)

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv import memory
 from statekv.bench.clock import best_rate
 from statekv.bench.floor import segment_flops
 from statekv.bench.rows import Row
@@ -17,10 +16,11 @@ from statekv.bench.sizes import SIZES, Size
 from statekv.cache.carried import CarriedCache
 from statekv.cache.together import CarriedTogether
 from statekv.errors import ConfigError, MemoryLimitError
-from statekv.stepper import Stepper
-from statekv.together import prefill_together
+from statekv.runner import memory
+from statekv.runner.stepper import Stepper
+from statekv.runner.together import prefill_together
 from tests.bench.small import CPU, FAMILIES, INTERNVL, small
-from tests.test_together import ATOL, RTOL
+from tests.runner.test_together import ATOL, RTOL
 
 PLAN = Plan(INTERNVL.name, sessions=(1, 2, 3), budget=20, tokens=6, layers=None, runs=2, seconds=60)
 
@@ -62,7 +62,7 @@ def test_only_anew_makes_a_block_at_every_step(anew: bool, monkeypatch: pytest.M
         made.append(len(members))
         return CarriedTogether(members)
 
-    monkeypatch.setattr("statekv.batches.CarriedTogether", block)
+    monkeypatch.setattr("statekv.runner.batches.CarriedTogether", block)
     stepper = Stepper(small(INTERNVL))
     call = _together([_Stream(stepper, 20, 30, 6) for _ in range(3)], anew)
     for _ in range(4):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from statekv.bench.sizes import Size
 from statekv.bench.steps import products_alone, random_step, stride
 from statekv.models.base import Seen
-from statekv.models.qwen3_vl import Qwen3VL
+from statekv.models.families.qwen3_vl import Qwen3VL
 from tests.bench.small import FAMILIES, INTERNVL, QWEN3_VL, small
 
 EVERY_FAMILY = pytest.mark.parametrize("size", FAMILIES, ids=lambda size: size.family)

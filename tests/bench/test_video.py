@@ -9,10 +9,10 @@ import torch
 
 import statekv
 from statekv.bench.video import OVERLAPPED, PARTS, SEQUENTIAL, Timed, measure, watch
-from statekv.demo.film import write_film
-from statekv.demo.world import write_story
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
 from statekv.errors import VideoError
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import write_story
 from statekv.video.frame import Frame
 
 SECONDS = 20

@@ -17,8 +17,8 @@ from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.carried import CarriedCache
 from statekv.cache.folder import Piece, read_folder, write_folder
 from statekv.cache.stream import StreamState
+from statekv.engine.session import Session
 from statekv.errors import ModelError, SaveError
-from statekv.session import Session
 from tests.talk import QUESTION, assert_same_answer, assert_same_stream, session_answer, shared_engine, some_frames
 from tests.tiny import FAMILIES
 

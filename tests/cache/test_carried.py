@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
 from statekv.cache.moves import Moves
+from statekv.cache.policies.carry import Rule
 from statekv.ops import select
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values

@@ -14,11 +14,11 @@ from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.folder import read_folder
 from statekv.cache.parts import Written, ranges
 from statekv.cache.stream import StreamState
+from statekv.engine.session import Session
 from statekv.errors import SaveError
-from statekv.session import Session
 from tests.cache.test_folder import files_of_at_most
+from tests.method.test_positions import opened, pictures
 from tests.talk import assert_same_memory, memory, shared_engine, some_frames
-from tests.test_positions import opened, pictures
 from tests.tiny import FAMILIES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,8 @@ import torch
 
 from statekv.cache.blocks import Block, Blocks
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.policies.carry import Rule
 from statekv.cache.retrieved import Retrieved
 from statekv.config import Config
 from statekv.ops.rope import rotate

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.policies.carry import Rule
 from statekv.cache.static import StaticStep
 
 BUDGET, TOKENS = 12, 5

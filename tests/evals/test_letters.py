@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from statekv.evals.letters import chosen_letter, first_letter, letter_before_bracket, sole_letter
-from tests.stock_lmms import FOLDER, needs_lmms
+from tests.evals.lmms.stock_lmms import FOLDER, needs_lmms
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from statekv.errors import ConfigError
 from statekv.evals.records import DataSet, Record, distinct, fault
 from statekv.evals.task import Broken
 from tests.evals.data_sets import write_lines
-from tests.stock_lmms import FOLDER, needs_lmms
+from tests.evals.lmms.stock_lmms import FOLDER, needs_lmms
 
 DATA = DataSet("someone/something", ("part/test-*.parquet", "test*.jsonl", "test*.json"), {"id": int, "text": str})
 GOOD: list[dict[str, Any]] = [{"id": 3, "text": "a"}, {"id": 4, "text": "b", "more": None}]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from statekv.config import Config
-from statekv.engine import Engine
+from statekv.engine.engine import Engine
+from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.evals import runner
 from statekv.evals.results import Results, read
@@ -20,7 +21,6 @@ from statekv.evals.runner import evaluate, watch
 from statekv.evals.shard import Shard
 from statekv.evals.task import Broken, EvalVideo
 from statekv.models.base import Seen
-from statekv.session import Session
 from statekv.video.frame import Frame
 from tests.evals.small import SETTINGS, Small, question, videos_of, write_clips
 from tests.talk import shared_engine

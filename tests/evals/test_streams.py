@@ -8,7 +8,7 @@ import pytest
 
 from statekv.config import Config
 from statekv.evals.streams import Feed, Stream
-from statekv.flops import Widths, step_flops
+from statekv.models.flops import Widths, step_flops
 from tests.evals.small import SETTINGS, write_clips
 from tests.talk import shared_engine
 

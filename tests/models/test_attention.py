@@ -9,9 +9,9 @@ import torch
 from transformers import AttentionInterface
 
 from statekv.cache.carried import CarriedCache
-from statekv.cache.carry import Rule
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.geometry import Geometry
+from statekv.cache.policies.carry import Rule
 from statekv.errors import ModelError
 from statekv.models.attention import NAME, Pass, attention_hook, attention_left_as_found, take_attention
 from statekv.ops.naive import attention_with_key_scores

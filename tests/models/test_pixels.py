@@ -13,7 +13,8 @@ import torch
 from statekv.errors import ModelError
 from statekv.models import checkpoint, pixels
 from statekv.models.pixels import Eagle25Recipe, InternVLRecipe, LlavaOnevisionRecipe, resize_and_normalise
-from tests import eagle_processor, stock
+from tests import stock
+from tests.models.families import eagle_processor
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 INTERNVL: dict[str, Any] = {

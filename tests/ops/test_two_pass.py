@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed: no kernels to test")
-
 from statekv.ops import naive, plain, select, two_pass
 from tests.ops.inputs import SHAPES, Shape, Ways, spoil
+
+pytest.importorskip("triton", reason="triton is not installed: no kernels to test")
+
 
 # Interpreted, infinities are NumPy's, which warns of what the kernels mean to do with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

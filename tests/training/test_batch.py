@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from statekv.demo.render import render
-from statekv.demo.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, frame_of, questions, write_story
+from statekv.evals.cards.render import render
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, frame_of, questions, write_story
 from statekv.models.prompt import Layout, Prompt, internvl_step, internvl_tokens
 from training import batch as batching
 from training.batch import IGNORE, LONG_CLIP, Batch, BatchMaker

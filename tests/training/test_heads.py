@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from statekv.demo.world import COLORS, SHAPES
+from statekv.evals.cards.world import COLORS, SHAPES
 from training.batch import IGNORE, Batch, BatchMaker
 from training.heads import HISTORY_LAYER, SUMMARY_LAYER, Heads
 from training.model import build_model

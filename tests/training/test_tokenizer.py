@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from statekv.demo.world import COLORS, SHAPES, questions, write_story
+from statekv.evals.cards.world import COLORS, SHAPES, questions, write_story
 from statekv.models.loading import DEMO
 from training.tokenizer import SPECIAL, build_tokenizer
 

@@ -1,0 +1,1 @@
+"""Streams on a loaded model: sessions, their scheduler and snapshots, and the drop-in `generate`."""

@@ -1,0 +1,252 @@
+"""The front door: load a model once, open any number of streams on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from statekv.cache.folder import read_folder
+from statekv.cache.stream import StreamState
+from statekv.config import Config
+from statekv.engine.rounds import OnEnd, OnStep, Rounds
+from statekv.engine.saving import load_session
+from statekv.engine.session import Session
+from statekv.engine.sources import frames_of, live_source, source_again
+from statekv.errors import ConfigError, HorizonError
+from statekv.models.base import VideoModel
+from statekv.models.loading import load_model
+from statekv.runner.stepper import Stepper, room_for_answers
+from statekv.video.address import check_scheme, locate
+from statekv.video.frame import Frame
+from statekv.video.reader import VideoInfo, probe
+from statekv.video.resume import Footage, Reading
+from statekv.video.source import local_path
+
+
+class Engine:
+    """A loaded model that opens sessions.
+
+    Args:
+        model: the checkpoint's adapter, its texts included. Its attention is ours from the first step until `close`.
+        config: settings of sessions that do not say otherwise.
+    """
+
+    def __init__(self, model: VideoModel, config: Config) -> None:
+        self.model = model
+        self.config = config
+        self.stepper = Stepper(model)
+        self._attention_before = model.text_config._attn_implementation
+
+    def open(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        method: str | None = None,
+        stream: int | None = None,
+        until_seconds: float | None = None,
+        realtime: bool = False,
+        **settings: Any,
+    ) -> Session:
+        """Open a stream.
+
+        Cameras, standard input, UDP, TCP, RTP, RTSP and RTMP are live, and so is HTTP without a known length.
+
+        Args:
+            source: path or URL of a video, a camera (/dev/video0), "-" for standard input; None for a stream whose
+                frames are pushed.
+            method: one of statekv.config.METHODS; None: the engine's dials.
+            stream: which of the file's video streams, from 0; None: the one FFmpeg thinks best.
+            until_seconds: where the video ends, as if it had been cut there; None: whole.
+            realtime: a file is shown no faster than it would be played, and frames are dropped as if it were live.
+            settings: fields of `Config` that differ from the engine's.
+
+        Raises:
+            ConfigError: an unknown method or setting, a value outside its range, or uniform sampling of a source whose
+                length is unknown.
+            VideoError: the source cannot be opened, or its protocol is not allowed.
+            HorizonError: the file is longer than the model's positions reach.
+            MemoryLimitError: what it may take does not fit beside what open sessions may still grow by.
+        """
+        config = self.config.with_(method, **settings)
+        if source is None:
+            _check_length(config, None)
+            return Session(self.stepper, self._state(config))
+        check_scheme(source, tuple(config.schemes.split(",")))
+        if locate(source).live:
+            _check_length(config, None)
+            state = self._state(config)
+            return Session(self.stepper, state, live_source(source, config, stream, until_seconds))
+        info = probe(source, stream)
+        if until_seconds is not None:
+            seconds = until_seconds - info.start_seconds
+            info = replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
+        _check_length(config, info.duration_seconds)
+        frames = frames_of(source, config, stream, until_seconds)
+        state = self._state(config, frames, self._horizon(config, frames, info))
+        reading: Iterator[Frame]
+        if realtime or (local_path(source) is None and info.duration_seconds is None):
+            ends = None if until_seconds is None else until_seconds - info.start_seconds
+            reading = live_source(source, config, stream, ends, info.duration_seconds)
+        else:
+            how = Reading(config.fps, config.max_frames, stream, until_seconds, config.prefetch)
+            reading = Footage(source, how)
+        return Session(self.stepper, state, reading)
+
+    def restore(
+        self, folder: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, **settings: Any
+    ) -> Session:
+        """Go on with a session that `Session.save` wrote; its settings are those that it had, not the engine's.
+
+        What follows equals, to the bit, what would have followed on the same machine. A file is read on from where it
+        was left, once the session is watched; without it, what was seen can still be asked. A live source is opened
+        only if it is named: its times go on by the clock on the wall, and the time in between is a gap.
+
+        Args:
+            folder: where it was saved.
+            source: where the video is now; None: where it was.
+            settings: of answers and speed, such as max_new_tokens, to have anew.
+
+        Raises:
+            SaveError: the folder holds no saved session, or a damaged one, or one of another version.
+            ModelError: the session belongs to another model, or to this one in another dtype.
+            ConfigError: a setting that the stream was made with and that cannot change any more, or a source of another
+                kind than the one before.
+            VideoError: `source` is not the file that was watched, or cannot be opened.
+            MemoryLimitError: what it may still grow by does not fit beside what open sessions may.
+        """
+        saved = read_folder(folder)
+        state, standing = load_session(saved, self.model, settings)
+        self.stepper.check_kernel(state.config)
+        self.stepper.admission.admit(state)
+        if state.spans:
+            self.stepper.reserve(state)
+        return Session(self.stepper, state, source_again(saved, source, state.config), standing)
+
+    def watch_all(
+        self,
+        sessions: Iterable[Session],
+        on_step: OnStep | None = None,
+        pause: Callable[[], bool] | None = None,
+    ) -> dict[Session, Exception]:
+        """Watch several sessions to the ends of their sources, steps of equal shape and settings as one batch.
+
+        In each round every session whose frames are there takes one step (`Rounds`). One that fails
+        leaves, the others go on. A live source that has no frame keeps nobody waiting; an iterator of your own does.
+
+        Args:
+            sessions: of this engine, with sources.
+            on_step: called after each step, with its session.
+            pause: asked between rounds; True: stop here.
+
+        Returns:
+            Why sessions stopped before the end of their sources.
+
+        Raises:
+            ConfigError: a session of another engine, or one without a source.
+        """
+        failed: dict[Session, Exception] = {}
+
+        def note(session: Session, error: Exception | None) -> None:
+            if error is not None:
+                failed[session] = error
+
+        rounds = self.rounds(on_step, note)
+        for session in sessions:
+            rounds.add(session)
+        rounds.watch(pause)
+        return failed
+
+    def rounds(self, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> Rounds:
+        """What `watch_all` runs, for sessions that come and go meanwhile."""
+        return Rounds(self.stepper, on_step, on_end)
+
+    def check_question(self, question: str) -> None:
+        """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
+        self.model.prompts[self.config.layout].tail_ids(question)
+
+    def close(self) -> None:
+        """Hand the model's attention back to transformers; a session that goes on takes it again."""
+        with self.model.turns:
+            self.model.model.set_attn_implementation({"text_config": self._attention_before})
+
+    def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:
+        """An empty stream, where there is room for one."""
+        state = self.stepper.open(config, horizon, frames, compacts=_compacts(config, frames))
+        self.stepper.admission.admit(state)
+        return state
+
+    def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
+        """Positions for a file of so many frames, at least the trained length; just that where the stream compacts.
+
+        Raises:
+            HorizonError: the model's RoPE cannot be scaled that far; known before any work is done.
+        """
+        trained = self.model.trained_length
+        if frames is None or config.horizon is not None or config.on_horizon == "compact":
+            return trained
+        layout = self.model.prompts[config.layout].layout
+        # The newest frames alone are a clip that is no longer than its own few positions.
+        seconds = None if config.recall == "last_frames" else info.duration_seconds
+        longest = self.model.span(frames, info.height, info.width, layout, seconds)
+        needed = longest + room_for_answers(config)
+        if needed > trained and self.model.rope.kind != "dynamic":
+            raise HorizonError(
+                f"{frames} frames need up to {needed} positions, but the model was trained for {trained}",
+                f"lower fps or max_frames, set on_horizon='compact', or accept the risk with horizon={needed}",
+            )
+        return max(needed, trained)
+
+
+def load(
+    model: str = "demo",
+    method: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Engine:
+    """Load a checkpoint.
+
+    Args:
+        model: a hub id, a folder in the Hugging Face layout, or "demo".
+        method: one of statekv.config.METHODS; None is StateKV.
+        dtype: "auto": the checkpoint's own on CUDA, float32 on a CPU.
+        device: "auto": CUDA where there is one, else the CPU.
+        device_map: passed on to transformers.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+        settings: fields of `Config`.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value outside its range.
+        ModelError: a checkpoint that is not found, not supported or does not load.
+    """
+    config = Config.of(method, **settings)
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return Engine(loaded, config)
+
+
+def _compacts(config: Config, frames: int | None) -> bool:
+    """What happens at the horizon: nobody knows how long a stream without a file of known length will be."""
+    return config.on_horizon == "compact" or (config.on_horizon is None and frames is None)
+
+
+def _check_length(config: Config, duration_seconds: float | None) -> None:
+    if config.uniform and duration_seconds is None:
+        raise ConfigError(
+            "uniform spreads its frames over the whole video, but the length of this source is unknown",
+            "use a file, or another method, such as last_frames",
+        )

@@ -1,0 +1,291 @@
+"""One video and its questions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+import torch
+
+from statekv.cache.stream import StreamState
+from statekv.engine import asking
+from statekv.engine.feed import Feed
+from statekv.engine.interrupts import deferred_interrupts
+from statekv.engine.new_step import NewStep
+from statekv.engine.progress import Progress, Seconds
+from statekv.engine.saving import Standing, save_session
+from statekv.errors import ConfigError
+from statekv.models.base import Seen
+from statekv.runner.decoding import Sampling
+from statekv.runner.stepper import Stepper
+from statekv.runner.turns import Turns
+from statekv.video.frame import Frame
+from statekv.video.live import LiveSource, Unopened
+from statekv.video.resume import Footage
+from statekv.video.status import LiveStatus
+
+
+class Session:
+    """A stream that grows frame by frame and can be asked at any time; asking changes nothing.
+
+    Made by `Engine.open`. Any thread may use it at any time: they take turns, in the order in which they came.
+
+    Args:
+        stepper: the loaded model.
+        state: both memories.
+        source: frames that `watch` draws from; None where all come through `push`.
+        standing: where another session stood, which this one goes on from.
+
+    Attributes:
+        feed: frames on their way into the stream.
+        turns: whoever changes or reads the stream takes it meanwhile.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        state: StreamState,
+        source: Iterator[Frame] | None = None,
+        standing: Standing | None = None,
+    ) -> None:
+        self.state = state
+        self.feed = Feed(stepper, state, source, standing or Standing())
+        self.turns = Turns()
+        self._closed = self._answering = False
+        stepper.admission.enter(state)
+
+    @property
+    def stepper(self) -> Stepper:
+        """The loaded model."""
+        return self.feed.stepper
+
+    @stepper.setter
+    def stepper(self, stepper: Stepper) -> None:
+        self.feed.stepper = stepper
+
+    @property
+    def source(self) -> Iterator[Frame] | None:
+        """Frames that `watch` draws from."""
+        return self.feed.source
+
+    @source.setter
+    def source(self, source: Iterator[Frame] | None) -> None:
+        self.feed.source = source
+
+    @property
+    def frames(self) -> int:
+        """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
+        return self.feed.frames
+
+    @property
+    def steps(self) -> int:
+        """Steps that have entered."""
+        return self.feed.steps
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went."""
+        return self.feed.seconds
+
+    @property
+    def live(self) -> LiveStatus | None:
+        """How the live source is doing; None for other sources."""
+        return self.feed.live
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being given piece by piece, so that nothing may enter."""
+        return self._answering
+
+    def watch(
+        self,
+        until_seconds: float | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        pause: Callable[[], bool] | None = None,
+    ) -> None:
+        """Prefill the source's frames; in linear time with a bounded carry.
+
+        May be called again to go on. After Ctrl-C or a damaged source, what was seen can still be asked.
+
+        Args:
+            until_seconds: stop behind this presentation time; None goes to the end.
+            on_step: called after each step.
+            pause: asked between frames, and several times a second while a live source shows none; True: stop here.
+
+        Raises:
+            ConfigError: the session has no source.
+            HorizonError, MemoryLimitError: as `push`.
+        """
+        with self.turns:
+            self.check_growing()
+            source = self.feed.drawn()
+        while self.feed.ahead.wait(source, pause):
+            with self.turns:
+                self.check_growing()
+                frame = self.feed.draw()
+                if frame is None:
+                    return
+                self.push([frame], on_step)
+            if until_seconds is not None and frame.pts_seconds >= until_seconds:
+                return
+
+    def push(
+        self, frames: Iterable[Frame], on_step: Callable[[Progress], None] | None = None, seen: Seen | None = None
+    ) -> None:
+        """Let frames enter; they become part of the stream as soon as a step is full.
+
+        `seen` is what the vision tower made of the step that they end, where several streams share it.
+
+        Raises:
+            ConfigError: not a frame, or one of another size than its partner in the step; those before it have entered.
+            HorizonError: the stream has reached its horizon; what was seen can still be asked.
+            MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
+        """
+        if seen is not None and not self.feed.only_newest:
+            with self.turns:
+                self.feed.ahead.offer(seen)
+        for frame in frames:
+            with self.turns:
+                self.check_growing()
+                with deferred_interrupts():
+                    found = self.feed.put(frame)
+                    progress = self.feed.take(found) if isinstance(found, NewStep) else found
+                    if progress is not None and on_step is not None:
+                        on_step(progress)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> str:
+        """Answer a question about everything seen so far.
+
+        Args:
+            question: the text.
+            max_new_tokens: longest answer; None: the configuration's.
+            stop: the answer ends before any of these strings.
+            do_sample, temperature, top_k, top_p: draw instead of decoding greedily.
+
+        Raises:
+            ConfigError: an empty question, one with the model's vision tokens, or nothing seen yet.
+            HorizonError: question and answer would pass the stream's horizon.
+        """
+        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        with self.turns:
+            return "".join(self._answer(question, sampling, stop))
+
+    def stream(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Generator[str, None, None]:
+        """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
+        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        return self._answer(question, sampling, stop)
+
+    def logits(self, question: str) -> torch.Tensor:
+        """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
+        with self.turns:
+            self._check_askable()
+            return asking.first_logits(self.stepper, self.state, self.feed.waiting, question)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
+
+        A session that the folder holds already is replaced once this one is whole. Frames that an iterator of the
+        user's own has yet to give are not part of it.
+
+        Raises:
+            ConfigError: the session is closed, or an answer is being given.
+            SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
+        """
+        with self.turns, deferred_interrupts():
+            self._check_free()
+            source = self.source.facts() if isinstance(self.source, (Footage, LiveSource, Unopened)) else None
+            save_session(folder, self.stepper.model, self.state, self.feed.standing, source)
+
+    def fork(self) -> Session:
+        """A second session from here on; neither sees what becomes of the other.
+
+        The detailed cache's memory is shared until both have written behind the common part: the second to do so moves
+        to a copy. A file is read on separately; an iterator of the user's own stays with this session.
+
+        Raises:
+            ConfigError: the session is closed, or an answer is being given.
+        """
+        with self.turns:
+            self._check_free()
+            source = self.source.again() if isinstance(self.source, Footage) else None
+            with self.stepper.model.turns:  # memory is about to be shared
+                state = self.state.fork()
+            return Session(self.stepper, state, source, self.feed.standing)
+
+    def close(self) -> None:
+        """Free both memories and the source; may be called twice. An answer that is being given ends with an error."""
+        self._closed = True
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
+        with self.turns, self.stepper.model.turns:
+            self.feed.free()
+            self.stepper.batches.leave(self.state)
+            self.stepper.admission.leave(self.state)
+            self.state.free()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_growing(self) -> None:
+        """Raise the error that pushing a frame would raise: closed, an answer being given, or a step that failed."""
+        self._check_free()
+        self.feed.check()
+
+    def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Generator[str, None, None]:
+        with self.turns:
+            self._check_askable()
+            self._answering = True
+        began = time.perf_counter()
+        try:
+            for piece in asking.answer(self.stepper, self.state, self.feed.waiting, question, sampling, stop):
+                yield piece
+                self._check_open()
+        finally:
+            self._answering = False
+            self.seconds.answer += time.perf_counter() - began
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this session is closed", "open a new one")
+
+    def _check_free(self) -> None:
+        self._check_open()
+        if self._answering:
+            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+
+    def _check_askable(self) -> None:
+        self._check_free()
+        if not self.frames:
+            raise ConfigError("nothing has been seen yet", "watch the source or push frames first")

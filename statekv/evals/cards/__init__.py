@@ -1,0 +1,1 @@
+"""Films that the package makes itself, and questions about them."""

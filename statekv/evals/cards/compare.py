@@ -1,0 +1,164 @@
+"""Methods side by side on the same videos and questions: accuracy, distance to full attention, time, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from statekv.cache.stream import StreamState
+from statekv.engine.engine import Engine
+from statekv.engine.session import Session
+from statekv.errors import ConfigError
+from statekv.evals.cards.film import write_film
+from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, Question, questions, write_story
+from statekv.video.reader import read_frames
+
+REFERENCE = "full"
+METHODS = (REFERENCE, "statekv", "recency_window", "streaming_llm", "random")
+
+
+@dataclass
+class MethodResult:
+    """What one method did on all videos.
+
+    Attributes:
+        right: for each question (kind, text, expected, answered, chance).
+        kl: for each question, KL(full ‖ method) of the first answer token, in nats.
+        step_ms: for each video, milliseconds of the language model for each step.
+        carried, bytes_carried, bytes_detailed: at the end of a video, the largest seen.
+    """
+
+    method: str
+    rows: list[dict[str, object]] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    step_ms: list[list[float]] = field(default_factory=list)
+    carried: int = 0
+    bytes_carried: int = 0
+    bytes_detailed: int = 0
+
+    def asked(self, kind: str | None = None) -> list[dict[str, object]]:
+        """The rows of one kind, or all."""
+        return [row for row in self.rows if kind in (None, row["kind"])]
+
+    def accuracy(self, kind: str | None = None) -> float:
+        """Share of right answers, of all questions or of one kind; NaN where none was asked."""
+        rows = self.asked(kind)
+        return sum(row["answered"] == row["expected"] for row in rows) / len(rows) if rows else float("nan")
+
+    def chance(self) -> float:
+        """Share that guessing among each kind's answers would get."""
+        return float(np.mean([row["chance"] for row in self.rows]))
+
+    def tenth_ms(self, tenth: int) -> float:
+        """Median milliseconds per step in one tenth (0 … 9) of the videos."""
+        picked: list[float] = []
+        for steps in self.step_ms:
+            size = len(steps) / 10
+            picked += steps[round(tenth * size) : round((tenth + 1) * size)]
+        return median(picked) if picked else float("nan")
+
+    def summary(self) -> dict[str, object]:
+        """Everything as plain numbers."""
+        return {
+            "method": self.method,
+            "questions": len(self.rows),
+            "accuracy": self.accuracy(),
+            "chance": self.chance(),
+            "accuracy_by_kind": {kind: self.accuracy(kind) for kind in KINDS if self.asked(kind)},
+            "kl_to_full": float(np.mean(self.kl)),
+            "ms_per_step_tenths": [self.tenth_ms(tenth) for tenth in range(10)],
+            "carried_tokens": self.carried,
+            "bytes_carried": self.bytes_carried,
+            "bytes_detailed": self.bytes_detailed,
+        }
+
+
+def compare(
+    engine: Engine,
+    folder: Path,
+    *,
+    videos: int,
+    frames: int,
+    budget: int,
+    per_kind: int = 3,
+    first_seed: int = FIRST_TEST_SEED,
+    on_video: Callable[[int], None] | None = None,
+) -> list[MethodResult]:
+    """Watch and question every video with every method.
+
+    All methods step through a video side by side, frame by frame, so that the machine's moods hit them alike; the
+    vision tower runs once for all of them.
+
+    Args:
+        engine: a loaded model whose world this is.
+        folder: where the videos are written and kept.
+        videos, frames: how many videos, of how many frames at one frame per second.
+        budget: tokens carried per layer and head.
+        per_kind: questions of each kind and video, as far as the story allows.
+        first_seed: of the first video.
+        on_video: called after each video with its number.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder: {error.strerror}", "name another") from None
+    results = [MethodResult(method) for method in METHODS]
+    for number in range(videos):
+        story = write_story(first_seed + number, float(frames))
+        path = folder / f"cards-{number}.mp4"
+        write_film(story, path)
+        asked = questions(story, np.random.default_rng([story.seed, 3]), per_kind)
+        sessions = [engine.open(method=method, budget=budget) for method in METHODS]
+        _watch(path, sessions, results)
+        _ask(asked, sessions, results)
+        for session in sessions:
+            session.close()
+        if on_video is not None:
+            on_video(number)
+    return results
+
+
+def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
+    model, stepper = sessions[0].stepper.model, sessions[0].stepper
+    spent: list[list[float]] = [[] for _ in sessions]
+    for frame in read_frames(path, fps=1.0, ahead=8):
+        with torch.inference_mode():
+            (seen,) = model.look([[frame]])
+            entering = model.enter(seen, sessions[0].state)
+            for session, times in zip(sessions, spent, strict=True):
+                began = time.perf_counter()
+                for segment in entering:
+                    stepper.prefill(session.state, segment)
+                times.append(1000 * (time.perf_counter() - began))
+    for session, result, times in zip(sessions, results, spent, strict=True):
+        result.step_ms.append(times)
+        _note_memory(result, session.state)
+
+
+def _note_memory(result: MethodResult, state: StreamState) -> None:
+    result.carried = max(result.carried, state.carried.length)
+    result.bytes_carried = max(result.bytes_carried, state.nbytes["carried"])
+    result.bytes_detailed = max(result.bytes_detailed, state.nbytes["detailed"])
+
+
+def _ask(asked: Sequence[Question], sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
+    for question in asked:
+        reference = sessions[0].logits(question.text).log_softmax(-1)
+        for session, result in zip(sessions, results, strict=True):
+            own = session.logits(question.text).log_softmax(-1)
+            result.kl.append(float((reference.exp() * (reference - own)).sum()))
+            result.rows.append(
+                {
+                    "kind": question.kind,
+                    "question": question.text,
+                    "expected": question.answer,
+                    "answered": session.ask(question.text, max_new_tokens=8).strip(),
+                    "chance": question.chance,
+                }
+            )

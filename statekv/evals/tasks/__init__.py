@@ -1,0 +1,1 @@
+"""Benchmarks of published papers, and our own."""

@@ -1,0 +1,74 @@
+"""InternVL: every frame is one step, every token one position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from statekv.cache.stream import StreamState
+from statekv.models.base import Seen, Segment
+from statekv.models.families.square import SquareFrames
+from statekv.models.pixels import InternVLRecipe
+from statekv.models.placeholders import check_placeholders, runs
+from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
+
+
+class InternVL(SquareFrames):
+    """`InternVLForConditionalGeneration`, for example OpenGVLab/InternVL3-1B-hf."""
+
+    def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+        return internvl_tokens(tokenizer)
+
+    @property
+    def video_token_id(self) -> int:
+        return int(self.model.config.image_token_id)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Vision tokens of a frame, and of each tile of an image."""
+        return int(self.model.config.image_seq_length)
+
+    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
+        self.recipe = InternVLRecipe.from_dict(video_json)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return found
+
+    def label(self, seen: Seen, state: StreamState) -> str:
+        return self._numbered(state.frames, state.config.layout)
+
+    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+        row, embeds, _ = self.embed_picture(ids, self.video_token_id, seen.features)
+        following = position + len(ids)
+        return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, seen.pts_seconds)
+
+    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+        prompt = self.prompts[layout]
+        first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
+        return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
+
+    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        pixels, token = inputs.get("pixel_values"), self.video_token_id
+        check_placeholders(ids.count(token), 0 if pixels is None else len(pixels) * self.tokens_per_tile)
+        done, tile, position = 0, 0, 0
+        for start, stop, _ in runs(ids, [token]):
+            if not done and start > 1:
+                prefix = self.text("prefix", ids[: start - 1], position)  # all but the picture's start token
+                yield prefix
+                done, position = start - 1, prefix.next_position
+            tiles = (stop - start) // self.tokens_per_tile
+            features = self.features(inputs["pixel_values"][tile : tile + tiles]).flatten(0, 1)
+            # The picture's end token still belongs to the step.
+            step = self.picture(ids[done : stop + 1], Seen((), features), position)
+            yield step
+            done, tile, position = stop + 1, tile + tiles, step.next_position
+        yield self.text("question", ids[done:], position)
+
+    def _numbered(self, index: int, layout: str) -> str:
+        prompt = self.prompts[layout]
+        return internvl_step(index, self.tokens_per_tile, prompt.tokens, prompt.layout)

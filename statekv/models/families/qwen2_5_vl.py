@@ -1,0 +1,122 @@
+"""Qwen2.5-VL: steps are bare vision tokens, and a step's time is where it stands on the first axis of positions.
+
+All steps of a video start at the position behind the text in front of it: rows and columns repeat, time moves on with
+the clock. Text goes on behind the longer side of one picture, so a question stands at the same place however long the
+video was, and its answer behind it. That is what `generate` of transformers 5.23 does (get_rope_index); the code that
+the checkpoints came with lets text follow the highest position of the video instead. transformers 5.10 drops
+the fraction of a step's seconds, so that a video of more than 2 frames a second stands still there; 5.23 does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from statekv.cache.stream import StreamState
+from statekv.models.base import Seen, Segment
+from statekv.models.families.qwen_pixels import Qwen25VLRecipe, qwen2_5_vl_size
+from statekv.models.families.qwen_vl import QwenVL, temporal_patches
+from statekv.models.placeholders import check_placeholders, runs
+from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
+
+# Times are differences of floats: what falls short of a whole position by less than this is one.
+_ROUNDING = 1e-4
+
+
+class Qwen25VL(QwenVL):
+    """`Qwen2_5_VLForConditionalGeneration`, for example Qwen/Qwen2.5-VL-3B-Instruct."""
+
+    own_time: ClassVar[bool] = True
+    recipe: Qwen25VLRecipe
+
+    def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+        return qwen2_5_vl_tokens(tokenizer)
+
+    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
+        self.recipe = Qwen25VLRecipe.from_dict(video_json)
+
+    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        return qwen2_5_vl_size(height, width, frames, self.recipe)
+
+    def label(self, seen: Seen, state: StreamState) -> str:
+        return self.prompts[state.config.layout].tokens.pad * len(seen.features)
+
+    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+        head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
+        prefix = [] if state.frames or not head else [self.text("prefix", head, 0)]
+        ids = [self.video_token_id] * len(seen.features)
+        return [*prefix, self.picture(ids, seen, len(head), moment)]
+
+    def picture(self, ids: Sequence[int], seen: Seen, position: int, moment: int = 0) -> Segment:
+        """As for any family; `moment` is the step's place on the axis of time, counted from the video's start."""
+        token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
+        row, embeds, spot = self.embed_picture(ids, token, seen.features)
+        positions, following = self.positions(len(ids), spot.start, seen.grid, position, moment)
+        stands = position + spot.start + moment
+        frames = max(1, len(seen.frames))
+        return Segment("step", row, embeds, positions, following, frames, seen.pts_seconds, moment=stands)
+
+    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+        head = len(self.prompts[layout].head_ids(self.prompts[layout].tokens.pad))
+        side = max(self.size(height, width, frames)) // self.recipe.factor
+        return head + max(side, int((seconds or 0) * self._per_second) + 1)
+
+    def reach(self, inputs: Mapping[str, Any]) -> int:
+        grids = inputs.get("video_grid_thw")
+        steps = [] if grids is None else grids[:, 0].tolist()
+        waits = (self._moments(count, each)[-1] for count, each in zip(steps, self._intervals(inputs), strict=False))
+        return super().reach(inputs) + sum(waits)
+
+    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        pictures = {token: temporal_patches(*source) for token, source in self.sources(inputs).items()}
+        intervals = iter(self._intervals(inputs))
+        done = position = 0
+        for start, stop, token in runs(ids, list(pictures)):
+            if not done and start:
+                yield self.text("prefix", ids[:start], 0)
+                done = position = start
+            pieces = next(pictures[token], [])
+            moments = self._moments(len(pieces), next(intervals, 0) if token == self.video_token_id else 0)
+            begin = position + start - done
+            for (patches, grid), moment in zip(pieces, moments, strict=True):
+                (features,), _ = self.see(patches, [(1, *grid)], self.modality(token))
+                end = max(done, start) + len(features)
+                step = self.picture(ids[done:end], Seen((), features, (), grid), position, moment)
+                yield step
+                done, position = end, begin
+            check_placeholders(stop - start, done - start)
+            position = step.next_position
+        yield self.text("question", ids[done:], position)
+
+    def displacement(self, by: torch.Tensor) -> torch.Tensor:
+        """Rows and columns are counted from the video's start, which stays: steps move on the axis of time alone."""
+        return torch.stack([by, torch.zeros_like(by), torch.zeros_like(by)]).unsqueeze(1)
+
+    @property
+    def _per_second(self) -> int:
+        return int(self.model.config.vision_config.tokens_per_second)
+
+    def _head(self, state: StreamState) -> list[int]:
+        prompt = self.prompts[state.config.layout]
+        return prompt.head_ids(prompt.tokens.pad)
+
+    def _moment(self, pts_seconds: float, state: StreamState) -> int:
+        """Stock counts steps of a steady frame rate; the clock gives the same there, and stays right elsewhere."""
+        origin = pts_seconds if state.origin_seconds is None else state.origin_seconds
+        return int((pts_seconds - origin) * self._per_second + _ROUNDING)
+
+    def _intervals(self, inputs: Mapping[str, Any]) -> list[float]:
+        """Positions from one step of a video to the next, for each video; stock's default is a second."""
+        grids, seconds = inputs.get("video_grid_thw"), inputs.get("second_per_grid_ts")
+        if seconds is None:
+            seconds = [1.0] * (0 if grids is None else len(grids))
+        return [self._per_second * float(second) for second in seconds]
+
+    def _moments(self, steps: int, interval: float) -> list[int]:
+        # In float32, as stock does: a product that falls just short of a whole number is cut off there too.
+        found: list[int] = (torch.arange(steps) * interval).long().tolist()
+        return found

@@ -1,0 +1,1 @@
+"""One loaded model at work: segments in, tokens out."""

@@ -1,0 +1,179 @@
+"""A session on a live source: what enters and when, what a gap leaves, and who may interrupt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from statekv.cache.span import Span
+from statekv.config import Config
+from statekv.engine.progress import Progress
+from statekv.engine.session import Session
+from statekv.errors import ConfigError, VideoError
+from tests.talk import QUESTION, assert_same_stream, shared_engine, some_frames
+from tests.tiny import FAMILIES
+from tests.video.broadcast import TcpServer, encoded, paced
+from tests.video.clips import write_clip
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+PATIENT: dict[str, Any] = {"fps": None, "budget": 20, "prefetch": 50, "max_lag_seconds": 60.0, "reconnect_seconds": 0.0}
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_a_live_step_enters_as_soon_as_its_frames_are_there(family: str) -> None:
+    """The source sends on only when the step before has entered: whoever waits for a batch waits for ever."""
+    engine = shared_engine(family)
+    per_step = engine.model.frames_per_step
+    entered = threading.Semaphore(12)  # FFmpeg looks ahead before it shows the first
+
+    def waiting() -> Iterator[bytes]:
+        for piece in paced(encoded(24)):
+            if not entered.acquire(timeout=5):
+                return
+            yield piece
+
+    def on_step(_: Progress) -> None:
+        entered.release(per_step)
+
+    with engine.open(TcpServer(waiting()).url, vision_batch=50, **PATIENT) as session:
+        session.watch(on_step=on_step)
+        assert session.frames == 24
+
+
+@EVERY_FAMILY
+def test_a_file_played_as_live_becomes_the_same_stream(family: str, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", range(20))
+    settings = {**PATIENT, "fps": 10}
+    engine = shared_engine(family)
+    with (
+        engine.open(clip, realtime=True, vision_batch=1, **settings) as live,
+        engine.open(clip, vision_batch=1) as file,
+    ):
+        live.watch()
+        assert live.live is not None
+        assert live.live.dropped == 0
+        assert file.live is None
+        with engine.open(clip, vision_batch=1, **settings) as plain:
+            plain.watch()
+            assert_same_stream(live, plain)
+
+
+def test_a_gap_is_noted_where_it_was_and_changes_no_token() -> None:
+    engine = shared_engine("internvl")
+    frames = some_frames(6)
+    whole, broken = engine.open(budget=20), engine.open(budget=20)
+    whole.push(frames)
+    broken.push([*frames[:3], replace(frames[3], gap_seconds=0.75), *frames[4:]])
+    gaps = [index for index, span in enumerate(broken.state.spans) if span.kind == "gap"]
+    behind = broken.state.spans[gaps[0] + 1]
+    assert [broken.state.spans[index] for index in gaps] == [Span("gap", behind.start, 0, 2.25, behind.position)]
+    assert [span for span in broken.state.spans if span.kind != "gap"] == whole.state.spans
+    assert broken.ask(QUESTION) == whole.ask(QUESTION)
+
+
+def test_a_source_that_returns_is_told_in_the_progress() -> None:
+    server = TcpServer(paced(encoded(8)), paced(encoded(8, first=10)), away_seconds=0.2)
+    told: list[Progress] = []
+    settings = {**PATIENT, "reconnect_seconds": 20.0, "max_frames": 16}
+    with shared_engine("internvl").open(server.url, **settings) as session:
+        session.watch(on_step=told.append)
+        assert [progress.live.gaps for progress in told if progress.live] == [0] * 8 + [1] * 8
+        assert [span.kind for span in session.state.spans].count("gap") == 1
+        pts = [progress.pts_seconds for progress in told]
+        assert pts == sorted(pts)
+        assert told[8].live is not None
+        assert pts[8] - pts[7] == pytest.approx(told[8].live.gap_seconds)
+
+
+def test_who_asks_need_not_wait_for_the_next_frame() -> None:
+    silent = threading.Event()
+
+    def falls_silent() -> Iterator[bytes]:
+        pieces = encoded(12)
+        yield from paced(pieces[:8])
+        silent.wait(10)
+
+    with shared_engine("internvl").open(TcpServer(falls_silent()).url, **PATIENT) as session:
+        polls = 0
+
+        def pause() -> bool:
+            nonlocal polls
+            polls += session.frames > 3
+            return polls > 10
+
+        session.watch(pause=pause)
+        seen = session.frames
+        assert 3 < seen <= 8
+        assert session.ask(QUESTION)
+        assert session.live is not None
+        assert session.live.connected
+        silent.set()
+        session.watch()
+        assert session.frames >= seen
+
+
+def test_frames_that_come_during_an_answer_are_dropped_and_counted() -> None:
+    everything = threading.Event()
+
+    def two_parts() -> Iterator[bytes]:
+        pieces = encoded(30)
+        yield from paced(pieces[:6])
+        yield from paced(pieces[6:], speed=3)
+        everything.set()
+
+    settings = {**PATIENT, "prefetch": 2}
+    with shared_engine("internvl").open(TcpServer(two_parts()).url, **settings) as session:
+        session.watch(pause=lambda: session.frames > 0)
+        answer = session.stream(QUESTION)
+        next(answer)
+        assert everything.wait(10)
+        while session.live is not None and session.live.connected:
+            time.sleep(0.02)
+        "".join(answer)
+        session.watch()
+        assert session.live is not None
+        assert session.live.dropped > 10
+        assert session.frames + session.live.dropped == 30
+
+
+def test_a_session_that_is_closed_lets_go_of_its_source(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", range(250))
+    before = threading.active_count()
+    session = shared_engine("internvl").open(clip, realtime=True, **PATIENT)
+    session.watch(pause=lambda: session.frames > 0)
+    session.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("scheme", ["https://host/a.mp4", "rtsp://host/live", "udp://127.0.0.1:5"])
+def test_schemes_may_be_narrowed(scheme: str) -> None:
+    with pytest.raises(VideoError, match="not allowed"):
+        shared_engine("internvl").open(scheme, schemes="file,http")
+
+
+def test_uniform_sampling_of_a_live_source_is_refused() -> None:
+    with pytest.raises(ConfigError, match="length of this source is unknown"):
+        shared_engine("internvl").open("udp://127.0.0.1:5", method="uniform")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"schemes": "file,data"}, {"schemes": ""}, {"max_lag_seconds": -1}, {"reconnect_seconds": "soon"}]
+)
+def test_settings_of_live_sources_are_checked(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)).removesuffix("s")):
+        Config.of(**wrong)
+
+
+def test_pause_also_stops_a_file() -> None:
+    session: Session = shared_engine("internvl").open(budget=20)
+    session.source = iter(some_frames(9))
+    session.watch(pause=lambda: session.frames >= 4)
+    assert session.frames == 4
+    session.watch()
+    assert session.frames == 9

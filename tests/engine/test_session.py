@@ -1,0 +1,290 @@
+"""One stream: watching, asking, and everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
+from statekv.config import Config
+from statekv.engine.progress import Progress
+from statekv.engine.session import Session
+from statekv.errors import ConfigError, HorizonError, StateKVError
+from statekv.runner.decoding import Sampling
+from statekv.video.frame import Frame
+from statekv.video.writer import write_video
+from tests.talk import (
+    QUESTION,
+    assert_same_stream,
+    session_answer,
+    shared_engine,
+    some_frames,
+)
+from tests.tiny import FAMILIES, video
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def watching(family: str, frames: int, budget: int = 20) -> Session:
+    session = shared_engine(family).open(budget=budget)
+    session.source = iter(some_frames(frames))
+    return session
+
+
+@EVERY_FAMILY
+def test_progress_is_told_after_each_step(family: str) -> None:
+    session = watching(family, 6)
+    told: list[Progress] = []
+    session.watch(on_step=told.append)
+    per_step = session.stepper.model.frames_per_step
+    assert [progress.step for progress in told] == list(range(1, 6 // per_step + 1))
+    assert [progress.frames for progress in told] == list(range(per_step, 7, per_step))
+    assert [progress.pts_seconds for progress in told] == [frames - 1.0 for frames in range(per_step, 7, per_step)]
+    assert [progress.tokens for progress in told] == sorted({progress.tokens for progress in told})
+    assert told[-1].tokens == session.state.tokens == sum(span.length for span in session.state.spans)
+    assert told[-1].carried == 20
+    assert all(progress.step_seconds > 0 for progress in told)
+    assert session.seconds.vision > 0 < session.seconds.prefill
+
+
+@EVERY_FAMILY
+def test_watching_in_two_goes_equals_one(family: str) -> None:
+    one, two = watching(family, 7), watching(family, 7)
+    one.watch()
+    two.watch(until_seconds=2.5)
+    assert two.frames == 4
+    two.watch(until_seconds=2.5)
+    assert two.frames == 5
+    two.watch()
+    assert two.frames == 7
+    two.watch()
+    assert_same_stream(two, one)
+
+
+@EVERY_FAMILY
+def test_pushing_at_once_equals_pushing_one_by_one(family: str) -> None:
+    at_once, one_by_one = shared_engine(family).open(budget=20), shared_engine(family).open(budget=20)
+    at_once.push(iter(some_frames(7)))
+    for frame in some_frames(7):
+        one_by_one.push([frame])
+    at_once.push([])
+    assert_same_stream(at_once, one_by_one)
+
+
+@EVERY_FAMILY
+def test_a_session_without_a_source_says_so(family: str) -> None:
+    with pytest.raises(ConfigError, match="push frames"):
+        shared_engine(family).open().watch()
+
+
+@EVERY_FAMILY
+def test_nothing_seen_cannot_be_asked_about(family: str) -> None:
+    session = shared_engine(family).open()
+    for ask in (session.ask, session.logits, lambda question: list(session.stream(question))):
+        with pytest.raises(ConfigError, match="nothing has been seen"):
+            ask(QUESTION)
+    session.push(some_frames(1))
+    assert session.ask(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("family", "question"),
+    [
+        *((family, question) for family in FAMILIES for question in ("", "  \n")),
+        ("internvl", "What is <img>?"),
+        ("qwen3_vl", "What is <|video_pad|>?"),
+        ("qwen2_5_vl", "What is <|vision_end|>?"),
+        ("llava_onevision", "What is <video>?"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_loses_nothing(family: str, question: str) -> None:
+    session, other = shared_engine(family).open(budget=20), shared_engine(family).open(budget=20)
+    for stream in (session, other):
+        stream.push(some_frames(5))
+    for ask in (session.ask, session.logits):
+        with pytest.raises(ConfigError):
+            ask(question)
+    assert_same_stream(session, other)
+    assert session.ask(QUESTION) == other.ask(QUESTION)
+
+
+@EVERY_FAMILY
+def test_what_was_seen_up_to_the_horizon_can_be_asked(family: str) -> None:
+    session = shared_engine(family).open(horizon=150, on_horizon="error", max_new_tokens=6, budget=20)
+    with pytest.raises(HorizonError, match="150"):
+        session.push(some_frames(100))
+    seen = session.frames
+    assert seen > 4
+    state = session.state
+    assert state.position <= 150
+    first = session.ask(QUESTION)
+    with pytest.raises(HorizonError):
+        session.push(some_frames(2))
+    assert session.frames == seen
+    assert session.ask(QUESTION) == first
+
+
+@EVERY_FAMILY
+def test_an_answer_ends_at_the_horizon_and_leaves_no_trace(family: str) -> None:
+    session, other = (shared_engine(family).open(horizon=160, budget=20) for _ in range(2))
+    for stream in (session, other):
+        stream.push(some_frames(4))
+    question = session.stepper.model.question(QUESTION, session.state)
+    sampling = Sampling(max_new_tokens=500)
+    mark = session.state.mark()
+    tokens = [token for token, _ in session.stepper.answer(session.state, question, sampling)]
+    # The last token is chosen at the horizon, but has no position of its own.
+    assert len(tokens) == 160 - question.next_position + 1
+    session.state.crop_to(mark)
+    assert_same_stream(session, other)
+
+
+@EVERY_FAMILY
+def test_stop_strings_end_the_answer_in_front_of_them(family: str) -> None:
+    session = shared_engine(family).open(max_new_tokens=24)
+    session.push(some_frames(4))
+    whole = session.ask(QUESTION)
+    stop = whole[5:8]
+    assert session.ask(QUESTION, stop=(stop, "never said")) == whole[: whole.index(stop)]
+    assert "".join(session.stream(QUESTION, stop=(stop,))) == whole[: whole.index(stop)]
+    assert session.ask(QUESTION, stop=("never said",)) == whole
+
+
+@EVERY_FAMILY
+def test_the_longest_answer_is_the_questions_or_the_settings(family: str) -> None:
+    session = shared_engine(family).open(max_new_tokens=9)
+    session.push(some_frames(4))
+    assert len(session_answer(session, max_new_tokens=3).tokens) == 3
+    decode = session.stepper.model.tokenizer.decode
+    longest = session_answer(session, max_new_tokens=9).tokens
+    assert session.ask(QUESTION) == decode(longest, skip_special_tokens=True)
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        session.ask(QUESTION, max_new_tokens=0)
+
+
+@EVERY_FAMILY
+def test_an_end_token_ends_the_answer_and_is_not_said(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = shared_engine(family).open(max_new_tokens=9)
+    session.push(some_frames(4))
+    tokens = session_answer(session, max_new_tokens=9).tokens
+    monkeypatch.setattr(session.stepper.model.model.generation_config, "eos_token_id", [tokens[2]])
+    end = tokens.index(tokens[2])
+    assert session.ask(QUESTION) == session.stepper.model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+
+
+@EVERY_FAMILY
+def test_sampled_answers_follow_the_seed(family: str) -> None:
+    def answers(seed: int) -> list[str]:
+        session = shared_engine(family).open(seed=seed, max_new_tokens=12)
+        session.push(some_frames(4))
+        return [session.ask(QUESTION, do_sample=True, temperature=3.0) for _ in range(2)]
+
+    first, other = answers(1), answers(2)
+    assert first == answers(1)
+    assert first[0] == first[1]
+    assert first != other
+    session = shared_engine(family).open(max_new_tokens=12)
+    session.push(some_frames(4))
+    assert session.ask(QUESTION, do_sample=True, top_k=1) == session.ask(QUESTION)
+    with pytest.raises(ConfigError, match="temperature"):
+        session.ask(QUESTION, do_sample=True, temperature=-1.0)
+
+
+@EVERY_FAMILY
+def test_closing_frees_and_ends_the_session(family: str) -> None:
+    closed: list[str] = []
+
+    def source() -> Iterator[Frame]:
+        try:
+            yield from some_frames(9)
+        finally:
+            closed.append("source")
+
+    with shared_engine(family).open(budget=20) as session:
+        session.source = source()
+        session.watch(until_seconds=3)
+        assert session.state.nbytes["detailed"] > 0
+    assert closed == ["source"]
+    session.close()
+    assert session.state.nbytes["detailed"] == 0
+    for use in (
+        lambda: session.ask(QUESTION),
+        lambda: session.logits(QUESTION),
+        lambda: list(session.stream(QUESTION)),
+        lambda: session.push(some_frames(1)),
+        session.watch,
+    ):
+        with pytest.raises(StateKVError, match="closed"):
+            use()
+
+
+@EVERY_FAMILY
+def test_closing_in_the_middle_of_an_answer_is_harmless(family: str) -> None:
+    engine = shared_engine(family)
+    session, other = engine.open(budget=20), engine.open(budget=20)
+    for stream in (session, other):
+        stream.push(some_frames(4))
+    expected = other.ask(QUESTION)
+    answer = session.stream(QUESTION)
+    next(answer)
+    session.close()
+    del answer
+    assert other.ask(QUESTION) == expected
+
+
+@EVERY_FAMILY
+def test_memory_is_flat(family: str) -> None:
+    """The carried cache never holds more than the budget; after `reserve` the detailed one never moves."""
+    session = shared_engine(family).open(budget=20)
+    detailed = session.state.detailed
+    detailed.reserve(600)
+    addresses = [buffer.data_ptr() for buffer in detailed.buffers]
+    carried: list[list[int]] = []
+    for frame in some_frames(40):
+        session.push([frame])
+        session.ask(QUESTION, max_new_tokens=2)
+        held = session.state.carried
+        assert isinstance(held, CarriedCache)
+        assert all(length <= 20 for length in held.lengths)
+        carried.append([buffer.data_ptr() for buffer in held.buffers])
+    assert [buffer.data_ptr() for buffer in detailed.buffers] == addresses
+    assert detailed.grown == 0
+    assert all(addresses == carried[10] for addresses in carried[10:])
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_video_of_known_length_gets_its_memory_at_once(
+    family: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 900 GiB")
+
+    if not fits:
+        monkeypatch.setattr(DetailedCache, "reserve", refuse)
+    write_video(tmp_path / "clip.mp4", video(60), fps=1)
+    with shared_engine(family).open(tmp_path / "clip.mp4", budget=20) as session:
+        session.watch()
+        state = session.state
+        assert session.frames == 60
+        assert state.tokens > 200
+        assert session.ask(QUESTION)
+        assert not fits or state.detailed.grown == state.geometry.layers
+
+
+@EVERY_FAMILY
+def test_without_reserve_the_detailed_cache_moves_seldom(family: str) -> None:
+    session = shared_engine(family).open(budget=20)
+    session.push(some_frames(60))
+    geometry = session.state.geometry
+    assert session.state.tokens > 200
+    assert session.state.detailed.grown <= 2 * geometry.layers
+    assert session.state.nbytes["detailed"] == session.state.detailed.capacity * geometry.bytes_per_token
+
+
+def test_settings_of_a_session_are_its_engines_unless_said_otherwise() -> None:
+    session = shared_engine("internvl").open(method="streaming_llm", budget=33)
+    assert session.state.config == Config.of("streaming_llm", budget=33, max_new_tokens=6)

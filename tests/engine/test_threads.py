@@ -1,0 +1,218 @@
+"""Many threads on one engine: everybody gets what they would have got alone."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from statekv.engine.engine import Engine
+from statekv.engine.session import Session
+from statekv.errors import ConfigError
+from tests.engine.test_rounds import watching
+from tests.runner.test_together import assert_close
+from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
+
+THREADS = 8
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"carry": "random"},
+    {"method": "statekv_retrieve", "retrieve": 2},
+    {"pin_prefix": True, "budget": 40},
+    {"method": "full"},
+    {"method": "last_frames"},
+    {"decay": 0.5},
+    {"method": "streaming_llm"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads_change_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def at_once(*works: Callable[[], Any]) -> list[Any]:
+    """What each returns, all begun together; their errors are raised."""
+    gate = threading.Barrier(len(works))
+
+    def run(work: Callable[[], Any]) -> Any:
+        gate.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [done.result(timeout=120) for done in [pool.submit(run, work) for work in works]]
+
+
+def life(engine: Engine, number: int) -> list[Any]:
+    """Pushes, questions, answers given up, forks and closes, as the number says; what all of it came to."""
+    drawn, seen = Random(number), list[Any]()
+    ways = {"budget": 20, "horizon": 5000 + 1000 * number, **SETTINGS[number % len(SETTINGS)]}
+    sessions = [engine.open(**ways)]  # another horizon: other rotary frequencies, set on the one model
+    for _ in range(25):
+        session = drawn.choice(sessions)
+        action = drawn.choice(["push", "push", "push", "ask", "stream", "fork", "close"])
+        if action == "push":
+            session.push(some_frames(drawn.randint(1, 4), seed=drawn.randint(0, 5)))
+        elif action == "fork" and len(sessions) < 4:
+            sessions.append(session.fork())
+        elif action == "close" and len(sessions) > 1:
+            sessions.remove(session)
+            session.close()
+        elif session.frames:
+            answer = session.stream(QUESTION, max_new_tokens=4)
+            seen.append([next(answer)] if action == "stream" else list(answer))
+            answer.close()  # type: ignore[attr-defined]
+    for session in sessions:
+        seen += [session.ask(QUESTION, max_new_tokens=3) if session.frames else "", memory(session)]
+        session.close()
+    return seen
+
+
+def assert_same_life(found: list[Any], expected: list[Any]) -> None:
+    """To the bit."""
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(b, list) and b and isinstance(b[0], torch.Tensor):
+            assert_same_memory(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_eight_lives_at_once_equal_eight_one_after_another(family: str) -> None:
+    engine = shared_engine(family)
+    alone = [life(engine, number) for number in range(THREADS)]
+    found = at_once(*(lambda number=number: life(engine, number) for number in range(THREADS)))  # type: ignore[misc]
+    for mine, expected in zip(found, alone, strict=True):
+        assert_same_life(mine, expected)
+
+
+def test_one_session_pushed_asked_and_forked_by_different_threads() -> None:
+    engine, frames = shared_engine("qwen3_vl"), some_frames(24)
+    shared, silent = engine.open(budget=20), engine.open(budget=20)
+    shared.push(frames[:2])
+    silent.push(frames)
+
+    def push() -> None:
+        for frame in frames[2:]:
+            shared.push([frame])
+
+    def ask() -> list[str]:
+        return [shared.ask(QUESTION, max_new_tokens=3) for _ in range(6)]
+
+    def fork() -> list[tuple[int, str]]:
+        found = []
+        for _ in range(4):
+            with shared.fork() as what_if:
+                found.append((what_if.frames, what_if.ask(QUESTION, max_new_tokens=3)))
+        return found
+
+    _, answers, forks = at_once(push, ask, fork)
+    assert_same_stream(shared, silent)
+    assert len(answers) == 6
+    counted = engine.open(budget=20)
+    known = {}
+    for number, frame in enumerate(frames, start=1):
+        counted.push([frame])
+        known[number] = counted.ask(QUESTION, max_new_tokens=3)
+    assert all(known[seen] == answer for seen, answer in forks)
+    assert set(answers) <= set(known.values())
+
+
+def test_rounds_run_while_others_ask_open_and_close() -> None:
+    """The watched streams differ from those alone by rounding; what is asked elsewhere does not differ at all."""
+    engine = shared_engine("internvl")
+    watched, alone = ([watching(engine, some_frames(12, seed)) for seed in range(4)] for _ in range(2))
+    for session in alone:
+        session.watch()
+    expected = [life(engine, number) for number in (0, 1)]
+
+    def ask() -> None:
+        for number in range(12):
+            session = watched[number % 4]
+            if session.frames:
+                session.ask(QUESTION, max_new_tokens=2)
+
+    failed, *found = at_once(lambda: engine.watch_all(watched), lambda: life(engine, 0), lambda: life(engine, 1), ask)
+    assert failed == {}
+    for mine, other in zip(watched, alone, strict=True):
+        assert_close(mine, other)
+    for lived, before in zip(found[:2], expected, strict=True):
+        assert_same_life(lived, before)
+
+
+def test_a_slow_reader_of_an_answer_stops_nobody() -> None:
+    engine = shared_engine("internvl")
+    asked, other, alone = (engine.open(budget=20) for _ in range(3))
+    for session in (asked, other, alone):
+        session.push(some_frames(4))
+    expected = alone.ask(QUESTION)
+    answer = asked.stream(QUESTION)
+    pieces = [next(answer)]
+    at_once(lambda: other.push(some_frames(6)), lambda: other.ask(QUESTION))  # while the answer stands still
+    assert other.frames == 10
+    assert "".join([*pieces, *answer]) == expected
+
+
+def test_a_question_is_not_starved_by_a_stream_that_never_rests() -> None:
+    """It waits for one step, not for the end of the stream."""
+    engine = shared_engine("internvl")
+    busy, asked = engine.open(budget=20), engine.open(budget=20)
+    asked.push(some_frames(2))
+    tokens, stop = 4, threading.Event()
+    seen: list[int] = []
+
+    def step() -> None:
+        while not stop.is_set() and busy.steps < 2000:
+            busy.push(some_frames(1))
+
+    def ask() -> None:
+        while not busy.steps:
+            pass
+        before = busy.steps
+        asked.ask(QUESTION, max_new_tokens=tokens)
+        seen.append(busy.steps - before)
+        stop.set()
+
+    at_once(step, ask)
+    assert seen[0] <= 4 * (tokens + 3)  # vision and language model: two turns a step
+
+
+def test_closing_from_another_thread_ends_an_answer_with_an_error() -> None:
+    engine = shared_engine("internvl")
+    session = engine.open(budget=20)
+    session.push(some_frames(4))
+    answer = session.stream(QUESTION)
+    next(answer)
+    at_once(session.close)
+    with pytest.raises(ConfigError, match="closed"):
+        list(answer)
+    assert sum(session.state.nbytes.values()) == 0
+    with pytest.raises(ConfigError, match="closed"):
+        session.push(some_frames(1))
+
+
+def test_closing_while_another_thread_watches_ends_its_watch() -> None:
+    engine = shared_engine("internvl")
+    session: Session = watching(engine, some_frames(500))
+
+    def watch() -> str:
+        with pytest.raises(ConfigError, match="closed") as found:
+            session.watch()
+        return str(found.value)
+
+    def close() -> None:
+        while session.steps < 3:
+            pass
+        session.close()
+
+    at_once(watch, close)
+    assert sum(session.state.nbytes.values()) == 0
