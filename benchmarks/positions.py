@@ -17,7 +17,7 @@ import numpy as np
 
 import statekv
 from statekv.engine.session import Session
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 
 _FIRST_SEED = FIRST_TEST_SEED + 300_000

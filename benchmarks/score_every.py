@@ -12,7 +12,7 @@ from pathlib import Path
 
 import statekv
 from statekv.engine.session import Session
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 
 

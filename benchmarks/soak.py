@@ -38,11 +38,10 @@ import numpy as np
 import torch
 
 import statekv
-from statekv.bench.rows import Circumstances, Row, append, check_columns
+from statekv.bench.harness import Circumstances, Row, append, check_columns
 from statekv.config import Config
 from statekv.engine.session import Session
-from statekv.evals.cards.film import PICTURE
-from statekv.evals.cards.render import render
+from statekv.evals.cards.render import PICTURE, render
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 from statekv.video.frame import Frame
 

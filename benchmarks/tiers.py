@@ -23,13 +23,12 @@ import numpy as np
 import torch
 
 import statekv
-from statekv.bench.rows import Circumstances, Row, append, check_columns
-from statekv.cache.tiers.bringing import Bringing
-from statekv.cache.tiers.passage import Passage
-from statekv.cache.tiers.tiered import TieredCache
+from statekv.bench.harness import Circumstances, Row, append, check_columns
+from statekv.cache.tiers.block import Passage
+from statekv.cache.tiers.cache import TieredCache
+from statekv.cache.tiers.fetch import Bringing
 from statekv.engine.session import Session
-from statekv.evals.cards.film import PICTURE
-from statekv.evals.cards.render import render
+from statekv.evals.cards.render import PICTURE, render
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
 from statekv.video.frame import Frame
 

@@ -10,8 +10,8 @@ from statekv.errors import explained
 
 if TYPE_CHECKING:
     from statekv.config import Config
-    from statekv.engine.dropin import generate
     from statekv.engine.engine import Engine, load
+    from statekv.engine.generate import generate
     from statekv.engine.session import Session
     from statekv.errors import StateKVError
     from statekv.video.frame import Frame
@@ -25,7 +25,7 @@ _HOMES = {
     "Frame": "statekv.video.frame",
     "Session": "statekv.engine.session",
     "StateKVError": "statekv.errors",
-    "generate": "statekv.engine.dropin",
+    "generate": "statekv.engine.generate",
     "load": "statekv.engine.engine",
 }
 

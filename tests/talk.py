@@ -14,9 +14,9 @@ from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.models import adapter
-from statekv.models.base import Segment, Texts, VideoModel
+from statekv.models.adapter import Segment, Texts, VideoModel
 from statekv.runner.decoding import Sampling
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
 from statekv.video.frame import Frame
 from tests.tiny import Tiny, tiny, video
 

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from statekv.models.families.own_code import completed_config, completed_model
+from statekv.models.families.eagle2_5 import completed_config, completed_model
 from tests import stock
 from tests.models.families import eagle_processor, eagle_stand_in
 from tests.models.families.eagle_stand_in import Eagle2_5_VLConfig, Eagle2_5_VLForConditionalGeneration

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from statekv.engine.engine import Engine, load
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, questions, write_story
 
 # Apart from the films of `statekv demo`, which start at FIRST_TEST_SEED.

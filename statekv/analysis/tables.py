@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from statekv.analysis.concentration import BUDGETS
-from statekv.analysis.watching import Analysis
+from statekv.analysis.holdings import Analysis
 
 
 def write_tables(found: Analysis, folder: Path) -> list[Path]:

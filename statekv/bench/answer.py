@@ -8,20 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from statekv.bench.build import build
-from statekv.bench.clock import wait
-from statekv.bench.fill import fill, stand
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
-from statekv.bench.picture import Panel
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size
-from statekv.bench.steps import stride
+from statekv.bench.harness import Panel, Row, wait
+from statekv.bench.models import Size, build, fill, stand, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from statekv.runner.decoding import Sampling
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.stepper import Stepper, room_for_answers
+from statekv.runner.runner import Stepper, room_for_answers
 
 FIRST, EACH = "first token", "each further token"
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from statekv.bench.clock import alternate, matmul_rate
-from statekv.bench.sizes import Size
+from statekv.bench.harness import Panel, Row, alternate, matmul_rate
+from statekv.bench.models import Size, build, size_of
+from statekv.config import Config
+from statekv.models import adapter
+from statekv.models.flops import matrix_weights, step_flops
+from statekv.runner.runner import Stepper
 
 _READ_BYTES = 1 << 29  # larger than any processor cache
 
@@ -57,3 +65,92 @@ def answer_bytes(size: Size, past: int, dtype: torch.dtype) -> int:
     """What must be read for one token of an answer behind `past` others: all weights, all keys and values."""
     weights = (size.parameters + size.vocab * size.hidden) * dtype.itemsize
     return weights + past * size.kv_bytes_per_token(dtype)
+
+
+_TERA = 1e12
+_POINTS = 24  # of a line in the picture
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of steps whose kernel is naive; stock attention is made of plain products meanwhile.
+
+    A CPU's fused attention kernels are invisible to torch's counter.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        yield counter
+
+
+def check(name: str, budget: int | None, steps: Sequence[int], layers: int | None = 2) -> Row:
+    """Run the first steps of a model in its real width, shapes alone, and compare torch's count with the formula.
+
+    Args:
+        name: of a size.
+        budget: None for `full`.
+        steps: tokens of each step.
+        layers: the model's first ones; None: all.
+
+    Returns:
+        A row whose floor is the formula: its distance must be 1.
+    """
+    size = size_of(name, layers)
+    stepper = Stepper(build(size, torch.device("meta"), torch.bfloat16))
+    method = "full" if budget is None else "statekv"
+    state = stepper.open(Config.of(method, kernel="naive", budget=budget or Config().budget))
+    with counting() as counter:
+        for tokens in steps:
+            stepper.prefill(state, stepper.model.text("step", [0] * tokens, state.position))
+    formula = sum(step_flops(size, steps, budget, scored_products=2))
+    setting = _setting(name, len(steps) * adapter(size.family).frames_per_step, budget)
+    remark = f"torch's count of {size.layers} layers; floor: formula"
+    return Row(
+        "flops",
+        f"check of {method}",
+        setting,
+        "TFLOP",
+        (counter.get_total_flops() / _TERA,),
+        formula / _TERA,
+        remark=remark,
+    )
+
+
+def measure(name: str, budgets: Iterable[int], frames: Iterable[int]) -> list[Row]:
+    """`full` and `statekv` at some budgets, after some numbers of frames.
+
+    Returns:
+        Rows in TFLOP; the floor is a model without attention, the reference is `full`.
+    """
+    size, rows = size_of(name), []
+    for count in frames:
+        steps = _steps(size, count)
+        floor = 2 * matrix_weights(size) * sum(steps) / _TERA
+        full = sum(step_flops(size, steps)) / _TERA
+        rows.append(Row("flops", "full", _setting(name, count, None), "TFLOP", (full,), floor, full))
+        for budget in budgets:
+            found = sum(step_flops(size, steps, budget)) / _TERA
+            rows.append(Row("flops", "statekv", _setting(name, count, budget), "TFLOP", (found,), floor, full))
+    return rows
+
+
+def panel(name: str, budgets: Iterable[int], frames: int) -> Panel:
+    """Cost up to so many frames, a line per method and budget."""
+    size = size_of(name)
+    counts = sorted({max(1, round(frames * point / _POINTS)) for point in range(1, _POINTS + 1)})
+    chosen: dict[str, int | None] = {"full": None} | {f"statekv, B = {budget}": budget for budget in budgets}
+    lines = {}
+    for label, budget in chosen.items():
+        total, sums = 0, [0]
+        for flops in step_flops(size, _steps(size, frames), budget):
+            total += flops
+            sums.append(total)
+        lines[label] = [(float(count), sums[len(_steps(size, count))] / 1e15) for count in counts]
+    return Panel(name, "frames", "PFLOP of prefill", lines)
+
+
+def _steps(size: Size, frames: int) -> list[int]:
+    """Vision tokens of each step; the few words around a frame are left out."""
+    return [size.tokens_per_step] * -(-frames // adapter(size.family).frames_per_step)
+
+
+def _setting(name: str, frames: int, budget: int | None) -> dict[str, str | int | float]:
+    return {"model": name, "frames": frames, "budget": "" if budget is None else budget}

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
+from weakref import finalize
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from statekv.bench.allocation import CopiedBytes, peak_bytes
-from statekv.bench.build import build
-from statekv.bench.picture import Panel
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size, size_of
+from statekv.bench.harness import Panel, Row
+from statekv.bench.models import Size, build, size_of
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.geometry import Geometry
+from statekv.cache.spec import Geometry
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.runner.memory import check_fits
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
 
 _MEBI = 2**20
 _HOLDS, _COPIED, _CARRIES = "detailed holds", "detailed copied", "carried holds"
@@ -153,3 +155,94 @@ def _geometry(size: Size, dtype: torch.dtype) -> Geometry:
 
 def _setting(name: str, dtype: torch.dtype) -> dict[str, str | int | float]:
     return {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that work has allocated at once, above what was allocated before it.
+
+    On CUDA that is the allocator's own record. A CPU has none: there it is what all tensors together take that exist
+    at the same time; what a kernel allocates inside itself is missing.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before: int = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        most: int = torch.cuda.max_memory_allocated(device)
+        return most - before
+    held = HeldBytes()
+    with held:
+        work()
+    return held.peak
+
+
+class _Watch(TorchDispatchMode, ABC):
+    """Sees the result of every operation on tensors inside a `with`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.see(func.overloadpacket, args, found)
+        return found
+
+    @abstractmethod
+    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
+        """Called after each operation."""
+
+
+class HeldBytes(_Watch):
+    """Bytes of the tensors that were made inside and still exist.
+
+    Attributes:
+        now: at this moment.
+        peak: at most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
+        old = {_storage(tensor) for tensor in tree_leaves(inputs) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in old | self._known:
+                self._take(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        address, taken = storage._cdata, storage.nbytes()
+        self._known.add(address)
+        self.now += taken
+
+        def give_back() -> None:
+            self._known.discard(address)
+            self.now -= taken
+
+        finalize(storage, give_back)
+
+
+class CopiedBytes(_Watch):
+    """Counts the bytes that tensors copy from one another inside; shapes alone are enough for that.
+
+    Attributes:
+        total: bytes written by copies and concatenations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
+        if operation in (torch.ops.aten.copy_, torch.ops.aten.cat):
+            self.total += result.nbytes
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -8,20 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from statekv.bench.build import build
-from statekv.bench.clock import best_rate, large_product
-from statekv.bench.fill import fill_carried, fill_detailed, stand
 from statekv.bench.floor import segment_flops
-from statekv.bench.pace import alternate_within
-from statekv.bench.picture import Panel
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size
-from statekv.bench.steps import products_alone, random_step, stride
+from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product
+from statekv.bench.models import Size, build, fill_carried, fill_detailed, products_alone, random_step, stand, stride
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.stepper import Stepper, room_for_answers
+from statekv.runner.runner import Stepper, room_for_answers
 
 FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
 _VOCABULARY = 64

@@ -7,22 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from statekv.bench.build import build
-from statekv.bench.clock import best_rate, large_product
-from statekv.bench.fill import fill, stand
 from statekv.bench.floor import segment_flops
-from statekv.bench.pace import alternate_within
-from statekv.bench.picture import Panel
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size, size_of
-from statekv.bench.steps import random_step, stride
+from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product
+from statekv.bench.models import Size, build, fill, random_step, size_of, stand, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.models.base import Segment, VideoModel
+from statekv.models.adapter import Segment, VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.memory import check_fits
-from statekv.runner.stepper import Stepper, room_for_answers
-from statekv.runner.together import prefill_together
+from statekv.runner.runner import Stepper, prefill_together, room_for_answers
 
 DEMO = "demo"
 TOGETHER, ANEW, IN_TURN, LARGE = "together", "together anew", "in turn", "large product"

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from statekv.bench.clock import wait
-from statekv.bench.picture import Panel
-from statekv.bench.rows import Row
+from statekv.bench.harness import Panel, Row, wait
 from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.errors import VideoError
+from statekv.video.file import read_frames
 from statekv.video.frame import Frame
 from statekv.video.prefetch import prefetch
-from statekv.video.reader import read_frames
 
 SEQUENTIAL, OVERLAPPED = "sequential", "overlapped"
 PARTS = ("decode", "vision", "prefill", "waiting")

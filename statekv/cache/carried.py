@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from statekv.cache.budgets import layer_budgets
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.geometry import Geometry
-from statekv.cache.moves import Moves
-from statekv.cache.policies.carry import Rule
-from statekv.cache.slots import one_block
+from statekv.cache.policies.base import Rule
+from statekv.cache.spec import Geometry, Moves, layer_budgets, one_block
 from statekv.ops import select
 from statekv.ops.rope import Angles, rotate
 

@@ -10,9 +10,8 @@ from weakref import WeakSet
 import torch
 from transformers import Cache
 
-from statekv.cache.geometry import Geometry
-from statekv.cache.moves import Moves, numbers_in
-from statekv.cache.parts import Part, Written, ranges
+from statekv.cache.folder import Part, Written, ranges
+from statekv.cache.spec import Geometry, Moves, numbers_in
 from statekv.ops.rope import Angles, rotate
 
 _FIRST_CAPACITY = 256  # tokens

@@ -15,10 +15,10 @@ from statekv.cli import options
 from statekv.cli.console import notes, out, progress
 from statekv.config import Config
 from statekv.errors import ConfigError
-from statekv.video.source import check_file, local_path
+from statekv.video.address import check_file, local_path
 
 if TYPE_CHECKING:
-    from statekv.analysis.watching import Analysis
+    from statekv.analysis.holdings import Analysis
 
 _DEFAULT = Config()
 
@@ -46,7 +46,7 @@ def analyze(
     path = local_path(video)
     if path is not None:
         check_file(path)
-    from statekv.drawing import check_drawing
+    from statekv.errors import check_drawing
 
     check_drawing()
     _make(folder)
@@ -59,7 +59,7 @@ def analyze(
         trust_remote_code=trust_remote_code,
         **settings,
     )
-    from statekv.analysis.watching import analyse
+    from statekv.analysis.holdings import analyse
 
     with progress() as bar:
         task = bar.add_task("frames", total=None)
@@ -74,8 +74,7 @@ def analyze(
 
 
 def _publish(found: Analysis, name: str, folder: Path, as_json: bool) -> None:
-    from statekv.analysis.canvas import write_film, write_strip
-    from statekv.analysis.curves import draw_curves
+    from statekv.analysis.plots import draw_curves, write_film, write_strip
     from statekv.analysis.tables import summary, write_tables
 
     files = [

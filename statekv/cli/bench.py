@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from statekv.cli import options
-from statekv.cli.console import progress
-from statekv.cli.report import Report
-from statekv.errors import ConfigError
+from statekv.cli.console import Report, notes, progress
+from statekv.config import Config
+from statekv.errors import ConfigError, MemoryLimitError
+
+if TYPE_CHECKING:
+    from statekv.bench.harness import Row
 
 app = typer.Typer(
     name="bench",
@@ -32,10 +37,8 @@ def attention(
     picture: options.Picture = None,
 ) -> None:
     """Time attention with key scores in every way, beside stock attention without scores."""
-    from statekv.bench.attention import measure, panels, shapes
-    from statekv.bench.clock import matmul_rate
-    from statekv.bench.peer import load_peer
-    from statekv.bench.place import place
+    from statekv.bench.attention import load_peer, measure, panels, shapes
+    from statekv.bench.harness import matmul_rate, place
 
     where, kind = place(device, dtype)
     found = shapes(names(models), numbers("budgets", budgets), queries)
@@ -59,7 +62,7 @@ def flops(
     """Compute a video's prefill FLOPs by method and length, and check the formula against torch's count."""
     import torch
 
-    from statekv.bench.flops import check, measure, panel
+    from statekv.bench.floor import check, measure, panel
 
     chosen, carried, lengths = names(models), numbers("budgets", budgets), numbers("frames", frames)
     report, rows = Report("flops", csv, picture), []
@@ -82,8 +85,8 @@ def memory(
     picture: options.Picture = None,
 ) -> None:
     """Weigh both caches against the formula, count what growing copies, and find a step's peak."""
+    from statekv.bench.harness import place
     from statekv.bench.memory import carried_row, detailed_rows, panels, peak_rows
-    from statekv.bench.place import place
 
     where, kind = place(device, dtype)
     chosen, carried, counts = names(models), numbers("budgets", budgets), numbers("steps", steps)
@@ -102,7 +105,7 @@ def names(models: str | None) -> list[str]:
     Raises:
         ConfigError: an unknown one.
     """
-    from statekv.bench.sizes import SIZES, size_of
+    from statekv.bench.models import SIZES, size_of
 
     chosen = SIZES if models is None else dict.fromkeys(name.strip() for name in models.split(","))
     return [size_of(name).name for name in chosen]
@@ -118,3 +121,141 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) for part in found):
         raise ConfigError(f"{option} is {text!r}, but must be numbers from 1 to 9999999", "write them as in 256,1024")
     return sorted({int(part) for part in found})
+
+
+_DEFAULT = Config()
+
+StepTokens = Annotated[int, typer.Option(help="Tokens of a step.", min=1)]
+Layers = Annotated[int | None, typer.Option(help="Measure the first so many layers; rows say so.")]
+
+
+def prefill(
+    models: options.Sizes = None,
+    budgets: options.Budgets = "256,1024,4096,16384",
+    steps: Annotated[str, typer.Option(help="Step numbers, with commas.")] = "1,4,16,64,256,1024,3600",
+    tokens: StepTokens = 256,
+    layers: Layers = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Also step without CUDA graphs and packed weights.")] = False,
+    runs: options.Runs = 20,
+    seconds: Annotated[float, typer.Option(help="Most seconds for one method at one step; less runs then.")] = 60.0,
+    device: options.BenchDevice = "auto",
+    dtype: options.BenchDtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Time a step against its number, for full and for statekv at each budget; far steps start from filled caches."""
+    from statekv.bench.harness import place
+    from statekv.bench.models import size_of
+    from statekv.bench.prefill import Plan, measure, panels
+
+    where, kind = place(device, dtype)
+    sizes = [size_of(name, layers) for name in names(models)]
+    carried, wanted = tuple(numbers("budgets", budgets)), tuple(numbers("steps", steps))
+    plans = {size.name: Plan(size, wanted, carried, tokens, runs, seconds, plain) for size in sizes}
+    report = Report("prefill", csv, picture)
+    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
+    report.publish("prefill", rows, panels(rows), where)
+
+
+def answer(
+    models: options.Sizes = None,
+    steps: Annotated[str, typer.Option(help="Lengths of the stream in steps, with commas.")] = "1,4,16,64,256,1024",
+    tokens: StepTokens = 256,
+    question: Annotated[int, typer.Option(help="Tokens of the question.", min=1)] = 32,
+    answer: Annotated[int, typer.Option(help="Tokens of the answer.", min=2)] = 16,
+    layers: Layers = None,
+    runs: options.Runs = 20,
+    device: options.BenchDevice = "auto",
+    dtype: options.BenchDtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Time an answer's first token and each further one, against the length of the stream."""
+    from statekv.bench.answer import Plan, measure, panels
+    from statekv.bench.floor import Machine
+    from statekv.bench.harness import place
+    from statekv.bench.models import size_of
+
+    where, kind = place(device, dtype)
+    sizes = [size_of(name, layers) for name in names(models)]
+    lengths = tuple(numbers("steps", steps))
+    plans = {size.name: Plan(size, lengths, tokens, question, answer, runs) for size in sizes}
+    report = Report("answer", csv, picture)
+    machine = Machine.measured(where, kind)
+    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind, machine=machine))
+    rates = f"products at {machine.flops / 1e9:.0f} GFLOP/s, memory at {machine.read / 1e9:.1f} GB/s"
+    report.publish(f"answer, {rates}", rows, panels(rows), where)
+
+
+def sessions(
+    models: Annotated[str, typer.Option(help="Language models in real size, or demo, with commas.")] = "demo",
+    count: Annotated[str, typer.Option("--sessions", help="How many sessions, with commas.")] = "1,2,4,8",
+    budget: options.Budget = 1024,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a step; by default the model's own.", min=1)] = None,
+    layers: Layers = None,
+    runs: options.Runs = 20,
+    seconds: Annotated[float, typer.Option(help="Most seconds for one way with one number; less runs then.")] = 600.0,
+    device: options.BenchDevice = "auto",
+    dtype: options.BenchDtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Step several sessions as one batch and in turn, all of them with full carried caches."""
+    from statekv.bench.harness import place
+    from statekv.bench.sessions import DEMO, Plan, measure, panels
+
+    where, kind = place(device, dtype)
+    chosen = [name if name == DEMO else names(name)[0] for name in dict.fromkeys(models.replace(" ", "").split(","))]
+    numbered = tuple(numbers("sessions", count))
+    plans = {name: Plan(name, numbered, budget, tokens, layers, runs, seconds) for name in chosen}
+    report = Report("sessions", csv, picture)
+    rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
+    report.publish("sessions, ms per step of one session", rows, panels(rows), where)
+
+
+def video(
+    file: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
+    model: options.Model = "demo",
+    method: options.Method = None,
+    budget: options.Budget = _DEFAULT.budget,
+    fps: options.Fps = 1.0,
+    max_frames: options.MaxFrames = None,
+    runs: options.Runs = 5,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Watch FILE with decoding in line and overlapped, and show where the time goes."""
+    import statekv
+    from statekv.bench.video import measure
+    from statekv.video.address import check_file
+
+    settings: dict[str, Any] = {"budget": budget, "fps": fps, "max_frames": max_frames}
+    Config.of(method, **settings)
+    check_file(file)
+    report = Report("video", csv, picture)
+    engine = statekv.load(model, method, device=device, dtype=dtype, **settings)
+    rows, panels = measure(engine, file, runs)
+    report.publish(f"video, {model}", rows, panels, engine.model.model.device)
+
+
+def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Row]:
+    """The rows of all models; one that does not fit in memory is named and left out.
+
+    Raises:
+        MemoryLimitError: none of them fits.
+    """
+    rows: list[Row] = []
+    refused: list[MemoryLimitError] = []
+    with progress() as bar:
+        for name in bar.track(list(models), description="models"):
+            try:
+                rows += measure(name)
+            except MemoryLimitError as error:
+                refused.append(error)
+    if refused and not rows:
+        raise refused[0]
+    for reason in refused:
+        notes.print(f"statekv: left out: {reason}", markup=False, soft_wrap=True)
+    return rows

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from statekv.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from statekv.bench.harness import Panel, Row
 
 notes = Console(stderr=True, highlight=False)
 
@@ -26,3 +37,92 @@ def progress() -> Progress:
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line instead of Python's three."""
     notes.print(f"statekv: warning: {message}", markup=False, soft_wrap=True)
+
+
+class Report:
+    """Where one run's rows and picture go; checked before the minutes of work.
+
+    Args:
+        bench: the sub-command.
+        csv: file to append to; None: benchmarks/results/ where there is such a folder, else statekv-bench/.
+        picture: PNG to write; None: beside the CSV.
+
+    Raises:
+        ConfigError: a place that cannot be written to.
+    """
+
+    def __init__(self, bench: str, csv: Path | None, picture: Path | None) -> None:
+        from statekv.bench.harness import check_columns
+        from statekv.errors import check_drawing
+
+        results = Path("benchmarks", "results")
+        self.csv = csv or (results if results.is_dir() else Path("statekv-bench")) / f"{bench}.csv"
+        self.picture: Path | None = picture or self.csv.with_suffix(".png")
+        for path in (self.csv, self.picture):
+            _check_place(path)
+        check_columns(self.csv)
+        try:
+            check_drawing()
+        except ConfigError as error:
+            notes.print(f"statekv: no picture: {error}", markup=False, soft_wrap=True)
+            self.picture = None
+
+    def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel], device: torch.device) -> None:
+        """Show the table, append the rows, draw the panels, and say where they are."""
+        from statekv.bench.harness import Circumstances, append, draw
+
+        here = Circumstances.here(" ".join(["statekv", *sys.argv[1:]]), device)
+        out().print(table(f"{title} · {here.device}, {here.threads} threads, {here.date}", rows))
+        append(self.csv, rows, here)
+        written = f"rows: {self.csv}"
+        if self.picture is not None and any(panel.lines for panel in panels):
+            draw(panels, self.picture, f"{title} · {here.device}")
+            written += f"    picture: {self.picture}"
+        notes.print(written, markup=False, soft_wrap=True)
+
+
+def table(title: str, rows: Sequence[Row]) -> Table:
+    """One line per row; what all rows share stands in the title, what none has is left out."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.setting))
+    varying = [key for key in keys if len({row.setting.get(key) for row in rows}) > 1]
+    shared = [f"{key} {rows[0].setting[key]}" for key in keys if key not in varying]
+    if len({row.unit for row in rows}) == 1:
+        shared.append(f"in {rows[0].unit}")
+    found = Table(title=", ".join([title, *shared]), title_justify="left", box=None, pad_edge=False)
+    columns = {"": [row.subject for row in rows]}
+    columns |= {key: [str(row.setting.get(key, "")) for row in rows] for key in varying}
+    columns |= {"unit": [row.unit for row in rows] if len({row.unit for row in rows}) > 1 else []}
+    timed = any(len(row.samples) > 1 for row in rows)  # what is counted has no spread
+    for share in (20, 50, 80) if timed else (50,):
+        heading = f"p{share}" if timed else "found"
+        columns[heading] = [_figure(row.quantile(share / 100) if row.samples else None) for row in rows]
+    columns |= {
+        "floor": [_figure(row.floor) for row in rows],
+        "× floor": [_figure(row.distance) for row in rows],
+        "× stock": [_figure(row.ratio) for row in rows],
+        "remark": [row.remark for row in rows],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    for heading in columns:
+        words = heading in ("", "unit", "remark", *varying)
+        found.add_column(heading, justify="left" if words else "right", overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        found.add_row(*cells)
+    return found
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, but must be a file", "add a file's name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be made: {error.strerror}", "give another place") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written", "give another place")

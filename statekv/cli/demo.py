@@ -28,9 +28,8 @@ def demo(
     if budget is not None:
         Config.of("streaming_llm", budget=budget)  # the strictest of the methods
     engine = statekv.load("demo")
-    from statekv.drawing import check_drawing
-    from statekv.evals.cards.compare import compare
-    from statekv.evals.cards.picture import draw_step_times
+    from statekv.errors import check_drawing
+    from statekv.evals.cards.compare import compare, draw_step_times
 
     check_drawing()
     tokens = engine.model.span(frames, 64, 64, "hf")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -11,20 +15,19 @@ import typer
 
 import statekv
 from statekv.cli import options
+from statekv.cli.ask import LOADING, load_again, typed_options
 from statekv.cli.console import notes
-from statekv.cli.durations import seconds_of
-from statekv.cli.keeping import Keeper
-from statekv.cli.keyboard import Line, Questions, find_terminal, piped, typed_keys
-from statekv.cli.restoring import LOADING, load_again, typed_options
-from statekv.cli.watch_views import Facts, Plain, Screen
-from statekv.cli.watching import Standing, Watching
+from statekv.cli.options import clock, seconds_of
+from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
 from statekv.config import CAPS, Config
 from statekv.engine.interrupts import endings_interrupt
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, MemoryLimitError, SaveError, StateKVError
 
 if TYPE_CHECKING:
     from statekv.engine.engine import Engine
+    from statekv.engine.progress import Progress
     from statekv.engine.session import Session
+
 
 _DEFAULT = Config()
 _SETTINGS = (
@@ -172,10 +175,234 @@ def _open_log(path: Path) -> TextIO:
 
 def _check_source(source: str, config: Config) -> str:
     """Complain before the model is loaded, which takes its time; returns the source's name."""
-    from statekv.video.address import check_scheme, locate
-    from statekv.video.source import check_there, display_name
+    from statekv.video.address import check_scheme, check_there, display_name, locate
 
     check_scheme(source, tuple(config.schemes.split(",")))
     check_there(source)
     locate(source)
     return display_name(source)
+
+
+_WAIT_SECONDS = 0.1
+
+
+class Standing:
+    """A question that is asked again and again, by the stream's time."""
+
+    def __init__(self, every_seconds: float, question: str) -> None:
+        self.question = question
+        self._every_seconds = every_seconds
+        self._due_seconds: float | None = None
+
+    def due(self, pts_seconds: float) -> bool:
+        """Say whether it is time; true once for all the times that were missed."""
+        if self._due_seconds is None:
+            self._due_seconds = pts_seconds + self._every_seconds
+        if pts_seconds < self._due_seconds:
+            return False
+        missed = (pts_seconds - self._due_seconds) // self._every_seconds
+        self._due_seconds += (missed + 1) * self._every_seconds
+        return True
+
+
+class Watching:
+    """A stream that goes on between its questions.
+
+    Args:
+        session: the stream.
+        facts: what is shown of it.
+        questions: where they come in.
+        view: where answers go.
+        standing: a question that comes back.
+        log: where answers are written down.
+        keeper: saves the stream.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        facts: Facts,
+        questions: Questions,
+        view: Screen | Plain,
+        standing: Standing | None,
+        log: TextIO | None,
+        keeper: Keeper,
+    ) -> None:
+        self._session, self._facts, self._questions, self._view = session, facts, questions, view
+        self._standing, self._log, self._keeper = standing, log, keeper
+        self._standing_due = False
+        self._answers = 0
+
+    def run(self) -> int:
+        """Watch and answer until there is nothing left to do, then save; the exit code."""
+        code = 0
+        try:
+            while not self._questions.quit:
+                if not self._facts.ended:
+                    code = self._watch()
+                elif not self._questions:
+                    if self._questions.closed:
+                        break
+                    time.sleep(_WAIT_SECONDS)
+                if self._keeper.due():
+                    self._save()
+                self._answer_all()
+        except KeyboardInterrupt:
+            self._facts.ended = self._facts.ended or "interrupted"
+        finally:
+            self._save()
+        return code or int(self._keeper.failed)
+
+    def summary(self) -> str:
+        """The last line."""
+        told = [
+            self._facts.ended or "left",
+            *self._facts.lines(),
+            f"{self._answers} answer{'' if self._answers == 1 else 's'}",
+        ]
+        return " · ".join(filter(None, told))
+
+    def _watch(self) -> int:
+        """Let the stream go on until somebody asks, it is to be saved or it ends."""
+        code = 0
+        try:
+            self._session.watch(on_step=self._on_step, pause=self._pause)
+        except StateKVError as error:
+            if isinstance(error, MemoryLimitError):
+                self._keeper.spare()
+            self._view.say(str(error))
+            code = 1
+        except Exception:
+            self._keeper.spare()
+            raise
+        if code or not self._pause():
+            self._facts.ended = "ended"
+            self._save()
+        return code
+
+    def _save(self) -> None:
+        self._keeper.save(self._facts.pts_seconds)
+        self._facts.saved = self._keeper.told
+
+    def _on_step(self, progress: Progress) -> None:
+        self._facts.step(progress)
+        self._view.step()
+        if self._standing is not None and self._standing.due(progress.pts_seconds):
+            self._standing_due = True
+
+    def _pause(self) -> bool:
+        # Before the first frame there is nothing to ask about: questions wait for it.
+        asked = bool(self._questions) and self._session.frames > 0
+        return self._questions.quit or self._standing_due or asked or self._keeper.due()
+
+    def _answer_all(self) -> None:
+        if self._standing is not None and self._standing_due:
+            self._standing_due = False
+            self._answer(self._standing.question, standing=True)
+        while not self._questions.quit and (self._session.frames or self._facts.ended):
+            question = self._questions.take()
+            if question is None:
+                return
+            self._answer(question, standing=False)
+
+    def _answer(self, question: str, standing: bool) -> None:
+        before, text = self._session.seconds.answer, ""
+        self._view.asked(question, clock(self._facts.pts_seconds))
+        try:
+            # Closed at once where the reader has gone: what is in the middle of an answer cannot be saved.
+            with closing(self._session.stream(question)) as pieces:
+                for piece in pieces:
+                    text += piece
+                    self._view.piece(piece)
+        except StateKVError as error:
+            self._view.say(str(error))
+            return
+        finally:
+            self._view.answered()
+        self._answers += 1
+        if self._log is not None:
+            self._log.write(json.dumps(self._record(question, text, standing, before), ensure_ascii=False) + "\n")
+            self._log.flush()
+
+    def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:
+        live = self._session.live
+        return {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "pts_seconds": self._facts.pts_seconds,
+            "question": question,
+            "text": text,
+            "standing": standing,
+            "answer_seconds": self._session.seconds.answer - before,
+            "frames": self._session.frames,
+            "dropped": live.dropped if live is not None else 0,
+            "gaps": live.gaps if live is not None else 0,
+        }
+
+
+class Keeper:
+    """Saves a session now and then, and at the end.
+
+    A save that fails is told once, not each time that it fails again; the stream goes on. What has been saved already
+    is intact then.
+
+    Args:
+        session: what is watched.
+        folder: where it is kept; None: nowhere.
+        every_seconds: between two saves; None: at the end alone.
+        say: how a failure is told.
+        restored: whether the session was restored from that folder, which holds it as it is.
+
+    Attributes:
+        told: where things stand, for the view; empty as long as nothing was tried.
+        failed: whether the newest try failed.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: Path | None,
+        every_seconds: float | None,
+        say: Callable[[str], None],
+        restored: bool = False,
+    ) -> None:
+        self._session, self._folder, self._every_seconds, self._say = session, folder, every_seconds, say
+        self._tried_at = time.monotonic()
+        self._saved_frames = session.frames if restored else 0
+        self._spared = False
+        self.told = ""
+        self.failed = False
+
+    def due(self) -> bool:
+        """Whether it is time: there is something new, and the last try is long enough ago."""
+        if self._every_seconds is None or time.monotonic() - self._tried_at < self._every_seconds:
+            return False
+        return self._something_new()
+
+    def save(self, pts_seconds: float) -> None:
+        """Save what is new, if anything is.
+
+        Args:
+            pts_seconds: time of the newest step.
+        """
+        if self._folder is None or not self._something_new():
+            return
+        frames = self._session.frames
+        try:
+            self._session.save(self._folder)
+        except SaveError as error:
+            if not self.failed:
+                again = "; it will be tried again" if self._every_seconds is not None else ""
+                self._say(f"{error}{again}")
+                self.told = f"not saved since {clock(pts_seconds)}"
+            self.failed = True
+        else:
+            self.failed, self._saved_frames = False, frames
+            self.told = f"saved at {clock(pts_seconds)}"
+        self._tried_at = time.monotonic()
+
+    def spare(self) -> None:
+        """The session cannot go on any more: a save that can is not replaced by it."""
+        self._spared = bool(self._saved_frames)
+
+    def _something_new(self) -> bool:
+        return self._session.frames > self._saved_frames and not self._spared

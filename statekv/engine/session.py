@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.engine import asking
-from statekv.engine.feed import Feed
+from statekv.engine.ingest import Feed, NewStep
 from statekv.engine.interrupts import deferred_interrupts
-from statekv.engine.new_step import NewStep
 from statekv.engine.progress import Progress, Seconds
-from statekv.engine.saving import Standing, save_session
+from statekv.engine.snapshot import Standing, save_session
 from statekv.errors import ConfigError
-from statekv.models.base import Seen
-from statekv.runner.decoding import Sampling
-from statekv.runner.stepper import Stepper
-from statekv.runner.turns import Turns
+from statekv.models.adapter import Seen, Segment
+from statekv.runner.decoding import Sampling, StreamingText
+from statekv.runner.lock import Turns
+from statekv.runner.runner import Stepper
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSource, Unopened
+from statekv.video.live import LiveSource, LiveStatus, Unopened
 from statekv.video.resume import Footage
-from statekv.video.status import LiveStatus
 
 
 class Session:
@@ -183,7 +181,7 @@ class Session:
             HorizonError: question and answer would pass the stream's horizon.
         """
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        sampling = sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
         with self.turns:
             return "".join(self._answer(question, sampling, stop))
 
@@ -200,14 +198,14 @@ class Session:
     ) -> Generator[str, None, None]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = asking.sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        sampling = sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
         return self._answer(question, sampling, stop)
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
         with self.turns:
             self._check_askable()
-            return asking.first_logits(self.stepper, self.state, self.feed.waiting, question)
+            return first_logits(self.stepper, self.state, self.feed.waiting, question)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
@@ -269,7 +267,7 @@ class Session:
             self._answering = True
         began = time.perf_counter()
         try:
-            for piece in asking.answer(self.stepper, self.state, self.feed.waiting, question, sampling, stop):
+            for piece in answer(self.stepper, self.state, self.feed.waiting, question, sampling, stop):
                 yield piece
                 self._check_open()
         finally:
@@ -289,3 +287,81 @@ class Session:
         self._check_free()
         if not self.frames:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
+
+
+def sampling_of(stepper: Stepper, state: StreamState, max_new_tokens: int | None, **drawing: Any) -> Sampling:
+    """How to choose an answer's tokens.
+
+    Raises:
+        ConfigError: no room for a token, or drawing that makes no sense.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1", "raise max_new_tokens")
+    config = state.config
+    longest = max_new_tokens or config.max_new_tokens
+    return Sampling(longest, stepper.model.end_tokens, seed=config.seed, **drawing)
+
+
+def answer(
+    stepper: Stepper,
+    state: StreamState,
+    waiting: Sequence[Frame],
+    question: str,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+) -> Iterator[str]:
+    """The answer, piece by piece.
+
+    Args:
+        stepper: the loaded model.
+        state: what is asked about.
+        waiting: frames that are part of what was seen, but not of the stream yet.
+        question: the text.
+        sampling: how to choose tokens.
+        stop: the answer ends before any of these strings.
+    """
+    mark = state.mark()
+    try:
+        with torch.inference_mode():
+            segment = _entering(stepper, state, waiting, question)
+        text = StreamingText(stepper.model.tokenizer, stop)
+        for token, _ in stepper.answer(state, segment, sampling):
+            if token in sampling.end_tokens:
+                break
+            yield text.push(token)
+            if text.stopped:
+                break
+        yield text.rest()
+    finally:
+        state.crop_to(mark)
+
+
+def first_logits(stepper: Stepper, state: StreamState, waiting: Sequence[Frame], question: str) -> torch.Tensor:
+    """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
+    mark = state.mark()
+    try:
+        with torch.inference_mode():
+            segment = _entering(stepper, state, waiting, question)
+            return stepper.logits(stepper.prefill(state, segment, "answer")).float()
+    finally:
+        state.crop_to(mark)
+
+
+def _entering(stepper: Stepper, state: StreamState, waiting: Sequence[Frame], question: str) -> Segment:
+    """The question's segment, after frames that wait have been shown to it.
+
+    Those do not become part of the stream: they are cropped away with the question.
+    """
+    model, only_newest = stepper.model, state.config.recall == "last_frames"
+    segment = model.question(question, state)
+    if not waiting:
+        return segment
+    steps = [waiting[i : i + model.frames_per_step] for i in range(0, len(waiting), model.frames_per_step)]
+    # The newest frames alone are a clip of their own, whose steps follow each other.
+    expected = len(waiting) if only_newest else state.frames_expected
+    with model.turns:
+        looked = model.look(steps, expected)
+    for seen in looked:
+        for entering in model.enter(seen, state):
+            stepper.prefill(state, entering, "carry" if only_newest else "peek")
+    return model.question(question, state)

@@ -1,20 +1,30 @@
-"""Result files made into figures: a row for each configuration, shards put together, beside full attention."""
+"""Result files made into figures: rows beside full attention, intervals, the paper's table, a picture.
+
+How far a benchmark's figure can be trusted: a bootstrap over videos.
+
+Questions of one video share its frames, and a headline may be a mean of means, so that neither the questions'
+number nor a normal approximation tells: whole videos are drawn, with replacement, and the headline is computed anew.
+
+The paper's own table: accuracy in percent at ≤ 1 frame/s and ≤ 512 frames, without subtitles, B = 4096.
+
+Source: arXiv 2605.31598. Its middle column, "ReKV (R = 16)", retrieves nothing: it is a recency window.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from statekv.capacity import bytes_of, told
-from statekv.config import CAPS, METHODS, Config
-from statekv.errors import ConfigError
+import numpy as np
+
+from statekv.config import CAPS, METHODS, Config, bytes_of, told
+from statekv.errors import ConfigError, check_drawing
 from statekv.evals import open_task
-from statekv.evals.interval import Rows, interval
-from statekv.evals.paper import paper_share
 from statekv.evals.results import Results, read
 from statekv.evals.task import REFERENCE, Task
 
@@ -248,3 +258,145 @@ def load(paths: Iterable[Path]) -> list[Figures]:
         ConfigError: nothing there, or a file that is not a result file.
     """
     return figures(merge([read(path) for path in find(paths)]))
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+_DRAWS = 1000
+_SEED = 0  # the same videos are drawn for every method
+
+
+def interval(
+    rows: Mapping[str, Rows], figure: Callable[[Rows], float], other: Mapping[str, Rows] | None = None
+) -> tuple[float, float]:
+    """95 % of the resampled figures, or of its differences to another's, lie between these two.
+
+    Args:
+        rows: of each video.
+        figure: of rows.
+        other: of the same videos; their figure is subtracted, video by video the same ones drawn.
+
+    Returns:
+        NaN twice with fewer than two videos.
+    """
+    names = sorted(rows)
+    if len(names) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(_SEED)
+    found = []
+    for drawn in rng.integers(len(names), size=(_DRAWS, len(names))):
+        taken = [names[index] for index in drawn]
+        value = figure([row for name in taken for row in rows[name]])
+        if other is not None:
+            value -= figure([row for name in taken for row in other[name]])
+        found.append(value)
+    low, high = np.nanquantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
+_GIGA = 1e9
+_PAPER = "statekv"  # what all others are there for is drawn stronger
+_APART = 1.02  # methods of about equal cost are drawn beside each other
+
+
+def draw(figures: Sequence[Figures], path: Path) -> None:
+    """Write a PNG of runs on one task and model.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or there is nothing to draw, or the runs are of several tasks or
+            models.
+    """
+    check_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures = [run for run in figures if run.questions]
+    title = _title(figures)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for number, method in enumerate(dict.fromkeys(run.method for run in figures)):
+        _draw_method(axes, method, figures, f"C{number % 10}")
+    chance = 100 * figures[0].chance
+    axes.axhline(chance, color="0.6", linewidth=0.8, linestyle=":")
+    axes.annotate("guessing", (1.0, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="prefill of one video through the language model, GFLOP (by formula)",
+        ylabel=f"{next(iter(figures[0].headlines))}, %, with 95 % intervals",
+        title=title,
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _draw_method(axes: Any, method: str, figures: Sequence[Figures], color: str) -> None:
+    runs = sorted((run for run in figures if run.method == method), key=lambda run: run.flops)
+    costs, values = [_aside(run, figures) for run in runs], [100 * _first(run) for run in runs]
+    # A figure may lie outside of its resampled ones where videos are few.
+    below = [max(0.0, 100 * (_first(run) - run.low)) for run in runs]
+    above = [max(0.0, 100 * (run.high - _first(run))) for run in runs]
+    marker, size = ("*", 11) if method == REFERENCE else ("o", 6)
+    width = 2.5 if method == _PAPER else 1.2
+    looks = {"marker": marker, "markersize": size, "linewidth": width, "capsize": 2, "elinewidth": 0.8, "color": color}
+    axes.errorbar(costs, values, [below, above], label=method, **looks)
+    for cost, value, run in zip(costs, values, runs, strict=True):
+        if run.budget is not None:
+            axes.annotate(f" {run.budget}", (cost, value), fontsize=7, va="bottom")
+    if method == REFERENCE:
+        axes.axhline(values[0], color="0.6", linewidth=0.8, linestyle="--")
+
+
+def _aside(run: Figures, figures: Sequence[Figures]) -> float:
+    """Its cost in GFLOP, moved a little behind those that cost the same and come before it."""
+    before = figures[: figures.index(run)]
+    return run.flops / _GIGA * _APART ** sum(abs(other.flops / run.flops - 1) < _APART - 1 for other in before)
+
+
+def _first(run: Figures) -> float:
+    return next(iter(run.headlines.values()))
+
+
+def _title(figures: Sequence[Figures]) -> str:
+    places = {(run.task, run.variant, run.model) for run in figures}
+    if len(places) != 1:
+        told = "; ".join(", ".join(part for part in place if part) for place in sorted(places)) or "nothing"
+        raise ConfigError(f"the results are of {told}", "give those of one task and model")
+    questions = max(run.questions for run in figures)
+    return f"{', '.join(part for part in places.pop() if part)}: {questions} questions, numbers are budgets"
+
+
+_TASKS = ("videomme", "mlvu", "ovo_realtime")
+_METHODS = ("full", "recency_window", "statekv")
+_BUDGET = 4096
+
+# For each task of `_TASKS` the methods of `_METHODS`.
+_ROWS: Mapping[str, tuple[tuple[float, float, float], ...]] = {
+    "internvl3-1b": ((46.19, 37.11, 45.80), (47.05, 33.44, 46.35), (55.79, 37.75, 55.44)),
+    "internvl3-2b": ((55.81, 31.78, 54.15), (56.61, 5.49, 57.31), (60.22, 33.33, 61.05)),
+    "qwen3-vl-2b": ((58.67, 49.44, 58.00), (58.83, 45.60, 57.72), (60.45, 46.71, 60.93)),
+    "qwen3-vl-4b": ((66.59, 52.63, 65.89), (68.98, 49.91, 67.80), (64.76, 49.22, 64.87)),
+    "internvl3-8b": ((64.19, 54.56, 62.52), (61.14, 31.11, 62.85), (71.45, 56.03, 70.25)),
+    "eagle2.5-8b": ((69.81, 58.70, 67.96), (73.85, 55.01, 70.52), (69.30, 55.44, 68.70)),
+    "qwen3-vl-8b": ((70.52, 55.52, 68.11), (75.82, 50.91, 71.38), (67.86, 53.88, 64.99)),
+}
+
+
+def paper_share(task: str, model: str, config: Config) -> float | None:
+    """What the paper reports, as a share of 1; None where it does not.
+
+    Args:
+        task: as the command line has it.
+        model: a hub id or a folder, whose last part names the checkpoint.
+        config: how it was run; full attention, or one of the paper's methods at its budget.
+    """
+    name = re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
+    known = next((known for known in _ROWS if re.fullmatch(rf"{re.escape(known)}(-hf|-instruct)?", name)), None)
+    method = config.method
+    if known is None or task not in _TASKS or method not in _METHODS:
+        return None
+    if method != "full" and config.budget != _BUDGET:
+        return None
+    return _ROWS[known][_TASKS.index(task)][_METHODS.index(method)] / 100

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from statekv.errors import ModelError
 
 if TYPE_CHECKING:
-    from statekv.models.base import VideoModel
+    from statekv.models.adapter import VideoModel
 
 
 @dataclass(frozen=True)

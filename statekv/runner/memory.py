@@ -1,14 +1,22 @@
-"""Whether something fits into a device's memory, asked before it is made; and one error for when it did not."""
+"""Whether something fits into memory, asked before it is made; and one error for when it did not."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import torch
 
+from statekv.cache.stream import StreamState
+from statekv.cache.tiers.cache import TieredCache
+from statekv.config import told
 from statekv.errors import MemoryLimitError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -74,3 +82,99 @@ def _told(what: str, needed: int, device: torch.device) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
+
+
+_HOST = torch.device("cpu")
+# What of `StreamState.nbytes` lies elsewhere than on the model's device, and the cap on it.
+_ELSEWHERE = {"host": "host_memory", "disk": "disk"}
+
+
+class Admission:
+    """Counts what open streams may still grow by.
+
+    A stream with a cap on a place may take the whole cap there. One without may take at least its carried cache at
+    full size; its detailed cache grows with the video, and nobody knows how far.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = Lock()
+        self._open: WeakValueDictionary[int, StreamState] = WeakValueDictionary()
+
+    def admit(self, state: StreamState) -> None:
+        """Let a stream in, or say why not.
+
+        Raises:
+            MemoryLimitError: what it may take, together with what the others may still grow by, is more than is free.
+        """
+        with self._mutex:
+            asked, promised = _growth([state]), _growth(self._open.values())
+            for place, bytes_asked in asked.items():
+                _check(place, bytes_asked, promised[place])
+            self._open[id(state)] = state
+
+    def enter(self, state: StreamState) -> None:
+        """Count a stream that is there already, such as a fork."""
+        with self._mutex:
+            self._open[id(state)] = state
+
+    def leave(self, state: StreamState) -> None:
+        """Count a stream no longer; those that are forgotten without a word leave by themselves."""
+        with self._mutex:
+            self._open.pop(id(state), None)
+
+
+# A device, or the folder of a file system with its number.
+_Place = torch.device | tuple[int, Path]
+
+
+def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
+    """Bytes that streams may still take, by place."""
+    found: Counter[_Place] = Counter()
+    for state in states:
+        config, devices, held = state.config, state.geometry.devices, state.nbytes
+        here = sum(count for name, count in held.items() if name not in _ELSEWHERE) - _untouched(state)
+        least = config.memory if isinstance(config.memory, int) else _carried(state)
+        for device in dict.fromkeys(devices):
+            found[device] += max(0, least - here) * devices.count(device) // len(devices)
+        if isinstance(config.host_memory, int):
+            found[_HOST] += max(0, config.host_memory - held.get("host", 0))
+        if isinstance(config.disk, int):
+            found[_file_system(config.disk_folder)] += max(0, config.disk - held.get("disk", 0))
+    return found
+
+
+def _untouched(state: StreamState) -> int:
+    """Bytes of buffers that no token has been written to: a CPU's system counts them as free until then."""
+    cache, geometry = state.detailed, state.geometry
+    if not isinstance(cache, TieredCache) or geometry.devices[0].type != "cpu":
+        return 0
+    return cache.nbytes - cache.lengths[-1] * geometry.bytes_per_token * geometry.streams
+
+
+def _carried(state: StreamState) -> int:
+    """Bytes of a carried cache at full size; never more tokens than a stream that does not compact has positions."""
+    config, geometry = state.config, state.geometry
+    if config.carry == "all":
+        return 0
+    tokens = config.budget if state.compacts else min(config.budget, state.horizon)
+    return tokens * geometry.bytes_per_token * geometry.streams
+
+
+def _check(place: _Place, asked: int, promised: int) -> None:
+    if isinstance(place, torch.device):
+        if place.type == "meta":
+            return
+        free, name = usable(free_bytes(place)), f"{place.type} memory"
+    else:
+        free, name = shutil.disk_usage(place[1]).free, f"disk at {place[1]}"
+    if asked + promised > free:
+        others = f", open ones {told(promised)} more" if promised else ""
+        raise MemoryLimitError(
+            f"a new session may take {told(asked)} of {name}{others}, but {told(max(0, free))} can be had",
+            "close a session, or give lower caps or a lower budget",
+        )
+
+
+def _file_system(folder: str | None) -> _Place:
+    path = Path(folder or tempfile.gettempdir()).absolute()
+    return os.stat(path).st_dev, path

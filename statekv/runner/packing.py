@@ -8,7 +8,7 @@ from threading import Lock
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from statekv.ops.packed import PackedProducts, packable
 from statekv.runner.memory import free_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from statekv.analysis.watching import Analysis, watch
+from statekv.analysis.holdings import Analysis, watch
 from statekv.engine.session import Session
 from tests.talk import shared_engine, some_frames
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from statekv.bench.build import build
-from statekv.bench.sizes import SIZES, Size
-from statekv.models.base import VideoModel
+from statekv.bench.models import SIZES, Size, build
+from statekv.models.adapter import VideoModel
 
 CPU = torch.device("cpu")
 

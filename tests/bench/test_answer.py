@@ -9,8 +9,8 @@ import torch
 
 from statekv.bench.answer import EACH, FIRST, Plan, measure, panels
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size
+from statekv.bench.harness import Row
+from statekv.bench.models import Size
 from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL
 

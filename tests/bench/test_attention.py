@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from statekv.bench import attention
-from statekv.bench.attention import STOCK, Shape, measure, panels, shapes
-from statekv.bench.rows import Row
-from statekv.bench.sizes import SIZES
+from statekv.bench.attention import STOCK, Shape, load_peer, measure, panels, shapes
+from statekv.bench.harness import Row
+from statekv.bench.models import SIZES
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.ops import IMPLEMENTATIONS
-from statekv.ops.naive import attention_with_key_scores
+from statekv.ops.reference import attention_with_key_scores
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", heads=4, kv_heads=2, head_dim=16, budget=24, queries=8)
@@ -104,3 +106,45 @@ def test_a_panel_per_shape_of_heads_with_the_floor() -> None:
     assert [budget for budget, _ in panel.lines["floor"]] == [24, 48]
     assert {STOCK, "floor", "naive", "blocked"} <= set(panel.lines)
     assert panel.lines["blocked"][1] == (48, rows[[r.subject for r in rows].index("blocked", len(rows) // 2)].median)
+
+
+ECHO = """
+def flash_attn_with_key_scores(q, k, v, sm_scale=None, causal=True, cache_len=0):
+    return q * sm_scale, (k.shape[2], v.shape[2], causal, cache_len)
+"""
+
+
+def test_the_function_is_called_as_the_release_defines_it(tmp_path: Path) -> None:
+    (tmp_path / "peer.py").write_text(ECHO)
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8)
+    mixed, told = load_peer(tmp_path / "peer.py")(query, key, key, 0.5)
+    assert torch.equal(mixed, query * 0.5)
+    assert told == (10, 10, True, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("missing.py", None, "is not a file"),
+        ("peer.txt", ECHO, "is not Python"),
+        ("empty.py", "", "has no function flash_attn_with_key_scores"),
+        ("number.py", "flash_attn_with_key_scores = 3", "has no function"),
+        ("syntax.py", "def flash_attn_with_key_scores(:", "does not run: SyntaxError"),
+        ("import.py", "import a_module_that_nobody_has", "does not run: ModuleNotFoundError"),
+        ("exit.py", "raise RuntimeError('first\\nsecond')", "does not run: RuntimeError: first"),
+        ("bytes.py", b"\xff\xfe\x00", "does not run"),
+    ],
+)
+def test_a_file_that_is_no_peer(tmp_path: Path, name: str, text: str | bytes | None, rule: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError) as caught:
+        load_peer(tmp_path / name)
+    assert name in str(caught.value)
+    assert rule in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_peer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_peer(tmp_path)

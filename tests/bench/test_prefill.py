@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv.bench.clock import best_rate
 from statekv.bench.floor import segment_flops
+from statekv.bench.harness import Row, best_rate
+from statekv.bench.models import Size
 from statekv.bench.prefill import Plan, measure, panels
-from statekv.bench.rows import Row
-from statekv.bench.sizes import Size
 from statekv.errors import MemoryLimitError
 from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL

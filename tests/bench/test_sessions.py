@@ -8,19 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statekv.bench.clock import best_rate
 from statekv.bench.floor import segment_flops
-from statekv.bench.rows import Row
+from statekv.bench.harness import Row, best_rate
+from statekv.bench.models import SIZES, Size
 from statekv.bench.sessions import DEMO, Plan, _Stream, _together, measure, panels
-from statekv.bench.sizes import SIZES, Size
+from statekv.cache.batched import CarriedTogether
 from statekv.cache.carried import CarriedCache
-from statekv.cache.together import CarriedTogether
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.runner import memory
-from statekv.runner.stepper import Stepper
-from statekv.runner.together import prefill_together
+from statekv.runner.runner import Stepper, prefill_together
 from tests.bench.small import CPU, FAMILIES, INTERNVL, small
-from tests.runner.test_together import ATOL, RTOL
+from tests.runner.test_runner import ATOL, RTOL
 
 PLAN = Plan(INTERNVL.name, sessions=(1, 2, 3), budget=20, tokens=6, layers=None, runs=2, seconds=60)
 
@@ -62,7 +60,7 @@ def test_only_anew_makes_a_block_at_every_step(anew: bool, monkeypatch: pytest.M
         made.append(len(members))
         return CarriedTogether(members)
 
-    monkeypatch.setattr("statekv.runner.batches.CarriedTogether", block)
+    monkeypatch.setattr("statekv.runner.batching.CarriedTogether", block)
     stepper = Stepper(small(INTERNVL))
     call = _together([_Stream(stepper, 20, 30, 6) for _ in range(3)], anew)
     for _ in range(4):

@@ -11,7 +11,7 @@ import statekv
 from statekv.bench.video import OVERLAPPED, PARTS, SEQUENTIAL, Timed, measure, watch
 from statekv.engine.engine import Engine
 from statekv.errors import VideoError
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import write_story
 from statekv.video.frame import Frame
 

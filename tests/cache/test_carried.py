@@ -10,9 +10,8 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.geometry import Geometry
-from statekv.cache.moves import Moves
-from statekv.cache.policies.carry import Rule
+from statekv.cache.policies.base import Rule
+from statekv.cache.spec import Geometry, Moves
 from statekv.ops import select
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.geometry import Geometry
-from statekv.cache.moves import Moves, numbers_in
+from statekv.cache.spec import Geometry, Moves, numbers_in
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, geometry, keys, values
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from statekv.cache.geometry import Geometry
+from statekv.cache.spec import Geometry
 
 CPU = torch.device("cpu")
 

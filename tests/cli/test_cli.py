@@ -26,7 +26,7 @@ from statekv import cli
 from statekv.config import METHODS
 from statekv.engine.session import Session
 from statekv.evals.cards.compare import METHODS as COMPARED
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
 

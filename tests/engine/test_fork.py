@@ -9,10 +9,10 @@ import pytest
 
 from statekv.engine.session import Session
 from statekv.video.writer import write_video
-from tests.engine.test_saving import SETTINGS, assert_same_session
+from tests.engine.test_snapshot import SETTINGS, assert_same_session
 from tests.method.test_positions import opened, pictures
-from tests.runner.test_graphs import Tape
-from tests.runner.test_graphs import session as recorded_session
+from tests.runner.test_cuda_graph import Tape
+from tests.runner.test_cuda_graph import session as recorded_session
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
 from tests.tiny import FAMILIES, video
 

@@ -15,8 +15,8 @@ import torch
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
-from tests.engine.test_rounds import watching
-from tests.runner.test_together import assert_close
+from tests.engine.test_scheduler import watching
+from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
 
 THREADS = 8

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from statekv.config import Config
 from statekv.errors import ConfigError
-from statekv.evals.report import Figures, figures, find, load, merge
+from statekv.evals.report import Figures, Rows, draw, figures, find, interval, load, merge, paper_share
 from statekv.evals.results import ResultFile, read
 from tests.evals.small import header, lines
 
@@ -160,3 +166,164 @@ def test_a_task_that_is_not_known_any_more(tmp_path: Path) -> None:
     path = write(tmp_path / "0.jsonl", lines("a", [True]), task="gone")
     with pytest.raises(ConfigError, match="unknown task 'gone'"):
         figures(merge([read(path)]))
+
+
+def rows_of(scores: Sequence[Sequence[bool]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of each video."""
+    return {f"v{number}": [{"score": score} for score in video] for number, video in enumerate(scores)}
+
+
+def mean(rows: Rows) -> float:
+    return sum(bool(row["score"]) for row in rows) / len(rows)
+
+
+def test_independent_videos_have_the_binomial_width() -> None:
+    scores = np.random.default_rng(1).random(400) < 0.7
+    low, high = interval(rows_of([[score] for score in scores]), mean)
+    share = scores.mean()
+    half = 1.96 * math.sqrt(share * (1 - share) / 400)
+    assert low == pytest.approx(share - half, abs=0.008)
+    assert high == pytest.approx(share + half, abs=0.008)
+
+
+def test_questions_of_one_video_count_as_one() -> None:
+    scores = np.random.default_rng(2).random(100) < 0.6
+    once = interval(rows_of([[score] for score in scores]), mean)
+    five_times = interval(rows_of([[score] * 5 for score in scores]), mean)
+    assert five_times == pytest.approx(once)
+
+
+def test_what_both_get_wrong_does_not_widen_the_difference() -> None:
+    ours = [[bool(number % 2)] * 2 for number in range(50)]
+    theirs = [list(video) for video in ours]
+    assert interval(rows_of(ours), mean, rows_of(theirs)) == (0.0, 0.0)
+    theirs[0] = [not score for score in theirs[0]]
+    low, high = interval(rows_of(ours), mean, rows_of(theirs))
+    assert -0.1 < low < 0 == high
+
+
+def test_the_same_every_time() -> None:
+    rows = rows_of([[True, False], [False], [True]] * 5)
+    assert interval(rows, mean) == interval(dict(reversed(rows.items())), mean)
+
+
+@pytest.mark.parametrize("videos", [0, 1])
+def test_too_few_videos_tell_nothing(videos: int) -> None:
+    assert all(math.isnan(end) for end in interval(rows_of([[True, False]] * videos), mean))
+
+
+RUN = Figures(
+    task="cards",
+    variant="1024 frames",
+    model="demo",
+    method="full",
+    budget=None,
+    questions=100,
+    videos=10,
+    failed={},
+    headlines={"accuracy": 0.8, "count": 0.5},
+    low=0.7,
+    high=0.9,
+    difference=None,
+    difference_low=None,
+    difference_high=None,
+    kl=0.0,
+    agreement=1.0,
+    chance=0.3,
+    flops=2e11,
+    paper=None,
+    notes=(),
+)
+SMALL = replace(RUN, method="statekv", budget=100, headlines={"accuracy": 0.7}, flops=5e10, low=0.6, high=0.72)
+LARGE = replace(SMALL, budget=200, headlines={"accuracy": 0.75}, flops=7e10, high=0.8)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+        return picture.convert("RGB").tobytes()
+
+
+def test_every_run_changes_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for number, runs in enumerate(([RUN], [RUN, SMALL], [RUN, SMALL, LARGE])):
+        path = tmp_path / "new" / f"{number}.png"
+        draw(runs, path)
+        drawn.append(pixels(path))
+    assert len(set(drawn)) == 3
+
+
+def test_methods_of_one_cost_are_set_apart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw([RUN, SMALL, replace(SMALL, method="random")], tmp_path / "both.png")
+    with Image.open(tmp_path / "both.png") as picture:
+        axes = picture.convert("RGB").crop((0, 0, int(0.7 * picture.width), picture.height))  # without the legend
+    counts = {color: count for count, color in axes.getcolors(1 << 24) or []}
+    assert counts[(255, 127, 14)] > 10  # of the second method, orange, which the third would hide
+
+
+def test_runs_without_questions_or_intervals_are_no_obstacle(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    nan = float("nan")
+    failed = replace(SMALL, method="random", questions=0, headlines={"accuracy": nan}, flops=nan, chance=nan)
+    draw([failed, replace(RUN, low=nan, high=nan)], tmp_path / "some.png")
+    draw([RUN], tmp_path / "one.png")
+    assert pixels(tmp_path / "some.png") != b""
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        ([], "of nothing"),
+        ([replace(RUN, questions=0)], "of nothing"),
+        ([RUN, replace(SMALL, model="other")], "cards, 1024 frames, demo; cards, 1024 frames, other"),
+        ([RUN, replace(SMALL, task="mlvu", variant="")], "cards, 1024 frames, demo; mlvu, demo"),
+    ],
+)
+def test_what_does_not_belong_together(tmp_path: Path, runs: list[Figures], told: str) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=told):
+        draw(runs, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'statekv\[plot\]'"):
+        draw([RUN], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "method", "share"),
+    [
+        ("videomme", "OpenGVLab/InternVL3-1B-hf", "full", 0.4619),
+        ("mlvu", "OpenGVLab/InternVL3-2B-hf", "recency_window", 0.0549),
+        ("ovo_realtime", "Qwen/Qwen3-VL-8B-Instruct", "statekv", 0.6499),
+        ("mlvu", "/models/Qwen3-VL-4B-Instruct/", "statekv", 0.6780),
+        ("videomme", "nvidia/Eagle2.5-8B", "statekv", 0.6796),
+    ],
+)
+def test_rows_of_the_paper(task: str, model: str, method: str, share: float) -> None:
+    assert paper_share(task, model, Config.of(method)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "config"),
+    [
+        ("cards", "OpenGVLab/InternVL3-1B-hf", Config.of("full")),
+        ("ovo_backward", "OpenGVLab/InternVL3-1B-hf", Config.of("full")),
+        ("videomme", "demo", Config.of("full")),
+        ("videomme", "OpenGVLab/InternVL3-14B-hf", Config.of("full")),
+        ("videomme", "Qwen/Qwen3-VL-8B-Thinking", Config.of("full")),
+        ("videomme", "OpenGVLab/InternVL3-1B-hf", Config.of("statekv", budget=1024)),
+        ("videomme", "OpenGVLab/InternVL3-1B-hf", Config.of("random")),
+    ],
+)
+def test_what_the_paper_does_not_say(task: str, model: str, config: Config) -> None:
+    assert paper_share(task, model, config) is None
+
+
+def test_full_attention_has_no_budget() -> None:
+    assert paper_share("mlvu", "Qwen/Qwen3-VL-2B-Instruct", Config.of("full", budget=7)) == pytest.approx(0.5883)

@@ -16,11 +16,11 @@ from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.evals import runner
-from statekv.evals.results import Results, read
-from statekv.evals.runner import evaluate, watch
-from statekv.evals.shard import Shard
+from statekv.evals.results import Results, Shard, read
+from statekv.evals.runner import Feed, Stream, evaluate, watch
 from statekv.evals.task import Broken, EvalVideo
-from statekv.models.base import Seen
+from statekv.models.adapter import Seen
+from statekv.models.flops import Widths, step_flops
 from statekv.video.frame import Frame
 from tests.evals.small import SETTINGS, Small, question, videos_of, write_clips
 from tests.talk import shared_engine
@@ -248,3 +248,65 @@ def test_results_of_another_run_are_refused(clips: list[Path], tmp_path: Path) -
     run(tmp_path, task)
     with pytest.raises(ConfigError, match=r"budget 31 instead of 30 .*--out"):
         run(tmp_path, task, {"statekv": replace(CONFIGS["statekv"], budget=31)})
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), 1)[0]
+
+
+def stream_of(clip: Path, method: str, **settings: object) -> Stream:
+    return Stream(shared_engine("internvl"), clip, Config.of(method, **SETTINGS, **settings))
+
+
+def widths() -> Widths:
+    return Widths.of(shared_engine("internvl").model.text_config)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "products"),
+    [("full", None, 2), ("random", 40, 2), ("recency_window", 40, 2), ("statekv", 40, 3), ("statekv_retrieve", 40, 3)],
+)
+def test_flops_are_those_of_the_steps(clip: Path, method: str, budget: int | None, products: int) -> None:
+    stream = stream_of(clip, method, budget=budget or 4096)
+    Feed([stream]).advance(None)
+    lengths = [span.length for span in stream.session.state.spans]
+    stream.ask("What happens?")
+    stream.close()
+    assert len(lengths) == 12  # the prefix and eleven frames
+    assert stream.flops == sum(step_flops(widths(), lengths, budget, products))
+
+
+def test_uniform_pays_for_every_time_it_reads(clip: Path) -> None:
+    stream, paid = stream_of(clip, "uniform", max_frames=4), 0
+    for at_seconds in (3.0, None):
+        stream.arrive(at_seconds)
+        assert stream.session.frames == 4
+        paid += sum(step_flops(widths(), [span.length for span in stream.session.state.spans]))
+        stream.ask("What happens?")
+    stream.close()
+    assert stream.flops == paid
+
+
+def test_the_newest_frames_are_paid_for_at_every_question(clip: Path) -> None:
+    engine, stream = shared_engine("internvl"), stream_of(clip, "last_frames", last_frames=3)
+    Feed([stream]).advance(6.0)
+    stream.ask("What happens?")
+    once = stream.flops
+    stream.ask("And now?")
+    assert stream.flops == 2 * once
+    with engine.open(clip, method="full", until_seconds=3.0) as same:  # three frames from the start
+        same.watch()
+        lengths = [span.length for span in same.state.spans]
+        assert stream.tokens == same.state.tokens
+    assert once == sum(step_flops(widths(), lengths))
+    stream.close()
+    assert stream.flops == 2 * once
+
+
+def test_a_closed_stream_holds_nothing(clip: Path) -> None:
+    stream = stream_of(clip, "full")
+    Feed([stream]).advance(None)
+    assert stream.session.state.nbytes["detailed"] > 0
+    stream.close()
+    assert stream.session.state.nbytes["detailed"] == 0

@@ -15,10 +15,10 @@ from statekv.cache.carried import CarriedCache
 from statekv.config import Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
-from statekv.runner.stepper import Stepper
-from tests.method.byhand_dials import ByHandDials
+from statekv.runner.runner import Stepper
+from tests.method.byhand import ByHandDials
 from tests.method.test_method import compare
-from tests.runner.test_graphs import Tape
+from tests.runner.test_cuda_graph import Tape
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
 from tests.tiny import FAMILIES
 

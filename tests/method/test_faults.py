@@ -14,11 +14,11 @@ import pytest
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.folder import FACTS, read_folder
 from statekv.engine.session import Session
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.video.writer import write_video
 from tests.cli.test_cli import COUNT, succeed
-from tests.engine.test_saving import assert_same_session
+from tests.engine.test_snapshot import assert_same_session
 from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, memory, shared_engine, some_frames
 from tests.tiny import video

@@ -11,8 +11,8 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
-from statekv.models.base import Segment
-from statekv.runner.stepper import Stepper
+from statekv.models.adapter import Segment
+from statekv.runner.runner import Stepper
 from tests.method.byhand import ByHand, Keep, always, best, newest, pieces_of
 from tests.talk import QUESTION, frames_of, inputs_of, session_answer, shared_engine, stock_model
 from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video

@@ -10,13 +10,13 @@ import torch
 
 from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.carried import CarriedCache
-from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.stream import Compaction
 from statekv.engine.session import Session
 from statekv.errors import HorizonError
-from statekv.models.base import Segment, VideoModel
+from statekv.models.adapter import Segment, VideoModel
 from statekv.ops.rope import rotate
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
 from tests.talk import (
     QUESTION,
     assert_same_answer,

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.cache.blocks import Blocks
-from statekv.cache.retrieved import Retrieved
+from statekv.cache.retrieval import Blocks, Retrieved
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
-from statekv.models.attention import Observer
-from statekv.models.base import Segment
-from statekv.runner.stepper import Mode, Stepper
+from statekv.models.adapter import Segment
+from statekv.models.hooks import Observer
+from statekv.runner.runner import Mode, Stepper
 from tests.method.byhand import ByHand, Keep, Piece, always, best, newest, pieces_of
 from tests.method.test_method import PREFIX, assert_close
 from tests.talk import (

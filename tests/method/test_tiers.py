@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import plan
-from statekv.cache.tiers.tiered import TieredCache
 from statekv.config import CAPS, Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError, StorageError
 from statekv.ops.quantise import dequantise, quantise
-from statekv.runner.stepper import room_for_answers
-from tests.runner.test_graphs import Tape
-from tests.runner.test_graphs import session as recorded_session
-from tests.runner.test_together import push_together
+from statekv.runner.runner import room_for_answers
+from tests.runner.test_cuda_graph import Tape
+from tests.runner.test_cuda_graph import session as recorded_session
+from tests.runner.test_runner import push_together
 from tests.talk import (
     QUESTION,
     assert_same_answer,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.video.reader import read_frames
+from statekv.video.file import read_frames
 from statekv.video.writer import write_video
 from tests.talk import (
     QUESTION,

@@ -17,13 +17,13 @@ import statekv
 from statekv.cache.stream import StreamState
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, questions, write_story
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from statekv.models.loading import DEMO
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
+from statekv.video.file import read_frames
 from statekv.video.frame import Frame
-from statekv.video.reader import read_frames
 from tests import stock
 from tests.talk import Answer, assert_same_answer, session_answer
 

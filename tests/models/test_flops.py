@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.bench.flops import counting
-from statekv.bench.sizes import SIZES
+from statekv.bench.floor import counting
+from statekv.bench.models import SIZES
 from statekv.cache.stream import StreamState
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from statekv.models.flops import Widths, matrix_weights, step_flops
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
 from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import FAMILIES
 

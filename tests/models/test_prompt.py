@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from statekv.errors import ConfigError, ModelError
-from statekv.models.families.qwen_pixels import Qwen3VLRecipe, Qwen25VLRecipe, qwen2_5_vl_size, qwen3_vl_size
+from statekv.models.families.qwen_vl import Qwen3VLRecipe, Qwen25VLRecipe, qwen2_5_vl_size, qwen3_vl_size
 from statekv.models.prompt import (
     Layout,
     Prompt,

@@ -11,7 +11,7 @@ from statekv.engine.session import Session
 from statekv.ops.packed import PackedProducts, packable
 from statekv.runner import packing
 from statekv.runner.packing import StepProducts
-from statekv.runner.stepper import Stepper
+from statekv.runner.runner import Stepper
 from tests.talk import session_answer, shared_engine, some_frames
 from tests.tiny import FAMILIES
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from statekv.errors import ConfigError, VideoError
-from statekv.video.reader import probe, read_frames
+from statekv.video.file import probe, read_frames
 from statekv.video.writer import write_video
 
 from .clips import closest_index, grey, quarters

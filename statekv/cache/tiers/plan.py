@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from statekv.cache.budgets import layer_budgets
-from statekv.cache.geometry import Geometry
-from statekv.cache.tiers.rows import GROUP
-from statekv.capacity import bytes_of, told
-from statekv.config import Config
+from statekv.cache.spec import Geometry, layer_budgets
+from statekv.cache.tiers.base import GROUP
+from statekv.config import Config, bytes_of, told
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.ops.quantise import quantised_bytes
 

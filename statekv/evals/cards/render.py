@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from statekv.evals.cards.world import Card, Story
+from statekv.video.writer import write_video
 
 _RGB = {
     "red": (225, 40, 40),
@@ -92,3 +95,24 @@ def _distance(shape: str, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
         "triangle": np.maximum((2 * ax - y - 1.0) * 0.5 * np.sqrt(0.8), y - 0.85),
     }
     return outlines[shape]
+
+
+SOURCE_FPS = 2.0  # frames per second of the file; sampled down to 1 by default
+PICTURE = 64  # pixels
+_PIECE = 256  # frames rendered at once
+
+
+def write_film(story: Story, path: Path) -> None:
+    """Write a story as an MP4 file.
+
+    Raises:
+        VideoError: the file cannot be written.
+    """
+    write_video(path, _frames(story), SOURCE_FPS)
+
+
+def _frames(story: Story) -> Iterator[NDArray[np.uint8]]:
+    total = round(story.duration_seconds * SOURCE_FPS)
+    for start in range(0, total, _PIECE):
+        times = np.arange(start, min(start + _PIECE, total)) / SOURCE_FPS
+        yield from render(story, times, PICTURE).transpose(0, 3, 1, 2)  # [3, H, W] each

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from statekv.errors import ConfigError
-from statekv.evals.cards.film import write_film
+from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Card, Question, Story, questions, write_story
-from statekv.evals.shares import Rows, share, shares
-from statekv.evals.task import EvalQuestion, EvalVideo
+from statekv.evals.task import EvalQuestion, EvalVideo, Rows, share, shares
 
 # Apart from the films of `statekv demo` and of `python -m training.evaluate`.
 _FIRST_SEED = FIRST_TEST_SEED + 200_000

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from statekv.evals.letters import chosen_letter, letter_before_bracket, sole_letter
-from statekv.evals.records import DataSet, Record
-from statekv.evals.shares import Rows, macro_share, shares
-from statekv.evals.task import Broken, EvalQuestion, EvalVideo
-from statekv.evals.videos import gathered
+from statekv.evals.data import DataSet, Record, gathered
+from statekv.evals.scoring import chosen_letter, letter_before_bracket, sole_letter
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, shares
 
 TASK_TYPES = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA", "topic_reasoning")
 _CLOSING = "\nOnly give the best option.\nBest option: ("

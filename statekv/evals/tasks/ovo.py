@@ -11,11 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from statekv.evals.letters import sole_letter
-from statekv.evals.records import DataSet, Record, distinct, fault
-from statekv.evals.shares import Rows, macro_share, shares
-from statekv.evals.task import Broken, EvalQuestion, EvalVideo
-from statekv.evals.videos import VideoFiles
+from statekv.evals.data import DataSet, Record, VideoFiles, distinct, fault
+from statekv.evals.scoring import sole_letter
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, shares
 
 REALTIME = ("OCR", "ACR", "ATR", "STU", "FPD", "OJR")
 BACKWARD = ("EPM", "ASI", "HLD")

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from statekv.evals.letters import chosen_letter, first_letter, sole_letter
-from statekv.evals.records import DataSet, Record, distinct
-from statekv.evals.shares import Rows, share, shares
-from statekv.evals.task import Broken, EvalQuestion, EvalVideo
-from statekv.evals.videos import gathered
+from statekv.evals.data import DataSet, Record, distinct, gathered
+from statekv.evals.scoring import chosen_letter, first_letter, sole_letter
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, share, shares
 
 # It speaks of subtitles although there are none: that is the task.
 _INTRODUCTION = (

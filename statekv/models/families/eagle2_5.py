@@ -7,6 +7,13 @@ video is one tile there, whatever its size, and positions count tokens.
 
 The processor writes a video's frame rate before its first frame if it is told one. A stream does not know how many
 frames will be taken, so it is left out here, as the processor does when it is told the times alone.
+
+The classes that an Eagle2.5 checkpoint brings along, completed so that transformers 5 can load them.
+
+The public code (see eagle2_5.py) was written for transformers 4.51. Left alone it asks for flash_attention_2 on any
+device, unless tower and language model are handed to its constructor; it does not call `post_init`, without which no
+weights can be loaded; and it reads attributes that configurations have no more. Subclasses fill these gaps, and the
+code itself stays as it came. Whoever calls these functions runs it.
 """
 
 from __future__ import annotations
@@ -15,12 +22,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM, SiglipVisionModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen
+from statekv.models.adapter import Seen
 from statekv.models.families.internvl import InternVL
-from statekv.models.pixels import Eagle25Recipe
+from statekv.models.preprocess import Eagle25Recipe
 from statekv.models.prompt import Layout, VisionTokens, eagle2_5_step, eagle2_5_tokens
 
 _LATE_SECONDS = 99999.99  # a time with as many digits as any of a video of a day
@@ -70,3 +78,57 @@ class Eagle25(InternVL):
 
     def _timed(self, index: int, seconds: float, layout: str) -> str:
         return eagle2_5_step(index, seconds, self.tokens_per_tile, self.prompts[layout].tokens)
+
+
+def own_config(source: str, reference: str, **hub_kwargs: Any) -> Any:
+    """The configuration of a checkpoint.
+
+    Args:
+        source: a hub id or a folder.
+        reference: module and class, as `auto_map` in the checkpoint's config.json has it.
+        hub_kwargs: as for `from_pretrained` (revision …).
+
+    Raises:
+        OSError, ImportError, AttributeError: the code is not there, or does not run here.
+    """
+    return completed_config(get_class_from_dynamic_module(reference, source, **hub_kwargs)).from_pretrained(
+        source, **hub_kwargs
+    )
+
+
+def own_model_class(source: str, reference: str, **hub_kwargs: Any) -> Any:
+    """The class of a checkpoint's model; arguments and errors are those of `own_config`."""
+    return completed_model(get_class_from_dynamic_module(reference, source, **hub_kwargs))
+
+
+def completed_config(found: Any) -> Any:
+    """A subclass that can be written down, which transformers does with each configuration that it reads."""
+
+    class Completed(found):  # type: ignore[misc]
+        _attn_implementation_autoset = False
+
+        # Without one of its own, transformers would write a constructor that leaves out the one below.
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    return _named_as(found, Completed)
+
+
+def completed_model(found: Any) -> Any:
+    """A subclass that can be built and loaded, on any device."""
+
+    class Completed(found):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            tower, language = SiglipVisionModel(config.vision_config), Qwen2ForCausalLM(config.text_config)
+            super().__init__(config, vision_model=tower, language_model=language)
+            self.post_init()
+
+        def _init_weights(self, module: Any) -> None:
+            """Nothing to do: all weights come from the checkpoint."""
+
+    return _named_as(found, Completed)
+
+
+def _named_as(found: Any, completed: Any) -> Any:
+    completed.__name__ = completed.__qualname__ = found.__name__
+    return completed

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment
+from statekv.models.adapter import Seen, Segment, check_placeholders, runs
 from statekv.models.families.square import SquareFrames
-from statekv.models.pixels import InternVLRecipe
-from statekv.models.placeholders import check_placeholders, runs
+from statekv.models.preprocess import InternVLRecipe
 from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
 
 

@@ -16,10 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment
-from statekv.models.families.qwen_pixels import Qwen25VLRecipe, qwen2_5_vl_size
-from statekv.models.families.qwen_vl import QwenVL, temporal_patches
-from statekv.models.placeholders import check_placeholders, runs
+from statekv.models.adapter import Seen, Segment, check_placeholders, runs
+from statekv.models.families.qwen_vl import Qwen25VLRecipe, QwenVL, qwen2_5_vl_size, temporal_patches
 from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
 
 # Times are differences of floats: what falls short of a whole position by less than this is one.

@@ -10,10 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.base import Seen, Segment
-from statekv.models.families.qwen_pixels import Qwen3VLRecipe, qwen3_vl_size
-from statekv.models.families.qwen_vl import QwenVL, temporal_patches
-from statekv.models.placeholders import runs
+from statekv.models.adapter import Seen, Segment, runs
+from statekv.models.families.qwen_vl import Qwen3VLRecipe, QwenVL, qwen3_vl_size, temporal_patches
 from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
 
 

@@ -1,17 +1,24 @@
-"""What Qwen3-VL and Qwen2.5-VL share: two frames make a step, positions have three axes, one way to look."""
+"""What Qwen3-VL and Qwen2.5-VL share: two frames make a step, positions have three axes, one way to look.
+
+The Qwen families' pixels: how large a frame becomes, and its flat patches; as the stock video processors.
+
+Both families read the same keys of the JSON, and mean different things by them: Qwen3-VL's bounds are for the whole
+video, Qwen2.5-VL's for each frame.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from statekv.models.base import Seen, VideoModel
-from statekv.models.families.qwen_pixels import QwenRecipe, patchify
-from statekv.models.pixels import resize_and_normalise
-from statekv.models.placeholders import check_placeholders
+from statekv.errors import VideoError
+from statekv.models.adapter import Seen, VideoModel, check_placeholders
+from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of, value_of
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame
 
@@ -133,3 +140,185 @@ def temporal_patches(
 def _joined(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """[n, hidden]; transformers splits features by picture, but up to 5.15 left those of deepstack in one piece."""
     return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))
+
+
+Recipe = TypeVar("Recipe", bound="QwenRecipe")
+
+
+@dataclass(frozen=True)
+class QwenRecipe(PixelRecipe):
+    """What the JSON of either family says. `shortest_edge` and `longest_edge` bound pixels, despite their names."""
+
+    stock_class: ClassVar[str]
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    shortest_edge: int = 0
+    longest_edge: int = 0
+    patch_size: int = 0
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 0
+
+    @classmethod
+    def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
+        """Read the JSON of a checkpoint; missing and null keys take the stock class's defaults.
+
+        Raises:
+            ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
+        """
+        size = size_of(values, {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
+        names = (
+            "patch_size",
+            "temporal_patch_size",
+            "merge_size",
+            "cap_pixels_per_frame",
+            "max_video_tokens",
+        )
+        own = {name: value_of(values, name, getattr(cls, name)) for name in names}
+        common = common_of(values, cls.stock_class, cls())
+        return cls(**common, shortest_edge=size[0], longest_edge=size[1], **own)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a token's side."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Qwen3VLRecipe(QwenRecipe):
+    """Qwen3-VL: the bounds are for frames x height x width. Defaults are those of `Qwen3VLVideoProcessor`."""
+
+    stock_class: ClassVar[str] = "Qwen3VLVideoProcessor"
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    shortest_edge: int = 128 * 32 * 32
+    longest_edge: int = 32 * 32 * 768
+    patch_size: int = 16
+    max_video_tokens: int = 768
+
+
+@dataclass(frozen=True)
+class Qwen25VLRecipe(QwenRecipe):
+    """Qwen2.5-VL: the bounds are for height x width. Defaults are those of `Qwen2VLVideoProcessor`."""
+
+    stock_class: ClassVar[str] = "Qwen2VLVideoProcessor"
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    shortest_edge: int = 128 * 28 * 28
+    longest_edge: int = 28 * 28 * 768
+    patch_size: int = 14
+    max_video_tokens: int = 128000
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Qwen25VLRecipe:
+        """As for any of these; the JSON of older checkpoints names the bounds min_pixels and max_pixels."""
+        size = value_of(values, "size", {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
+        if isinstance(size, Mapping):
+            bounds = {"shortest_edge": values.get("min_pixels"), "longest_edge": values.get("max_pixels")}
+            size = {**size, **{edge: bound for edge, bound in bounds.items() if bound is not None}}
+        return super().from_dict({**values, "size": size})
+
+
+def qwen3_vl_size(height: int, width: int, num_frames: int, recipe: Qwen3VLRecipe) -> tuple[int, int]:
+    """The size to which Qwen3-VL resizes the frames of a video: `smart_resize` of transformers 5.23.
+
+    The budget is for the whole video, so the number of frames has to be known (or chosen) before the first
+    one. Stock refuses a video of a single frame; here it counts as the full temporal patch that it is padded
+    to. transformers before 5.15 rounds odd counts up to the temporal patch where later ones round half to
+    even: the two differ only when `num_frames % 4 == 1` and the budget lies between both roundings.
+
+    Args:
+        height, width: of the frames as decoded, in pixels.
+        num_frames: of the whole video.
+
+    Returns:
+        (height, width) in pixels, multiples of patch_size * merge_size.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    factor = recipe.factor
+    num_frames = max(num_frames, recipe.temporal_patch_size)
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    bounds = recipe.shortest_edge, _pixel_budget(num_frames, recipe)
+    rounded = round(num_frames / recipe.temporal_patch_size) * recipe.temporal_patch_size
+    return _within(height, width, factor, bounds, num_frames, rounded)
+
+
+def qwen2_5_vl_size(height: int, width: int, num_frames: int, recipe: Qwen25VLRecipe) -> tuple[int, int]:
+    """The size to which Qwen2.5-VL resizes the frames of a video: Qwen2-VL's `smart_resize` of transformers 5.23.
+
+    Only with `cap_pixels_per_frame` does it depend on the number of frames, and then only for long videos.
+
+    Args:
+        height, width: of the frames as decoded, in pixels.
+        num_frames: of the whole video.
+
+    Returns:
+        (height, width) in pixels, multiples of patch_size * merge_size.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    factor, largest = recipe.factor, recipe.longest_edge
+    if recipe.cap_pixels_per_frame:
+        total = int(recipe.max_video_tokens * factor * factor * 0.9)
+        share = total * recipe.temporal_patch_size // num_frames
+        largest = max(min(largest, share), int(recipe.shortest_edge * 1.05))
+    return _within(height, width, factor, (recipe.shortest_edge, largest))
+
+
+def _within(
+    height: int, width: int, factor: int, bounds: tuple[int, int], frames: int = 1, rounded_frames: int = 1
+) -> tuple[int, int]:
+    """Multiples of `factor` that keep the shape, and the pixels of so many frames between the bounds."""
+    if max(height, width) / min(height, width) > 200:
+        found = f"frames are {width}x{height} pixels, one side may be at most 200 times the other"
+        raise VideoError(found, "crop the video first")
+    smallest, largest = bounds
+    rounded_h, rounded_w = round(height / factor) * factor, round(width / factor) * factor
+    volume = rounded_frames * rounded_h * rounded_w
+    if volume > largest:
+        shrink = math.sqrt(frames * height * width / largest)
+        rounded_h = max(factor, math.floor(height / shrink / factor) * factor)
+        rounded_w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif volume < smallest:
+        grow = math.sqrt(smallest / (frames * height * width))
+        rounded_h = math.ceil(height * grow / factor) * factor
+        rounded_w = math.ceil(width * grow / factor) * factor
+    return rounded_h, rounded_w
+
+
+def _pixel_budget(num_frames: int, recipe: Qwen3VLRecipe) -> int:
+    if not recipe.cap_pixels_per_frame:
+        return recipe.longest_edge
+    ceiling = recipe.max_video_tokens * recipe.factor**2
+    share = min(ceiling, recipe.longest_edge // num_frames)
+    return max(share, int(recipe.shortest_edge * 1.05)) * num_frames
+
+
+def patchify(pixels: torch.Tensor, recipe: QwenRecipe) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Cut frames into flat patches; the last frame is repeated to fill a temporal patch.
+
+    Args:
+        pixels: float32 [N, 3, H, W], height and width multiples of patch_size * merge_size.
+
+    Returns:
+        float32 [t * h * w, 3 * temporal_patch_size * patch_size ** 2] and the grid (t, h, w), in patches. The
+        patches of a merge_size x merge_size block follow each other, as one token is made of them.
+    """
+    patch, merge, temporal = recipe.patch_size, recipe.merge_size, recipe.temporal_patch_size
+    missing = -pixels.shape[0] % temporal
+    if missing:
+        pixels = torch.cat((pixels, pixels[-1:].expand(missing, -1, -1, -1)))
+    frames, channels, height, width = pixels.shape
+    t, h, w = frames // temporal, height // patch, width // patch
+    cut = pixels.reshape(t, temporal, channels, h // merge, merge, patch, w // merge, merge, patch)
+    flat = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, channels * temporal * patch * patch)
+    return flat, (t, h, w)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from statekv.models.base import Seen, VideoModel
-from statekv.models.pixels import SquareRecipe, resize_and_normalise
+from statekv.models.adapter import Seen, VideoModel
+from statekv.models.preprocess import SquareRecipe, resize_and_normalise
 from statekv.video.frame import Frame
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from statekv.cache.tiers import disk_room as subject
-from statekv.cache.tiers.disk_room import BLOCKS, DiskRoom
+from statekv.cache.tiers import disk as subject
+from statekv.cache.tiers.disk import BLOCKS, DiskRoom
 from statekv.errors import StorageError
 
 ROOT = Path(__file__).parents[3]

@@ -11,16 +11,14 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.geometry import Geometry
-from statekv.cache.policies.carry import Rule
+from statekv.cache.policies.base import Rule
+from statekv.cache.spec import Geometry
+from statekv.cache.tiers.base import HostTier, rows_of
+from statekv.cache.tiers.block import seal
 from statekv.cache.tiers.plan import MemoryPlan, plan, step_bytes
-from statekv.cache.tiers.rows import rows_of
-from statekv.cache.tiers.sealed import seal
-from statekv.cache.tiers.tier import HostTier
-from statekv.capacity import bytes_of
-from statekv.config import Config
+from statekv.config import Config, bytes_of
 from statekv.errors import ConfigError
-from tests.cache.tiers.test_sealed import tokens_of
+from tests.cache.tiers.test_block import tokens_of
 from tests.cache.tokens import CPU, geometry
 
 LARGE = Geometry(kv_heads=4, head_dim=128, dtype=torch.bfloat16, devices=(CPU,) * 28)  # InternVL3-8B

@@ -14,7 +14,7 @@ from statekv.errors import ConfigError
 from statekv.evals.cards.world import FIRST_TEST_SEED, Card, write_story
 from statekv.evals.task import EvalQuestion
 from statekv.evals.tasks.cards import Cards
-from statekv.video.reader import count_frames
+from statekv.video.file import count_frames
 
 FRAMES = 256
 

@@ -12,7 +12,7 @@ import pytest
 from statekv.evals import open_task
 from statekv.evals.task import Broken, EvalQuestion, EvalVideo
 from statekv.evals.tasks.ovo import OVOBackward, OVORealtime
-from statekv.video.reader import read_frames
+from statekv.video.file import read_frames
 from statekv.video.writer import write_video
 from tests.evals.data_sets import ovo, place, write_lines
 

@@ -7,7 +7,7 @@ import torch
 
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from tests.talk import QUESTION, entering, inputs_of, shared_engine, some_frames, stock_model
 from tests.tiny import video
 

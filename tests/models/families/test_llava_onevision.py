@@ -11,7 +11,7 @@ import statekv
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ModelError
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from tests.talk import (
     QUESTION,
     UNLIMITED,

@@ -13,7 +13,7 @@ import statekv
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import HorizonError
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from statekv.video.frame import Frame
 from tests.method.byhand import joined
 from tests.talk import (

@@ -9,7 +9,7 @@ import torch
 
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.models.base import Segment
+from statekv.models.adapter import Segment
 from tests.method.byhand import joined
 from tests.talk import QUESTION, entering, frames_of, inputs_of, shared_engine, stock_model
 from tests.tiny import video

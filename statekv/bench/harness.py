@@ -1,0 +1,337 @@
+"""Timing candidates in turns, the machine they ran on, their rows in a CSV file, their picture."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from statekv.errors import ConfigError, check_drawing
+from statekv.models.loading import read_device, read_dtype
+
+_PACKAGES = ("statekv", "torch", "transformers", "triton", "flash-attn")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured thing.
+
+    Attributes:
+        bench: the sub-command.
+        subject: what was measured: an implementation, a method.
+        setting: what it was measured at, such as model, budget, step.
+        unit: of samples and floor, such as ms.
+        samples: every measurement; none where it could not be measured, and the remark says why.
+        floor: the least that the machine allows; None where there is no such thing.
+        reference: median, in the same run, of what people would use instead.
+        remark: what a reader of the figures must know.
+    """
+
+    bench: str
+    subject: str
+    setting: Mapping[str, str | int | float]
+    unit: str
+    samples: tuple[float, ...]
+    floor: float | None = None
+    reference: float | None = None
+    remark: str = ""
+
+    def quantile(self, share: float) -> float:
+        """The sample below which `share` of them lie, interpolated; not a number without samples."""
+        if not self.samples:
+            return math.nan
+        return float(torch.tensor(self.samples, dtype=torch.float64).quantile(share))
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def distance(self) -> float | None:
+        """How many times the floor the median is."""
+        return self.median / self.floor if self.floor and self.samples else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the reference the median is."""
+        return self.median / self.reference if self.reference and self.samples else None
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Where, when and with what rows were measured."""
+
+    command: str
+    device: str
+    threads: int
+    versions: str
+    commit: str
+    date: str
+
+    @classmethod
+    def here(cls, command: str, device: torch.device) -> Circumstances:
+        """This machine, now."""
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        return cls(command, device_name(device), torch.get_num_threads(), _versions(), _commit(), today)
+
+
+def append(path: Path, rows: Iterable[Row], circumstances: Circumstances) -> None:
+    """Add rows to a CSV file, with a header where the file is new.
+
+    Raises:
+        ConfigError: the file has other columns.
+    """
+    check_columns(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(_HEADER)
+        for row in rows:
+            writer.writerow(_cells(row, circumstances))
+
+
+def check_columns(path: Path) -> None:
+    """Raise a ConfigError if a file is there and is not a benchmark's."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline().rstrip("\n")
+    if first and first != ",".join(_HEADER):
+        raise ConfigError(f"{path} does not begin with the columns of a benchmark", "give another file")
+
+
+_HEADER = (
+    *("bench", "subject", "setting", "unit", "p20", "p50", "p80", "runs", "floor", "distance", "ratio", "remark"),
+    *("device", "threads", "versions", "commit", "date", "command"),
+)
+
+
+def _cells(row: Row, at: Circumstances) -> list[str | int]:
+    figures = [_figure(row.quantile(share) if row.samples else None) for share in (0.2, 0.5, 0.8)]
+    limits = [_figure(found) for found in (row.floor, row.distance, row.ratio)]
+    setting = json.dumps(dict(row.setting))
+    measured: list[str | int] = [
+        row.bench,
+        row.subject,
+        setting,
+        row.unit,
+        *figures,
+        len(row.samples),
+        *limits,
+        row.remark,
+    ]
+    return [*measured, at.device, at.threads, at.versions, at.commit, at.date, at.command]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return " ".join([f"python {platform.python_version()}", *found])
+
+
+def _commit() -> str:
+    """The commit of the source tree, with a + where it has been changed; empty outside of one."""
+    here = Path(__file__).parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "../__init__.py"], cwd=here, capture_output=True
+        )
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return ""
+    if tracked.returncode or head.returncode:
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device, warm: int = 2
+) -> dict[str, list[float]]:
+    """Time candidates in turn, so that a slow moment of the machine falls on all of them alike.
+
+    Args:
+        candidates: what to call, by name; results are thrown away.
+        runs: timed calls of each.
+        device: waited for before and after each call.
+        warm: calls of each before the first timed one.
+
+    Returns:
+        Seconds of each timed call, by name, in order.
+    """
+    for call in candidates.values():
+        for _ in range(warm):
+            call()
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(runs):
+        for name, call in candidates.items():
+            wait(device)
+            began = time.perf_counter()
+            call()
+            wait(device)
+            found[name].append(time.perf_counter() - began)
+    return found
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_WIDTH = 4096  # of a weight that no cache holds
+
+
+@torch.inference_mode()
+def large_product(device: torch.device, dtype: torch.dtype, rows: int = 256) -> Callable[[], object]:
+    """What multiplies `rows` random activations with one large weight."""
+    left = torch.randn(rows, _WIDTH, device=device, dtype=dtype)
+    right = torch.randn(_WIDTH, _WIDTH, device=device, dtype=dtype)
+    return lambda: left @ right
+
+
+def best_rate(seconds: Iterable[float], rows: int = 256) -> float:
+    """FLOP/s of `large_product` from its timed calls: of the best, for a floor is a floor."""
+    return 2 * rows * _WIDTH**2 / min(seconds)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int = 256, runs: int = 10) -> float:
+    """FLOP/s of products of `rows` activations with a large weight, measured now."""
+    product = large_product(device, dtype, rows)
+    return best_rate(alternate({"product": product}, runs=runs, device=device)["product"], rows)
+
+
+def alternate_within(
+    candidates: Mapping[str, Callable[[], object]], *, runs: int, seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """As `alternate`, with a limit to the time that one candidate takes in all.
+
+    Args:
+        candidates: what to call, by name.
+        runs: timed calls of each that is quick enough.
+        seconds: a candidate whose runs would take longer than this gets fewer, one at least, spread over the rounds.
+        device: waited for before and after each call.
+
+    Returns:
+        Seconds of each timed call, by name.
+    """
+    # The first call may compile and record: where there is time, a second one says how long it really takes.
+    took = alternate(candidates, runs=1, device=device, warm=0)
+    quick = {name: call for name, call in candidates.items() if 2 * took[name][0] <= seconds}
+    took |= alternate(quick, runs=1, device=device, warm=0)
+    turns = {name: turns_within(seconds, once, runs) for name, (once,) in took.items()}
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(runs):
+        due = {name: call for name, call in candidates.items() if is_due(number, turns[name], runs)}
+        for name, timed in alternate(due, runs=1, device=device, warm=0).items():
+            found[name] += timed
+    return found
+
+
+def turns_within(seconds: float, once: float, most: int) -> int:
+    """How many calls of `once` seconds fit, from 1 to `most`."""
+    return max(1, min(most, int(seconds / once)))
+
+
+def is_due(number: int, turns: int, rounds: int) -> bool:
+    """Whether a candidate with `turns` turns in `rounds` rounds has one in round `number`, counted from 0."""
+    return (number + 1) * turns // rounds > number * turns // rounds
+
+
+def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """A device that is there and a dtype.
+
+    Args:
+        device: auto takes CUDA where there is one, else the CPU.
+        dtype: auto takes bfloat16 on CUDA and float32 on a CPU.
+
+    Raises:
+        ConfigError: an unknown dtype, or a device that is not there.
+    """
+    found, kind = read_device(device), read_dtype(dtype)
+    if not isinstance(kind, torch.dtype):
+        kind = torch.bfloat16 if found.type == "cuda" else torch.float32
+    return found, kind
+
+
+_PANELS_A_ROW = 4
+_INCHES = (3.6, 3.0)  # of a panel
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One system of axes.
+
+    Attributes:
+        title: above it.
+        x, y: what the axes are, with units.
+        lines: points (x, y) by name; the same name has the same colour in all panels.
+        log_x, log_y: logarithmic axes; a linear one starts at 0.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    log_x: bool = False
+    log_y: bool = False
+
+
+def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
+    """Write a PNG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    check_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(len(panels), _PANELS_A_ROW)
+    down = -(-len(panels) // across)
+    size = (max(6.0, _INCHES[0] * across), _INCHES[1] * down + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    handles = {}
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(down, across, index + 1)
+        for name, points in panel.lines.items():
+            (handles[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=f"C{names.index(name)}")
+        axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+        axes.title.set_fontsize("medium")
+        axes.set_xscale("log", base=2) if panel.log_x else axes.set_xlim(left=0)
+        axes.set_yscale("log") if panel.log_y else axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 2 * across), frameon=False)
+    figure.suptitle(title, fontsize="medium", wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))

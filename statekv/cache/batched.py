@@ -1,0 +1,169 @@
+"""Carried caches of several streams in one block, so that one step serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import ref
+
+import torch
+from transformers import Cache
+
+from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
+
+
+class CarriedTogether(CarriedCache):
+    """Carried caches of equal shape, whose slots lie in one block [2, streams, kv_heads, slots, head_dim] per layer.
+
+    Each member goes on as it is: its buffers become views of its row, so that it may also be stepped alone, asked,
+    saved and forked. Stepped together again, nothing is copied. A member that needs other slots moves out by itself
+    (`CarriedCache.allocate`).
+
+    Own keys and values enter the detailed cache of each member: those have lengths of their own.
+
+    Args:
+        members: of one geometry, one rule and equal lengths and budgets; they are copied into the block.
+    """
+
+    def __init__(self, members: Sequence[CarriedCache]) -> None:
+        self._members = [ref(member) for member in members]  # whoever keeps a block must not keep its streams
+        self._rows: list[list[torch.Tensor]] = []  # what the members' buffers are while they live here
+        self._firsts: dict[torch.device, torch.Tensor] = {}  # [streams, 1, 1] int32
+        one = members[0]
+        geometry = replace(one.geometry, streams=len(members))
+        detailed = DetailedCache(geometry)
+        super().__init__(geometry, one.budget, one.rule, detailed, decay=one.decay, remembers=one.remembers)
+        self.budgets = one.budgets
+        super().allocate([max(slots) for slots in zip(*(member.slots for member in members), strict=True)])
+        for row, member in enumerate(members):
+            for mine, its in ((self.born, member.born), (self.totals, member.totals)):
+                for layer, (new, old) in enumerate(zip(mine, its, strict=True)):
+                    new[row : row + 1, :, : one.lengths[layer]] = old[..., : one.lengths[layer]]
+            for layer, length in enumerate(one.lengths):
+                self.buffers[layer][:, row : row + 1, :, :length] = member.buffers[layer][..., :length, :]
+        self._take_in()
+
+    @property
+    def members(self) -> list[CarriedCache]:
+        """Those of them that still exist, in the order of their rows."""
+        return [member for found in self._members if (member := found()) is not None]
+
+    def holds(self, members: Sequence[CarriedCache]) -> bool:
+        """Whether just these live here, in this order."""
+        mine = self.members
+        return len(mine) == len(members) == len(self._rows) and all(
+            a is b and a.buffers is row for a, b, row in zip(mine, members, self._rows, strict=True)
+        )
+
+    def begin(self) -> None:
+        """Before a step: stand where the members stand, and know the number of each one's next token."""
+        members = self.members
+        assert self.holds(members), "a member has moved out"
+        self.lengths = list(members[0].lengths)
+        for device in dict.fromkeys(self.geometry.devices):
+            firsts = torch.tensor([member.detailed.length for member in members], dtype=torch.int32)
+            self._firsts[device] = firsts.view(-1, 1, 1).to(device)
+            newest = [member.newest[device] for member in members if device in member.newest]
+            if newest:
+                self.newest[device] = torch.stack(newest).view(-1, 1, 1)
+
+    def end(self) -> None:
+        """After a step, a failed one too: the members are where this is."""
+        for member in self.members:
+            member.lengths = list(self.lengths)
+
+    def remember(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        for row, member in enumerate(self.members):
+            member.detailed.append(key[row : row + 1], value[row : row + 1], layer)
+        device = self.born[layer].device
+        return self._firsts[device] + torch.arange(key.shape[-2], dtype=torch.int32, device=device)
+
+    def allocate(self, slots: Sequence[int]) -> None:
+        super().allocate(slots)
+        if self._rows:
+            self._take_in()
+
+    def disband(self) -> None:
+        """Give every member that still lives here memory of its own."""
+        for member in self.members:
+            if any(member.buffers is row for row in self._rows):
+                member.allocate(member.slots)
+        self._members.clear()
+
+    def _take_in(self) -> None:
+        rows = range(self.geometry.streams)
+        self._rows = [[buffer[:, row : row + 1] for buffer in self.buffers] for row in rows]
+        for row, member in enumerate(self.members):
+            member.buffers = self._rows[row]
+            member.born = [born[row : row + 1] for born in self.born]
+            member.totals = [totals[row : row + 1] for totals in self.totals]
+
+
+class StaticStep(Cache):
+    """What `CarriedCache` does in a step, with the tokens' places read from the device instead of known to the host.
+
+    The carried keys fill the slots below the layer's budget, own keys come behind them, and evicted slots are replaced
+    in place. Where the new keys go in the detailed cache is a tensor, so that the same recorded commands write to
+    another place at every step.
+
+    Args:
+        carried: a cache that holds its budget.
+        tokens: of one step.
+    """
+
+    def __init__(self, carried: CarriedCache, tokens: int) -> None:
+        super().__init__(layers=[])
+        self._carried = ref(carried)  # whoever keeps recordings by stream must not keep the stream
+        self.tokens = tokens
+        devices = dict.fromkeys(carried.geometry.devices)
+        # Where each own token goes in the detailed cache's buffers, and its number in the stream, [T] int64.
+        self.places, self.numbers = (
+            {device: torch.empty(tokens, dtype=torch.int64, device=device) for device in devices} for _ in range(2)
+        )
+
+    @property
+    def carried(self) -> CarriedCache:
+        """The cache that is stepped."""
+        carried = self._carried()
+        assert carried is not None, "a step outlived its stream"
+        return carried
+
+    def __len__(self) -> int:
+        return self.carried.geometry.layers
+
+    def begin(self) -> None:
+        """Before a step: say where its tokens go. Nothing here may be part of the replayed commands."""
+        detailed = self.carried.detailed
+        for first, tensors in ((detailed.lengths[-1], self.places), (detailed.length, self.numbers)):
+            for device, tensor in tensors.items():
+                torch.arange(first, first + self.tokens, out=tensor, device=device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by transformers' attention layers: append to both memories, hand out carried and own keys."""
+        carried, budget = self.carried, self.carried.budgets[layer_idx]
+        slots = carried.buffers[layer_idx][..., : budget + self.tokens, :]
+        own = slots[..., budget:, :]  # [2, streams, kv_heads, T, D]
+        own[0].copy_(key_states)
+        own[1].copy_(value_states)
+        held = carried.detailed.buffers[layer_idx]
+        held.index_copy_(-2, self.places[held.device], own)
+        carried.born[layer_idx][..., budget : budget + self.tokens] = self.numbers[held.device]
+        if carried.totals:
+            carried.totals[layer_idx][..., budget : budget + self.tokens] = 0
+        return slots[0], slots[1]
+
+    def evict(self, layer: int, scores: torch.Tensor | None) -> None:
+        """As `CarriedCache.evict`."""
+        carried = self.carried
+        carried.replace(layer, carried.accumulated(layer, scores), carried.budgets[layer] + self.tokens)
+
+    def end(self) -> None:
+        """After a step: the host takes note that the detailed cache has grown."""
+        self.carried.detailed.advance(self.tokens)
+
+    def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
+        return self.carried.lengths[layer_idx]

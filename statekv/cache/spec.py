@@ -1,0 +1,131 @@
+"""What all caches of a stream share: sizes of a model's keys, memory in one piece, spans and moves of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Attributes:
+    kv_heads, head_dim: of one layer's keys.
+    dtype: of keys and values.
+    devices: where each layer's keys live; its length is the number of layers.
+    streams: streams stepped together.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    devices: tuple[torch.device, ...]
+    streams: int = 1
+
+    @property
+    def layers(self) -> int:
+        return len(self.devices)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers and heads of one stream."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def one_block(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]
+) -> list[torch.Tensor]:
+    """Uninitialised tensors, one for each shape, which lie one behind another in a single block of their device.
+
+    Args:
+        shapes: of each layer's tensor.
+        dtype: of all.
+        devices: of each layer.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    blocks = {
+        device: torch.empty(
+            sum(n for n, d in zip(sizes, devices, strict=True) if d == device), dtype=dtype, device=device
+        )
+        for device in dict.fromkeys(devices)
+    }
+    taken = dict.fromkeys(blocks, 0)
+    tensors = []
+    for shape, size, device in zip(shapes, sizes, devices, strict=True):
+        tensors.append(blocks[device][taken[device] : taken[device] + size].view(shape))
+        taken[device] += size
+    return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a segment lies in the detailed cache, and when it was: `pts_seconds` is None for text alone.
+
+    `position` is where it would begin on the axis of time if nothing had ever been compacted.
+    """
+
+    kind: str
+    start: int
+    length: int
+    pts_seconds: float | None
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment of a stream that `StreamState.crop_to` can return to."""
+
+    tokens: int
+    position: int
+    carried: int
+    frames: int
+    origin_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Steps move as a whole, so a token moves as far as the last step that begins at it or before.
+
+    Attributes:
+        starts: number of each moving step's first token in the stream, ascending.
+        by: positions that it moves by.
+    """
+
+    starts: Sequence[int]
+    by: Sequence[int]
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How far tokens move, int64 and of their shape, on the CPU; what lies before the first start stays."""
+        step = torch.searchsorted(torch.tensor(self.starts), tokens.cpu().long(), right=True)
+        return torch.tensor([0, *self.by])[step]
+
+
+def numbers_in(starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
+    """Numbers from each start to its stop, one range behind another, int64 on the CPU."""
+    first = torch.tensor(starts, dtype=torch.int64)
+    lengths = torch.tensor(stops, dtype=torch.int64) - first
+    shift = first - (lengths.cumsum(0) - lengths)  # what is added to a count over all ranges
+    return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+
+
+def layer_budgets(budget: int, layers: int, slope: float) -> list[int]:
+    """Tokens of each layer, along a line from the first to the last, `layers` · `budget` in all.
+
+    A linear decline is PyramidKV's (arXiv 2406.02069). StateKV's figure 6 is why one may want it: the first layers
+    spread their attention over the most keys.
+
+    Args:
+        budget: mean tokens of a layer.
+        slope: the first layer gets `budget` · (1 + slope), the last `budget` · (1 - slope), between -1 and 1; 0 gives
+            every layer the same.
+    """
+    if layers == 1:
+        return [budget]
+    line = [budget * (1 + slope * (1 - 2 * layer / (layers - 1))) for layer in range(layers)]
+    whole = [math.floor(share) for share in line]
+    largest_rests = sorted(range(layers), key=lambda layer: whole[layer] - line[layer])
+    for layer in largest_rests[: layers * budget - sum(whole)]:
+        whole[layer] += 1
+    return whole

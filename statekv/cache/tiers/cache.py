@@ -1,0 +1,323 @@
+"""A detailed cache within a cap: the newest tokens as they came, older steps in blocks, the least of them forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from heapq import nsmallest
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import torch
+
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.folder import Part, tokens_of_part
+from statekv.cache.spec import Geometry, Moves
+from statekv.cache.tiers.block import Passage, Sealed, first_of, groups_of, seal
+from statekv.cache.tiers.fetch import Bringing, Recent
+from statekv.cache.tiers.manager import Shelves
+from statekv.cache.tiers.plan import MemoryPlan, plan
+from statekv.config import Config
+from statekv.errors import StorageError
+from statekv.ops.rope import Angles
+
+# Of steps that begin at these tokens, what their carried keys score, where that is not 0, by start.
+Worths = Callable[[Sequence[int]], dict[int, float]]
+
+_RELIEVED = 1 / 16  # of what is held: those that stay are copied, or looked through, each time
+_LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
+
+
+class TieredCache(DetailedCache):
+    """As `DetailedCache`, for a stream that may be longer than its memory.
+
+    The buffers have one size, and hold the newest steps as they came, and all text. Where a step finds no room, the
+    oldest steps leave them in blocks (`Shelves`); where there is nowhere to go, those whose keys score least are
+    forgotten. A question changes nothing: the room for it is kept free.
+
+    Args:
+        geometry: sizes of the model's keys.
+        config: with a cap on memory.
+
+    Raises:
+        StorageError: the folder of the tier on disk does not exist.
+    """
+
+    def __init__(self, geometry: Geometry, config: Config) -> None:
+        super().__init__(geometry)
+        self.config = config
+        self.plan: MemoryPlan | None = None
+        self.passages: dict[int, Passage] = {}  # by start, ascending
+        self.shelves = Shelves(geometry, config)
+        self.bringing = Bringing(geometry, config.bits)
+        self.forgotten = 0  # steps
+        self.longest = 0  # tokens that a step may have before another plan is made
+        self.saved_blocks: WeakKeyDictionary[Sealed, str] = WeakKeyDictionary()  # SHA-256 of files that hold them
+        self._lost: list[Passage] = []  # found damaged
+        self._gone: list[int] = []  # starts of forgotten steps of which nobody has been told
+        self._here: list[Passage] = []  # those in the buffers, in order
+        self._steps = 0
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of blocks on each tier, and of steps that questions have brought in."""
+        return {"recent": self.bringing.recent.nbytes, **self.shelves.nbytes}
+
+    def make_way(self, tokens: int, room: int, worths: Worths) -> list[int]:
+        """Before a step: have room for it, and for a question after it.
+
+        Args:
+            tokens: of the step.
+            room: tokens of a question and its answer.
+            worths: by how much steps are worth keeping now.
+
+        Returns:
+            Starts of the steps that had to be forgotten.
+
+        Raises:
+            ConfigError: the cap is too small for such steps; nothing has changed.
+        """
+        if self.plan is None or tokens > self.longest:
+            self._make_plan(tokens + _LABEL_GROWTH, room, worths)
+        assert self.plan is not None
+        self._relieve(self.lengths[-1] + tokens + self.plan.answers - self.plan.plain, worths)
+        if self.plan.most_steps is not None and self._steps >= self.plan.most_steps:
+            self._forget(max(self._steps + 1 - self.plan.most_steps, int(_RELIEVED * self._steps)))
+        return self.settle()
+
+    def settle(self) -> list[int]:
+        """Starts of the steps that were forgotten since the last time, damaged ones among them."""
+        self.bringing.turned = None
+        self._let_go(self._lost)
+        gone, self._gone, self._lost = sorted(self._gone), [], []
+        return gone
+
+    def lose_damaged(self, steps: Iterable[Passage]) -> int:
+        """Forget, with the next `settle`, those of some steps in blocks that cannot be read; returns how many."""
+        self._lost += (damaged := [step for step in steps if not self.bringing.can_read(step)])
+        self._lost += self.shelves.drop(damaged)
+        return len(damaged)
+
+    def note(self, kind: str, tokens: int) -> None:
+        """Take note of which segment the newest tokens are."""
+        if not tokens:
+            return
+        passage = Passage(self.length - tokens, tokens, kind, self.lengths[-1] - tokens)
+        self.passages[passage.start] = passage
+        self._here.append(passage)
+        self._steps += kind == "step"
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing: the plan says how much there is."""
+
+    def make_room(self, tokens: int) -> None:
+        """Before a question of `tokens` tokens, its answer included; what it may take is kept free for it.
+
+        Raises:
+            MemoryLimitError: it is longer.
+        """
+        if self.plan is not None:
+            self.plan.check_room(self.lengths[-1], tokens)
+        super().make_room(tokens)
+
+    def pieces(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [streams, kv_heads, n, head_dim] of all steps in blocks, a few thousand tokens at a time."""
+        assert self.plan is not None
+        waiting: list[Passage] = []
+        for step in (*self.passages.values(), None):
+            tokens = sum(each.length for each in waiting)
+            if waiting and (step is None or tokens + step.length > self.plan.staged):
+                with self._reading(waiting):
+                    key, value = self.bringing.bring(layer, waiting)
+                yield key, value
+                waiting = []
+            if step is not None and step.block is not None:
+                waiting.append(step)
+
+    def gather(self, layer: int, starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
+        """As `DetailedCache.gather`, from wherever they lie; what lies in blocks is kept for the next question."""
+        # Text behind the last step may be several passages, one behind another in the buffers.
+        wanted = [(self.passages[start], stop - start) for start, stop in zip(starts, stops, strict=True)]
+        found = []
+        for here, run in groupby(wanted, key=lambda each: each[0].block is None):
+            if here:
+                places = ((passage.place, passage.place + tokens) for passage, tokens in run)
+                found.append(super().gather(layer, *zip(*places, strict=True)))
+            else:
+                steps = [passage for passage, _ in run]
+                with self._reading(steps):
+                    found.append(self.bringing.recall(layer, steps))
+        return torch.cat(found, dim=-2) if len(found) > 1 else found[0]
+
+    def turn(self, moves: Moves, angles: Angles) -> None:
+        """As `DetailedCache.turn`; steps in blocks are turned when they are read."""
+        by = moves.of(torch.tensor(list(self.passages))).tolist()
+        for passage, far in zip(self.passages.values(), by, strict=True):
+            if passage.block is not None:
+                passage.moved += far
+        self.bringing.recent.clear()
+        super().turn(moves, angles)
+
+    def crop(self, max_length: int) -> None:
+        """As `DetailedCache.crop`, as long as what goes lies in the buffers."""
+        super().crop(max_length)
+        while self._here and self._here[-1].start >= max_length:
+            self._steps -= self._here[-1].kind == "step"
+            del self.passages[self._here.pop().start]
+
+    def parts(self) -> Iterator[Part]:
+        """What the buffers hold, cut at the same tokens at every time."""
+        numbers, g = self._numbers(), self.geometry
+        size = tokens_of_part(g.bytes_per_token * g.streams)
+        for group in (numbers // size).unique().tolist():
+            first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
+            yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
+
+    def resume(self, plan: MemoryPlan | None, longest: int, forgotten: int, passages: Sequence[Passage]) -> None:
+        """Stand where another cache of this configuration stood; blocks, buffers and `settled` come next."""
+        self.plan, self.longest, self.forgotten = plan, longest, forgotten
+        self.passages = {passage.start: passage for passage in passages}
+        self._steps = sum(passage.kind == "step" for passage in passages)
+        if plan is not None:
+            self._allot(plan)
+
+    def settled(self, away: int) -> None:
+        """All is back: say how many tokens the buffers do not hold."""
+        self.away = away
+        self._here = [passage for passage in self.passages.values() if passage.block is None]
+
+    def fork(self) -> TieredCache:
+        """As `DetailedCache.fork`; blocks are never written to, so both read the same."""
+        found = TieredCache(self.geometry, self.config)
+        found.plan, found.longest, found._steps, found.away = self.plan, self.longest, self._steps, self.away
+        found.lengths, found.buffers = list(self.lengths), list(self.buffers)
+        found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
+        found.passages = {start: replace(passage) for start, passage in self.passages.items()}
+        found._here = [found.passages[passage.start] for passage in self._here]
+        found.shelves = self.shelves.fork(found.passages)
+        if self.plan is not None:
+            found.bringing.recent = Recent(self.geometry, self.plan.recent, self.longest)
+        self._share(found)
+        return found
+
+    def _make_plan(self, step: int, room: int, worths: Worths) -> None:
+        texts = sum(passage.length for passage in self._here if passage.kind != "step")
+        made = plan(self.config, self.geometry, texts, step, room)
+        if self.plan is not None:
+            self._relieve(self.lengths[-1] + step + made.answers - made.plain, worths)
+        self.plan, self.longest = made, step
+        self._allot(made)
+
+    def _allot(self, made: MemoryPlan) -> None:
+        for layer in range(self.geometry.layers):
+            self._move(layer, made.plain)  # at once: buffers that double leave holes, and the cap holds for those too
+        self.bringing.recent = Recent(self.geometry, made.recent, self.longest)
+        self.shelves.allow(made.quantised)
+
+    def _relieve(self, tokens: int, worths: Worths) -> None:
+        """Have so many tokens leave the buffers, or some more."""
+        if tokens <= 0 or self.plan is None:
+            return
+        for start, worth in worths(list(self.passages)).items():
+            self.passages[start].worth = max(self.passages[start].worth, worth)
+        wanted = max(tokens, int(_RELIEVED * self.plan.plain), self.plan.block_tokens)
+        steps = [passage for passage in self._here if passage.kind == "step"][:-1]
+        if self.shelves.open:
+            self._seal(first_of(steps, wanted), self.plan.block_tokens)
+            return
+        going = first_of(sorted(steps, key=lambda step: step.rank), wanted)
+        self.written.forget(min((step.start for step in going), default=self.length))
+        self._close_up(going)
+        self._let_go(going)
+
+    def _seal(self, going: list[Passage], block_tokens: int) -> None:
+        """Bring steps to the shelves."""
+        gone, sealed = list[Passage](), list[Passage]()
+        try:
+            for group in groups_of(going, block_tokens):
+                first, stop = group[0].place, group[-1].place + group[-1].length
+                tokens = [held[..., first:stop, :] for held in self.buffers]
+                gone += self.shelves.put(seal(tokens, [step.length for step in group], self.config.bits), group)
+                sealed += group
+        finally:  # out of memory or not, nothing lies in two places
+            self._close_up(sealed)
+            self._let_go(gone)
+
+    def _let_go(self, gone: list[Passage]) -> None:
+        """Forget steps that lie nowhere any more."""
+        for passage in gone:
+            del self.passages[passage.start]
+        self.bringing.recent.drop({passage.start for passage in gone})
+        self.forgotten += len(gone)
+        self._steps -= len(gone)
+        self._gone += [passage.start for passage in gone]
+
+    def _forget(self, steps: int) -> None:
+        """Forget the steps whose keys score least, wherever they lie, but for the newest."""
+        newest = next(passage for passage in reversed(self._here) if passage.kind == "step")
+        known = (passage for passage in self.passages.values() if passage.kind == "step" and passage is not newest)
+        going = nsmallest(steps, known, key=lambda step: step.rank)
+        here = [passage for passage in going if passage.block is None]
+        gone = going + self.shelves.drop([passage for passage in going if passage.block is not None])
+        if here:
+            self.written.forget(min(step.start for step in here))
+            self._close_up(here)
+        self._let_go(gone)
+
+    def _close_up(self, gone: Iterable[Passage]) -> None:
+        """Move what stays in the buffers to their front."""
+        left, runs, place = set(gone), [], 0
+        stay = [passage for passage in self._here if passage not in left]
+        for passage in stay:
+            if passage.place != place:
+                runs.append((passage.place, place, passage.length))
+            passage.place, place = place, place + passage.length
+        if runs:
+            for layer in range(self.geometry.layers):
+                self._claim(layer, 0)
+        close_gaps(self.buffers, runs, self.at_once)
+        self.away += self.lengths[-1] - place
+        self.lengths = [place] * len(self.lengths)
+        self._here = stay
+
+    @contextmanager
+    def _reading(self, steps: Sequence[Passage]) -> Iterator[None]:
+        """Steps that turn out not to be as they were written are forgotten once the question is over."""
+        try:
+            yield
+        except StorageError as error:
+            hint = f"damaged steps forgotten: {self.lose_damaged(steps)}; ask again"
+            raise StorageError(error.message, hint) from None
+
+    def _numbers(self) -> torch.Tensor:
+        noted = [torch.arange(passage.start, passage.start + passage.length) for passage in self._here]
+        return torch.cat([*noted, torch.arange(sum(map(len, noted)) + self.away, self.length)])
+
+
+Run = tuple[int, int, int]  # tokens that lie at the first place move to the second, and how many they are
+
+
+@torch.inference_mode()
+def close_gaps(buffers: Sequence[torch.Tensor], runs: Sequence[Run], at_once: int) -> None:
+    """Move tokens towards the front.
+
+    Args:
+        buffers: of each layer [2, streams, kv_heads, capacity, head_dim].
+        runs: from front to back, each to a place before its own.
+        at_once: tokens that are copied aside, for source and target may overlap.
+    """
+    for source, target, length in _joined(runs):
+        for shift in range(0, length, at_once):
+            count = min(at_once, length - shift)
+            for held in buffers:
+                moved = held[..., source + shift : source + shift + count, :].clone()
+                held[..., target + shift : target + shift + count, :] = moved
+
+
+def _joined(runs: Sequence[Run]) -> Iterator[Run]:
+    """Neighbouring runs that move equally far, as one."""
+    for _, group in groupby(runs, key=lambda run: run[0] - run[1]):
+        members = list(group)
+        yield members[0][0], members[0][1], sum(length for _, _, length in members)

@@ -1,0 +1,365 @@
+"""Frames on their way into a stream: read ahead, seen by the vision tower in batches, entered step by step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from statekv.cache.stream import StreamState
+from statekv.engine.interrupts import deferred_interrupts
+from statekv.engine.progress import Progress, Seconds
+from statekv.engine.snapshot import Standing
+from statekv.errors import ConfigError, MemoryLimitError, StateKVError
+from statekv.models.adapter import Seen, Segment, VideoModel
+from statekv.runner.memory import memory_limit
+from statekv.runner.runner import Stepper
+from statekv.video.frame import Frame
+from statekv.video.live import LiveSource, LiveStatus
+
+
+class Feed:
+    """What a session holds besides its stream. One thread at a time.
+
+    Args:
+        stepper: the loaded model.
+        state: the stream.
+        source: frames to draw; None where all are pushed.
+        standing: where another session stood, which this one goes on from.
+
+    Attributes:
+        ahead: frames read, and looked at, before their turn.
+        seconds: where the time went.
+        steps: that have entered.
+        ended: whether the source's end has been seen.
+    """
+
+    def __init__(
+        self, stepper: Stepper, state: StreamState, source: Iterator[Frame] | None, standing: Standing
+    ) -> None:
+        if source is None and standing.ahead:
+            source = iter(())  # what was read before its turn is still to be drawn
+        self.stepper, self.state, self.source = stepper, state, source
+        self.seconds, self.steps = replace(standing.seconds), standing.steps
+        self.waiting = list(standing.waiting)
+        self.ended = False
+        self.ahead = Ahead(stepper.model, state, self.seconds)
+        self.ahead.hold(standing.ahead, standing.looked)
+        self.only_newest = state.config.recall == "last_frames"
+        self._passed, self._broken = standing.passed, standing.broken
+
+    @property
+    def frames(self) -> int:
+        """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
+        return (self._passed if self.only_newest else self.state.frames) + len(self.waiting)
+
+    @property
+    def live(self) -> LiveStatus | None:
+        """How the live source is doing; None for other sources."""
+        return self.source.status if isinstance(self.source, LiveSource) else None
+
+    @property
+    def standing(self) -> Standing:
+        """From where another session can go on."""
+        ahead, looked = self.ahead.held
+        return Standing(self.seconds, self.steps, self.waiting, self._passed, self._broken, ahead, looked)
+
+    def check(self) -> None:
+        """Raise a StateKVError if a failed step has left the stream so that nothing can enter."""
+        if self._broken:
+            raise StateKVError(self._broken, "questions still work; open a new session to watch on")
+
+    def drawn(self) -> Iterator[Frame]:
+        """The source.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.source is None:
+            raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
+        return self.source
+
+    def draw(self, look: bool = True) -> Frame | None:
+        """The source's next frame, None behind its last one; see `Ahead.draw`."""
+        frame = self.ahead.draw(self.drawn(), self.waiting, look)
+        self.ended = frame is None
+        return frame
+
+    def put(self, frame: Frame) -> NewStep | Progress | None:
+        """Let a frame wait.
+
+        Returns:
+            The step that it makes, to be entered and finished; how far the stream is, where only the newest frames
+            count and none enters before a question; or None: it waits for a partner.
+
+        Raises:
+            ConfigError: not a frame, or one of another size than its partner in the step.
+        """
+        per_step = self.stepper.model.frames_per_step
+        check_frame(frame, self.waiting[-1:] if per_step > 1 else [])
+        self.waiting.append(frame)
+        if self.only_newest:
+            return self._pass(per_step)
+        if len(self.waiting) < per_step:
+            return None
+        frames, self.waiting = self.waiting, []
+        return NewStep(self.stepper, self.state, self.ahead, frames)
+
+    def take(self, step: NewStep) -> Progress:
+        """Let a step enter alone."""
+        try:
+            step.enter()
+            step.prefill()
+        except BaseException as error:
+            self.undo(step, error)
+            raise
+        return self.finish(step)
+
+    def finish(self, step: NewStep) -> Progress:
+        """Take note of a step that has entered."""
+        self.seconds.vision += step.vision_seconds
+        self.seconds.prefill += step.prefill_seconds
+        self.steps += 1
+        if self.steps == 1:
+            self.stepper.reserve(self.state)
+        carried, tokens = self.state.carried.length, self.state.tokens
+        newest = step.frames[-1].pts_seconds
+        return Progress(self.steps, self.state.frames, newest, step.prefill_seconds, carried, tokens, self.live)
+
+    def undo(self, step: NewStep, error: BaseException) -> None:
+        """Take back a step that failed. Either its partners wait as before, or nothing can enter any more."""
+        self._broken = step.undo(error)
+        if not self._broken:
+            self.waiting = step.frames[:-1]
+
+    def free(self) -> None:
+        """Let go of all frames and of the source."""
+        self.source = None
+        self.waiting.clear()
+        self.ahead.forget()
+
+    def _pass(self, per_step: int) -> Progress | None:
+        """Let go of the frame that a newer one pushes out."""
+        passed = max(0, len(self.waiting) - self.state.config.last_frames)
+        del self.waiting[:passed]
+        self._passed += passed
+        self.steps = self.frames // per_step
+        newest = self.waiting[-1].pts_seconds
+        return Progress(self.steps, self.frames, newest, 0.0, 0, 0, self.live) if self.frames % per_step == 0 else None
+
+
+_POLL_SECONDS = 0.1
+
+
+class Ahead:
+    """Frames read before their turn, and steps whose pictures have passed the vision tower before theirs.
+
+    On CUDA the tower works on a stream of its own, a batch ahead of the language model.
+
+    Args:
+        model: whose tower it is.
+        state: the stream that the frames will enter; it is not changed.
+        seconds: where the time is noted.
+    """
+
+    def __init__(self, model: VideoModel, state: StreamState, seconds: Seconds) -> None:
+        self._model = model
+        self._state = state
+        self._seconds = seconds
+        self._frames: deque[Frame] = deque()
+        self._error: Exception | None = None  # what ended the source, raised behind the frames before it
+        self._looked: deque[tuple[Seen, torch.cuda.Event | None]] = deque()
+        device = model.model.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def wait(self, source: Iterator[Frame], pause: Callable[[], bool] | None = None) -> bool:
+        """Wait until a live source has a frame, or has ended; False where `pause` says so before.
+
+        Args:
+            source: where frames come from; any other than a live one is ready at once.
+            pause: asked first, and several times a second meanwhile.
+        """
+        while pause is None or not pause():
+            if self.ready(source, _POLL_SECONDS):
+                return True
+        return False
+
+    def ready(self, source: Iterator[Frame], timeout_seconds: float = 0.0) -> bool:
+        """Whether `draw` has something to say without waiting for a camera."""
+        return not isinstance(source, LiveSource) or bool(self._frames) or source.ready(timeout_seconds)
+
+    def draw(self, source: Iterator[Frame], waiting: Sequence[Frame], look: bool = True) -> Frame | None:
+        """The source's next frame, None behind its last one.
+
+        A live source is read frame by frame: a batch would keep its first frames waiting for its last.
+
+        Args:
+            source: where frames come from; its exception is raised behind the frames before it.
+            waiting: frames that the next one makes a step with.
+            look: whether the tower looks at a live source's frames at once; `take` makes up for it.
+
+        Raises:
+            MemoryLimitError: the vision tower ran out of memory; no frame is lost.
+        """
+        live = isinstance(source, LiveSource)
+        batch = 1 if live else self._model.frames_per_step
+        if self._state.frames and not live:  # the first step does not wait for a batch
+            batch *= self._state.config.vision_batch
+        if len(self._frames) <= (batch if self._stream is not None and not live else 0):
+            self._read(source, len(self._frames) + batch)
+        if look or not live:
+            self._look([*waiting, *self._frames])
+        if self._frames:
+            return self._frames.popleft()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return None
+
+    @property
+    def looked(self) -> bool:
+        """Whether the tower has looked at frames whose turn has not come yet."""
+        return bool(self._looked)
+
+    def take(self, frames: Sequence[Frame]) -> Seen:
+        """What the tower makes of one step, also where nobody has looked at just these frames before."""
+        if self._looked:
+            seen, done = self._looked.popleft()
+            if [id(frame) for frame in seen.frames] == [id(frame) for frame in frames]:
+                _hand_over(seen, done)
+                return seen
+            self._looked.clear()  # other frames were pushed in between
+        with self._model.turns:
+            (seen,) = self._model.look([frames], self._state.frames_expected)
+        return seen
+
+    def offer(self, seen: Seen) -> None:
+        """Hand over a step that another stream of the same frames has had looked at."""
+        self._looked.append((seen, None))
+
+    @property
+    def held(self) -> tuple[list[Frame], list[Seen]]:
+        """Frames before their turn, and what the tower has made of some steps; finished, where it works beside us."""
+        for _, done in self._looked:
+            if done is not None:
+                done.synchronize()
+        return list(self._frames), [seen for seen, _ in self._looked]
+
+    def hold(self, frames: Sequence[Frame], looked: Sequence[Seen]) -> None:
+        """Begin with what another one held."""
+        self._frames.extend(frames)
+        self._looked.extend((seen, None) for seen in looked)
+
+    def forget(self) -> None:
+        """Let go of all frames."""
+        self._frames.clear()
+        self._looked.clear()
+
+    def _read(self, source: Iterator[Frame], frames: int) -> None:
+        began = time.perf_counter()
+        try:
+            while len(self._frames) < frames and self._error is None:
+                # An interrupted generator could not go on; a live source could, and may keep one waiting.
+                live = isinstance(source, LiveSource)
+                with nullcontext() if live else deferred_interrupts(second_gets_through=True):
+                    frame = next(source, None)
+                    if frame is None:
+                        return
+                    self._frames.append(frame)
+        except Exception as error:
+            self._error = error
+        finally:
+            self._seconds.decode += time.perf_counter() - began
+
+    def _look(self, frames: Sequence[Frame]) -> None:
+        """Look at all full steps of `frames` that come behind those looked at before."""
+        if self._state.config.recall == "last_frames":
+            return  # a question looks at the few frames that it sees
+        frames = frames[sum(len(seen.frames) for seen, _ in self._looked) :]
+        size = self._model.frames_per_step
+        steps = [frames[i : i + size] for i in range(0, len(frames) - size + 1, size)]
+        if not steps:
+            return
+        began = time.perf_counter()
+        stream = torch.cuda.stream(self._stream)  # None changes nothing
+        with torch.inference_mode(), memory_limit(), self._model.turns, stream:
+            looked = self._model.look(steps, self._state.frames_expected)
+            done = self._stream.record_event() if self._stream is not None else None
+        self._looked.extend((seen, done) for seen in looked)
+        self._seconds.vision += time.perf_counter() - began
+
+
+def _hand_over(seen: Seen, done: torch.cuda.Event | None) -> None:
+    if done is None:
+        return
+    here = torch.cuda.current_stream(seen.features.device)
+    here.wait_event(done)
+    for tensor in (seen.features, *seen.deepstack):
+        tensor.record_stream(here)
+
+
+def check_frame(frame: Frame, partners: Sequence[Frame]) -> None:
+    """Raise ConfigError unless this is a frame, and of the size of those that it makes a step with."""
+    if not isinstance(frame, Frame):
+        raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
+    if partners and frame.data.shape != partners[0].data.shape:
+        sizes = [tuple(picture.data.shape[1:]) for picture in (partners[0], frame)]
+        raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
+
+
+class NewStep:
+    """The frames of one step: `enter`, then `prefill` alone or with others; `undo` where either failed.
+
+    Args:
+        stepper: the loaded model.
+        state: the stream.
+        ahead: what may have looked at the frames already.
+        frames: of the step.
+
+    Attributes:
+        segments: what enters.
+        vision_seconds, prefill_seconds: what it took, in a batch its share.
+    """
+
+    def __init__(self, stepper: Stepper, state: StreamState, ahead: Ahead, frames: Sequence[Frame]) -> None:
+        self.stepper, self.state, self.frames = stepper, state, list(frames)
+        self.segments: list[Segment] = []
+        self.vision_seconds = self.prefill_seconds = 0.0
+        self._ahead = ahead
+        self._mark = state.mark()
+
+    @torch.inference_mode()
+    def enter(self) -> None:
+        """Have the frames looked at, find their place in the stream, and check that there is one."""
+        began = time.perf_counter()
+        with memory_limit():
+            self.segments = self.stepper.enter(self.state, self._ahead.take(self.frames))
+            self._mark = self.state.mark()  # entering may have moved positions
+            if len(self.segments) == 1:  # a prefix has to enter before its step can be checked
+                self.stepper.check(self.state, self.segments[0])
+        self.vision_seconds = time.perf_counter() - began
+        place = self.state.uncompacted(self.segments[-1].moment)
+        for gap in (frame for frame in self.frames if frame.gap_seconds):
+            self.state.note("gap", 0, gap.pts_seconds - gap.gap_seconds, place)
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Run it through the language model, alone."""
+        began = time.perf_counter()
+        with memory_limit():
+            for segment in self.segments:
+                self.stepper.prefill(self.state, segment)
+        self.prefill_seconds = time.perf_counter() - began
+
+    def undo(self, error: BaseException) -> str:
+        """After an error: the stream ends before the step. Why nothing can enter any more; "" while it can."""
+        tokens = self._mark.tokens
+        self.state.crop_to(self._mark)
+        if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
+            return ""  # raised before the first layer: nothing has changed
+        # Layers in front of the failure have carried the step already, those behind it have not.
+        return f"a step failed after {tokens} tokens ({type(error).__name__})"

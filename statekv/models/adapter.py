@@ -1,0 +1,313 @@
+"""What the runner needs from a model family: frames and questions turned into segments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from statekv.cache.spec import Geometry
+from statekv.cache.stream import StreamState
+from statekv.errors import ModelError
+from statekv.models.hooks import RopeScope
+from statekv.models.prompt import Layout, Prompt, VisionTokens
+from statekv.runner.lock import Turns
+from statekv.video.frame import Frame
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece that enters the language model at once.
+
+    Attributes:
+        kind: prefix, step, question or token.
+        ids: [streams, T] int64.
+        embeds: [streams, T, hidden]; vision features stand where the placeholders are.
+        positions: [streams, T], or [3, streams, T] for multi-axis RoPE.
+        next_position: where the following segment goes on.
+        frames: pictures inside.
+        pts_seconds: time of the first picture.
+        extras: further keyword arguments of the language model.
+        moment: where it stands on the axis of time, where the family counts that beside its text; else None.
+    """
+
+    kind: str
+    ids: torch.Tensor
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    next_position: int
+    frames: int = 0
+    pts_seconds: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    moment: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """One past the highest position that it asks for."""
+        return max(self.next_position, 0 if self.moment is None else self.moment + 1)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The pictures of one step after the vision tower, not yet part of any stream.
+
+    Attributes:
+        frames: 1 … frames_per_step pictures; none where only a processor's pixels are known.
+        features: [n, hidden], one for each placeholder.
+        deepstack: features [n, hidden] for the first layers of families that have them.
+        grid: rows and columns of patches.
+    """
+
+    frames: tuple[Frame, ...]
+    features: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...] = ()
+    grid: tuple[int, int] = (0, 0)
+
+    @property
+    def pts_seconds(self) -> float | None:
+        """Time of the first picture, where that is known."""
+        return self.frames[0].pts_seconds if self.frames else None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A checkpoint's own way of writing: needed to feed frames and questions, not for ready-made inputs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    video_json: Mapping[str, Any]
+
+
+class VideoModel(ABC):
+    """One checkpoint of a family, seen as a maker of segments. It keeps nothing of any stream.
+
+    Attributes:
+        turns: whoever runs the model takes it meanwhile: attention and rotary frequencies are set for one at a time.
+
+    Args:
+        model: the transformers model, untouched.
+        texts: tokenizer, chat template and video processor JSON; None where inputs come from a processor.
+
+    Raises:
+        ModelError: the checkpoint uses something that is not supported.
+    """
+
+    frames_per_step: ClassVar[int] = 1
+    generates_prompt: ClassVar[bool] = True  # whether stock `generate` returns the prompt in front of the answer
+    own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
+
+    def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
+        self.turns = Turns()
+        self.model: Any = model
+        self.text_config: Any = model.config.get_text_config()
+        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            found = ", ".join(sorted(kinds))
+            raise ModelError(f"the checkpoint has {found} layers", "only full attention is supported")
+        self.rope = RopeScope(self.language_model.rotary_emb, self.text_config)
+        self.texts = texts
+        self.prompts: dict[str, Prompt] = {}
+        if texts is not None:
+            self._read(texts)
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def generator(self) -> Any:
+        """What stock `generate` decodes with, and whose generation settings hold."""
+        return self.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.texts is not None
+        return self.texts.tokenizer
+
+    @property
+    def trained_length(self) -> int:
+        """Positions that the checkpoint was trained for."""
+        return self.rope.trained_length
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, as the checkpoint's generation settings say."""
+        generation = getattr(self.generator, "generation_config", None)
+        for found in (getattr(generation, "eos_token_id", None), self.text_config.eos_token_id):
+            if found is not None:
+                return frozenset([found] if isinstance(found, int) else found)
+        return frozenset()
+
+    def geometry(self) -> Geometry:
+        """Sizes of the keys, and where each layer's keys live."""
+        c = self.text_config
+        projections = [layer.self_attn.k_proj.weight for layer in self.language_model.layers]
+        return Geometry(
+            kv_heads=c.num_key_value_heads,
+            head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+            dtype=projections[0].dtype,
+            devices=tuple(weight.device for weight in projections),
+        )
+
+    @abstractmethod
+    def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+        """The strings that mark vision in this family's text."""
+
+    @property
+    @abstractmethod
+    def video_token_id(self) -> int:
+        """The id that stands for a vision feature of a video."""
+
+    @abstractmethod
+    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
+        """Take over what the checkpoint's video processor does to pixels."""
+
+    @abstractmethod
+    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+        """Send the pictures of several steps through the vision tower together.
+
+        Args:
+            steps: 1 … frames_per_step pictures for each step; fewer are filled up as the stock processor does.
+            frames_expected: frames of the whole video where that is known; some families size pictures by it.
+
+        Returns:
+            One for each step, in order; no step's depends on another's but by rounding.
+        """
+
+    @abstractmethod
+    def label(self, seen: Seen, state: StreamState) -> str:
+        """The text around one step's pictures, placeholders included."""
+
+    @abstractmethod
+    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+        """A step out of its text, with one picture in it, and what the vision tower made of that picture."""
+
+    @abstractmethod
+    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+        """Positions that a prompt with this many frames takes at most, without the question.
+
+        Args:
+            frames: how many will be seen.
+            height, width: of the frames as decoded, in pixels.
+            layout: of the prompt.
+            seconds: length of the video, where known; some families place frames by their time.
+        """
+
+    @abstractmethod
+    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+        """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece."""
+
+    def reach(self, inputs: Mapping[str, Any]) -> int:
+        """Positions that a stock processor's inputs take at most."""
+        return int(inputs["input_ids"].shape[1])
+
+    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+        """Segments of one step; the first step of a stream brings the prompt's prefix along.
+
+        Args:
+            seen: what `look` made of the step's pictures.
+            state: the stream that they enter; it is not changed.
+        """
+        prompt, text = self.prompts[state.config.layout], self.label(seen, state)
+        if state.frames:
+            return [self.picture(prompt.step_ids(text), seen, state.position)]
+        head = prompt.head_ids(text)
+        prefix = [self.text("prefix", head, state.position)] if head else []
+        return [*prefix, self.picture(prompt.first_step_ids(text), seen, state.position + len(head))]
+
+    def question(self, text: str, state: StreamState) -> Segment:
+        """The question and the answer's header, at the stream's next position.
+
+        Raises:
+            ConfigError: an empty question, or one that holds the model's vision tokens.
+        """
+        return self.text("question", self.prompts[state.config.layout].tail_ids(text), state.position)
+
+    def token(self, token: torch.Tensor, state: StreamState) -> Segment:
+        """One generated token [streams] at the stream's next position."""
+        ids = token.view(-1, 1)
+        return Segment("token", ids, self.embed(ids), self.text_positions(state.position, 1), state.position + 1)
+
+    def text(self, kind: str, ids: Sequence[int] | torch.Tensor, position: int) -> Segment:
+        """A segment without pictures."""
+        row = torch.as_tensor(ids, dtype=torch.int64, device=self.model.device).view(1, -1)
+        length = row.shape[1]
+        return Segment(kind, row, self.embed(row), self.text_positions(position, length), position + length)
+
+    def embed_picture(
+        self, ids: Sequence[int], token: int, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, slice]:
+        """Text with one picture in it: ids [1, T], embeds [1, T, hidden], and where the picture lies.
+
+        Args:
+            ids: known to the host, so that nothing has to wait for the device.
+            token: the placeholders' id; they stand in one run.
+            features: [n, hidden].
+
+        Raises:
+            ModelError: there are more or fewer placeholders than features.
+        """
+        check_placeholders(ids.count(token), len(features))
+        first = ids.index(token)
+        spot = slice(first, first + len(features))
+        row = torch.tensor([ids], device=self.model.device)
+        embeds = self.embed(row)
+        embeds[:, spot] = features.to(embeds)
+        return row, embeds, spot
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[streams, T] → [streams, T, hidden]."""
+        embedded: torch.Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+    def text_positions(self, start: int, length: int) -> torch.Tensor:
+        """[1, length]; families with multi-axis RoPE return [3, 1, length]."""
+        return torch.arange(start, start + length, device=self.model.device).unsqueeze(0)
+
+    def displacement(self, by: torch.Tensor) -> torch.Tensor:
+        """Positions to rotate keys by whose steps move along the stream: [T] → [1, T], or [3, 1, T].
+
+        A step moves as a whole, so rows and columns that are counted from its place move with it.
+        """
+        return by.expand(*self.text_positions(0, 1).shape[:-1], -1)
+
+    def _read(self, texts: Texts) -> None:
+        self.read_recipe(texts.video_json)
+        tokens = self.vision_tokens(texts.tokenizer)
+        found = texts.tokenizer.convert_tokens_to_ids(tokens.pad)
+        if found != self.video_token_id:
+            raise ModelError(
+                f"the tokenizer gives {tokens.pad} the id {found}, the model expects {self.video_token_id}",
+                "use the tokenizer of the same checkpoint",
+            )
+        for layout in get_args(Layout):
+            self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
+
+
+def check_placeholders(placeholders: int, features: int) -> None:
+    """Raise a ModelError unless the text has room for exactly the pictures that came with it."""
+    if placeholders != features:
+        raise ModelError(
+            f"the text has placeholders for {placeholders} vision features, the pictures make {features}",
+            "pass all that one call of the checkpoint's own processor returned",
+        )
+
+
+def runs(ids: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, token) of each unbroken run of one of `tokens`."""
+    found = [(i, token) for i, token in enumerate(ids) if token in tokens]
+    start = 0
+    for k, (i, token) in enumerate(found):
+        ends = k + 1 == len(found) or found[k + 1] != (i + 1, token)
+        if ends:
+            yield found[start][0], i + 1, token
+            start = k + 1

@@ -1,0 +1,194 @@
+"""Everything that touches transformers' insides: its attention function, and its rotary frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from statekv.cache.batched import StaticStep
+from statekv.cache.carried import CarriedCache
+from statekv.cache.retrieval import Retrieved
+from statekv.cache.tiers.cache import TieredCache
+from statekv.errors import ModelError
+from statekv.ops import attention_with_key_scores
+from statekv.ops.attention import attention, attention_over
+from statekv.ops.rope import dynamic_ntk_frequencies
+
+NAME = "statekv"
+
+# Told the index of a layer and the key scores of a segment in it, [streams, kv_heads, K] float32.
+Observer = Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run through the language model, as its attention layers need to know it.
+
+    Attributes:
+        evicting: the cache that takes each layer's scores and shrinks to its budget; None where none does.
+        scored: whether the eviction needs key scores.
+        kernel: implementation of attention with key scores.
+        score_every: score with every n-th query.
+        retrieved: what an answer sees, where its question chooses that.
+        tiered: a detailed cache whose blocks an answer sees besides what its buffers hold.
+        observer: told every layer's key scores, which change nothing; None where nobody looks.
+    """
+
+    evicting: CarriedCache | StaticStep | None
+    scored: bool
+    kernel: str
+    score_every: int = 1
+    retrieved: Retrieved | None = None
+    tiered: TieredCache | None = None
+    observer: Observer | None = None
+
+
+def attention_hook(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    statekv_pass: Pass | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend, and let the carried cache shrink at once, so that a layer's scores die with it.
+
+    Args:
+        module: transformers' attention layer; only its `layer_idx` is read.
+        query: [streams, heads, T, head_dim].
+        key, value: [streams, kv_heads, K, head_dim], carried and own, rotated.
+        attention_mask: always None; the mask is prefix-causal and made here.
+        statekv_pass: handed through the language model's keyword arguments.
+
+    Returns:
+        [streams, T, heads, head_dim], and None for the attention weights.
+    """
+    if statekv_pass is None:
+        # Without a mask of ours, a padded batch would be attended to as if the padding were text.
+        raise ModelError(
+            "this model's attention belongs to statekv and was called from outside",
+            "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back",
+        )
+    layer, scores, hidden = int(module.layer_idx), None, None  # type: ignore[arg-type]
+    if statekv_pass.retrieved is not None:
+        key, value, hidden = statekv_pass.retrieved.complete(layer, query, key, value)
+    if statekv_pass.scored:
+        mixed, scores = attention_with_key_scores(
+            query, key, value, scale=scaling, every=statekv_pass.score_every, impl=statekv_pass.kernel
+        )
+    elif statekv_pass.tiered is not None:
+        mixed = attention_over(query, statekv_pass.tiered.pieces(layer), key, value, scale=scaling)
+    else:
+        mixed = attention(query, key, value, scale=scaling, hidden=hidden)
+    if statekv_pass.observer is not None:
+        statekv_pass.observer(layer, _scores(query, key, value, scaling, statekv_pass) if scores is None else scores)
+    if statekv_pass.evicting is not None:
+        statekv_pass.evicting.evict(layer, scores)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, statekv_pass: Pass
+) -> torch.Tensor:
+    """[streams, kv_heads, K] float32, for an observer alone: mixing with the same kernel would round differently."""
+    return attention_with_key_scores(query, key, value, scale=scaling, impl=statekv_pass.kernel)[1]
+
+
+def take_attention(model: PreTrainedModel) -> None:
+    """Route the language model's attention through the hook; nothing happens where it is already."""
+    if model.config.get_text_config()._attn_implementation != NAME:
+        AttentionInterface.register(NAME, attention_hook)
+        model.set_attn_implementation({"text_config": NAME})
+
+
+@contextmanager
+def attention_left_as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever happens to the language model's attention inside, it is as it was afterwards."""
+    before = model.config.get_text_config()._attn_implementation
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+class RopeScope:
+    """Frequencies of a rotary module for any horizon.
+
+    transformers follows the longest position seen and changes a dynamic-NTK model's frequencies in mid-stream; keys
+    rotated before and after do not match. Here the length is chosen once. Other kinds of RoPE do not depend on the
+    length and are left alone.
+
+    Args:
+        rotary: the language model's `rotary_emb`.
+        config: the language model's configuration.
+
+    Raises:
+        ModelError: a kind of RoPE that switches frequencies with the length and is not supported.
+    """
+
+    def __init__(self, rotary: torch.nn.Module, config: Any) -> None:
+        self.rotary: Any = rotary
+        self.kind = str(rotary.rope_type)
+        self.trained_length = int(config.max_position_embeddings)
+        self._config = config
+        self._known: dict[tuple[int, torch.device], torch.Tensor] = {}
+        if self.kind == "longrope":
+            raise ModelError("the checkpoint's RoPE is 'longrope', which changes with the length", "use another one")
+
+    def frequencies(self, horizon: int) -> torch.Tensor:
+        """[head_dim / 2] float32 for a horizon, on the rotary module's device."""
+        if self.kind != "dynamic":
+            found: torch.Tensor = self.rotary.inv_freq
+            return found
+        device = self.rotary.inv_freq.device
+        if (horizon, device) not in self._known:
+            parameters = self._config.rope_parameters
+            dim = getattr(self._config, "head_dim", None) or (
+                self._config.hidden_size // self._config.num_attention_heads
+            )
+            self._known[horizon, device] = dynamic_ntk_frequencies(
+                theta=parameters["rope_theta"],
+                dim=int(dim * parameters.get("partial_rotary_factor", 1.0)),
+                trained_length=self.trained_length,
+                factor=parameters["factor"],
+                horizon=horizon,
+            ).to(device)
+        return self._known[horizon, device]
+
+    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the module turns keys by, without the factor that some kinds of RoPE put on top.
+
+        Args:
+            positions: [streams, T], or [3, streams, T] for multi-axis RoPE.
+            horizon: positions that RoPE is scaled for.
+
+        Returns:
+            cos and sin [streams, T, head_dim], float32: of length 1, so that turning back is exact but for rounding.
+        """
+        with self.held(horizon):
+            cos, sin = self.rotary(torch.empty(0, device=positions.device), positions)
+        return cos / self.rotary.attention_scaling, sin / self.rotary.attention_scaling
+
+    @contextmanager
+    def held(self, horizon: int) -> Iterator[None]:
+        """Inside, the module rotates by the horizon's frequencies; afterwards it is as it was found.
+
+        One thread at a time: the module is shared by all streams of the model.
+        """
+        if self.kind != "dynamic":
+            yield
+            return
+        before = self.rotary.inv_freq, self.rotary.rope_type
+        self.rotary.inv_freq = self.frequencies(horizon)
+        self.rotary.rope_type = "default"  # keeps transformers from following the positions
+        try:
+            yield
+        finally:
+            self.rotary.inv_freq, self.rotary.rope_type = before

@@ -1,0 +1,113 @@
+"""Steps of several streams run as one, and which of them can."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import fields, replace
+from weakref import WeakKeyDictionary
+
+import torch
+
+from statekv.cache.batched import CarriedTogether
+from statekv.cache.carried import CarriedCache
+from statekv.cache.stream import StreamState
+from statekv.config import Config
+from statekv.models.adapter import Segment, VideoModel
+
+# Settings in which streams of one batch may differ: of sources, answers, the detailed cache, and of how a step alone
+# is run. What is not listed here must be equal: a setting that comes to exist keeps streams apart until somebody has
+# thought about it.
+_OF_ONE_STREAM = {
+    *("recall", "retrieve", "retrieve_newest", "retrieve_carried", "retrieve_positions", "last_frames"),
+    *("uniform", "layout", "fps", "max_frames", "horizon", "on_horizon", "max_new_tokens", "prefetch", "schemes"),
+    *("max_lag_seconds", "reconnect_seconds", "vision_batch", "graph", "pack"),
+    *("memory", "host_memory", "disk", "disk_folder", "bits"),
+}
+_OF_A_STEP = [field.name for field in fields(Config) if field.name not in _OF_ONE_STREAM]
+
+
+def kinship(model: VideoModel, state: StreamState) -> Hashable:
+    """Streams whose kinships are equal may step together, if their steps are alike; None: this one steps alone.
+
+    Args:
+        model: of all of them.
+        state: the stream; its first step brings a prefix along, and goes alone.
+    """
+    carried = state.carried
+    if not state.frames or not isinstance(carried, CarriedCache):
+        return None
+    config = tuple(getattr(state.config, name) for name in _OF_A_STEP)
+    horizon = state.horizon if model.rope.kind == "dynamic" else None  # else frequencies do not depend on it
+    return config, horizon, state.pinned, carried.remembers, tuple(carried.lengths)
+
+
+def likeness(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
+    """Steps whose likenesses are equal can be run as one; None: this one goes alone.
+
+    Args:
+        model: of all of them.
+        state: the stream.
+        segments: that enter.
+    """
+    kin = kinship(model, state)
+    if kin is None or len(segments) != 1:
+        return None
+    extras = segments[0].extras.items()
+    shapes = tuple((name, len(value) if isinstance(value, list) else value) for name, value in extras)
+    return kin, segments[0].length, shapes
+
+
+def joined(segments: Sequence[Segment]) -> Segment:
+    """One segment [streams, T] out of steps of one likeness; place and time are the first one's, and mean nothing."""
+    first = segments[0]
+    extras = {
+        name: [torch.cat(layer) for layer in zip(*(segment.extras[name] for segment in segments), strict=True)]
+        if isinstance(value, list)
+        else value
+        for name, value in first.extras.items()
+    }
+    return replace(
+        first,
+        ids=torch.cat([segment.ids for segment in segments]),
+        embeds=torch.cat([segment.embeds for segment in segments]),
+        positions=torch.cat([segment.positions for segment in segments], dim=-2),
+        extras=extras,
+    )
+
+
+class StepBatches:
+    """The blocks in which carried caches lie that were last stepped together."""
+
+    def __init__(self) -> None:
+        self._blocks: WeakKeyDictionary[CarriedCache, CarriedTogether] = WeakKeyDictionary()
+
+    def block(self, states: Sequence[StreamState]) -> CarriedTogether:
+        """The carried caches of some streams in one block; where they lie in one already, nothing is copied.
+
+        Args:
+            states: of equal `likeness`; in the order of the last time.
+
+        Raises:
+            MemoryError, RuntimeError: there is no memory for the block; every stream is as it was.
+        """
+        members = [state.carried for state in states if isinstance(state.carried, CarriedCache)]
+        found = self._blocks.get(members[0])
+        if found is None or not found.holds(members):
+            found = CarriedTogether(members)
+            for former in {id(block): block for block in map(self._blocks.get, members) if block is not None}.values():
+                self._disband(former)
+            for member in members:
+                self._blocks[member] = found
+        return found
+
+    def leave(self, state: StreamState) -> None:
+        """Before a stream ends: let nobody keep its share of a block."""
+        carried = state.carried
+        if isinstance(carried, CarriedCache) and (block := self._blocks.get(carried)) is not None:
+            self._disband(block)
+
+    def _disband(self, block: CarriedTogether) -> None:
+        for member in block.members:
+            if self._blocks.get(member) is block:
+                del self._blocks[member]
+        block.disband()

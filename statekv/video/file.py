@@ -1,0 +1,163 @@
+"""Reads a file or URL from its first frame to its last: what it is, how many frames, the frames themselves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+from statekv.errors import VideoError, VideoWarning
+from statekv.video.address import Source, display_name, local_path, nothing_decodes
+from statekv.video.decode import Damage, open_track, orientation, rgb
+from statekv.video.frame import Frame
+from statekv.video.prefetch import prefetch
+from statekv.video.sampling import check_limits, count_kept
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What one video stream says about itself.
+
+    Attributes:
+        start_seconds: time of the first frame on the stream's own clock.
+        duration_seconds: length from there; None where the container does not say, as for a live stream.
+        width, height: size in pixels of the upright picture.
+        frame_rate: average frames per second; None where unknown.
+        num_frames: number of frames by the header; None where it does not say.
+        codec: FFmpeg's name of the decoder.
+        rotation_degrees: counterclockwise turn that makes the stored picture upright: 0, 90, 180 or 270.
+        stream_index: which of the video streams this is, as `stream=` takes it.
+        num_video_streams: how many video streams there are; cover art does not count.
+    """
+
+    start_seconds: float
+    duration_seconds: float | None
+    width: int
+    height: int
+    frame_rate: float | None
+    num_frames: int | None
+    codec: str
+    rotation_degrees: int
+    stream_index: int
+    num_video_streams: int
+
+
+def probe(source: Source, stream: int | None = None) -> VideoInfo:
+    """Read the header and the first frame of a video.
+
+    Args:
+        source: path or URL.
+        stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+
+    Raises:
+        VideoError: the source cannot be opened or holds no video that decodes.
+        ConfigError: there is no such stream.
+    """
+    with open_track(source, stream) as track:
+        picture = next(track.pictures(Damage()), None)
+        if picture is None:
+            raise nothing_decodes(source)
+        turn = orientation(picture)
+        size = (picture.width, picture.height)
+        width, height = size if turn.rotation_degrees % 180 == 0 else size[::-1]
+        return VideoInfo(
+            start_seconds=track.start_seconds,
+            duration_seconds=track.duration_seconds,
+            width=width,
+            height=height,
+            frame_rate=float(track.video.average_rate) if track.video.average_rate else None,
+            num_frames=track.video.frames or None,
+            codec=track.video.codec_context.name,
+            rotation_degrees=turn.rotation_degrees,
+            stream_index=track.videos.index(track.video),
+            num_video_streams=len(track.videos),
+        )
+
+
+def read_frames(
+    source: Source,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    stream: int | None = None,
+    ahead: int = 0,
+    until_seconds: float | None = None,
+) -> Generator[Frame, None, None]:
+    """Yield the sampled frames of a video in presentation order; memory does not grow with its length.
+
+    A video that is damaged or cut off is read as far as it goes, and one VideoWarning follows its last frame.
+
+    Args:
+        source: path or URL.
+        fps, max_frames: what to keep, as in `Sampler`.
+        stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+        ahead: frames to decode ahead on a thread; 0 decodes when asked.
+        until_seconds: presentation time at which the video ends, as if it had been cut there; None: whole.
+
+    Raises:
+        VideoError: at the first frame, if the source cannot be opened or holds no video that decodes.
+        ConfigError: a limit that is not positive; at the first frame, if there is no such stream.
+    """
+    check_limits(fps, max_frames)
+    items = _read(source, fps, max_frames, stream, until_seconds)
+    return _issue_warnings(prefetch(items, ahead) if ahead else items)
+
+
+def count_frames(
+    source: Source,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    stream: int | None = None,
+    until_seconds: float | None = None,
+) -> int:
+    """Count the frames that `read_frames` will yield for a local file, without decoding it.
+
+    Exact for a sound file; in a damaged one, packets that will not decode are counted too.
+
+    Raises:
+        VideoError: as `read_frames`; also for a URL, which would be downloaded twice.
+        ConfigError: as `read_frames`.
+    """
+    check_limits(fps, max_frames)
+    if local_path(source) is None:
+        raise VideoError(f"{display_name(source)} is not local: cannot count its frames", "download it")
+    with open_track(source, stream) as track:
+        times = (pts for pts in track.packet_times() if until_seconds is None or pts < until_seconds)
+        return count_kept(track.sampler(fps, max_frames, until_seconds), times)
+
+
+def _read(
+    source: Source, fps: float | None, max_frames: int | None, stream: int | None, until_seconds: float | None
+) -> Generator[Frame | VideoWarning, None, None]:
+    with open_track(source, stream) as track:
+        sampler, clock, damage = track.sampler(fps, max_frames, until_seconds), track.clock(), Damage()
+        for picture in track.pictures(damage):
+            damage.pieces += picture.is_corrupt
+            # PyAV before 15 does not tell a frame's duration.
+            duration = track.seconds(getattr(picture, "duration", None))
+            pts, duration = clock.tick(track.seconds(picture.pts), duration)
+            if until_seconds is not None and pts >= until_seconds:
+                return
+            # Most frames are dropped here, before the costly conversion to RGB.
+            if sampler.keep(pts):
+                yield Frame(rgb(picture), pts, duration)
+                if sampler.exhausted:
+                    return
+        if not clock.started:
+            raise nothing_decodes(source)
+        complaint = damage.complaint(
+            track.start_seconds, clock.end_seconds, track.duration_seconds, track.frame_seconds
+        )
+        if complaint:
+            yield VideoWarning(display_name(source) + complaint)
+
+
+def _issue_warnings(items: Generator[Frame | VideoWarning, None, None]) -> Generator[Frame, None, None]:
+    # Warnings travel among the frames and are issued here, on the consumer's thread: filters belong to the
+    # whole process, so that a consumer inside catch_warnings would swallow those of another thread.
+    with closing(items):
+        for item in items:
+            if isinstance(item, Frame):
+                yield item
+            else:
+                warnings.warn(item, stacklevel=2)

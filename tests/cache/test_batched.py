@@ -1,0 +1,251 @@
+"""Carried caches that move into one block and out of it again."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from statekv.cache.batched import CarriedTogether, StaticStep
+from statekv.cache.carried import CarriedCache
+from statekv.cache.detailed import DetailedCache
+from statekv.cache.policies.base import Rule
+from statekv.cache.spec import Geometry
+
+CPU = torch.device("cpu")
+GEOMETRY = Geometry(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(CPU,) * 3)
+BUDGET, STEP = 10, 4
+
+
+def caches(count: int, decay: float = 0.0) -> list[CarriedCache]:
+    rule = Rule("attention", sinks=0, seed=0, pinned=0)
+    return [CarriedCache(GEOMETRY, BUDGET, rule, DetailedCache(GEOMETRY), decay=decay) for _ in range(count)]
+
+
+def keys(count: int, number: int) -> torch.Tensor:
+    """[layers, 2, count, kv_heads, STEP, head_dim], the same rows for every count."""
+    drawn = torch.randn(8, 3, 2, 2, STEP, 4, generator=torch.Generator().manual_seed(number))
+    return drawn[:count].movedim(0, 2)
+
+
+def scores(count: int, length: int, number: int) -> torch.Tensor:
+    """[layers, count, kv_heads, length], the same rows for every count."""
+    drawn = torch.rand(8, 3, 2, length, generator=torch.Generator().manual_seed(number))
+    return drawn[:count].movedim(0, 1)
+
+
+def step_alone(members: list[CarriedCache], number: int) -> None:
+    fresh = keys(len(members), number)
+    for row, cache in enumerate(members):
+        cache.make_room(STEP)
+        for layer in range(3):
+            key, value = fresh[layer, :, row : row + 1]
+            seen, _ = cache.update(key, value, layer)
+            if cache.judges(0):
+                cache.evict(layer, scores(len(members), seen.shape[-2], number)[layer, row : row + 1])
+
+
+def step_together(block: CarriedTogether, number: int) -> None:
+    count = len(block.members)
+    fresh = keys(count, number)
+    block.begin()
+    block.make_room(STEP)
+    for layer in range(3):
+        seen, _ = block.update(*fresh[layer], layer)
+        assert seen.shape[0] == count
+        if block.judges(0):
+            block.evict(layer, scores(count, seen.shape[-2], number)[layer])
+    block.end()
+
+
+def assert_same(found: list[CarriedCache], expected: list[CarriedCache]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.lengths == b.lengths
+        for layer, length in enumerate(a.lengths):
+            assert torch.equal(a.buffers[layer][..., :length, :], b.buffers[layer][..., :length, :])
+            assert torch.equal(a.born[layer][..., :length], b.born[layer][..., :length])
+            assert torch.equal(a.detailed.keys(layer), b.detailed.keys(layer))
+            assert torch.equal(a.detailed.values(layer), b.detailed.values(layer))
+            if a.totals:
+                assert torch.equal(a.totals[layer][..., :length], b.totals[layer][..., :length])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_steps_in_a_block_equal_steps_alone(decay: float) -> None:
+    mine, alone = caches(3, decay), caches(3, decay)
+    block = CarriedTogether(mine)
+    for number in range(8):
+        step_alone(alone, number)
+        step_together(block, number)
+        assert_same(mine, alone)
+
+
+def test_members_step_alone_in_between() -> None:
+    mine, alone = caches(2), caches(2)
+    block = CarriedTogether(mine)
+    for number in range(9):
+        step_alone(alone, number)
+        if number % 3 == 1:
+            step_alone(mine, number)
+        else:
+            block = block if block.holds(mine) else CarriedTogether(mine)
+            step_together(block, number)
+        assert_same(mine, alone)
+
+
+def test_a_full_block_stays_where_it_is() -> None:
+    mine = caches(3)
+    block = CarriedTogether(mine)
+    for number in range(4):
+        step_together(block, number)
+    places = [buffer.data_ptr() for buffer in block.buffers]
+    for number in range(4, 8):
+        step_together(block, number)
+        assert block.holds(mine)
+    assert [buffer.data_ptr() for buffer in block.buffers] == places
+    rows = [member.buffers[0].data_ptr() for member in mine]
+    assert rows == [block.buffers[0][0, row].data_ptr() for row in range(3)]
+    assert sum(member.nbytes for member in mine) == block.nbytes
+
+
+def test_a_member_that_needs_other_slots_moves_out() -> None:
+    mine = caches(2)
+    block = CarriedTogether(mine)
+    step_together(block, 0)
+    mine[0].allocate([100] * 3)
+    assert not block.holds(mine)
+    step_alone(mine, 1)
+    expected = caches(2)
+    for number in range(2):
+        step_alone(expected, number)
+    assert_same(mine, expected)
+
+
+def test_others_or_another_order_do_not_live_there() -> None:
+    mine = caches(3)
+    block = CarriedTogether(mine)
+    assert block.holds(mine)
+    assert not block.holds(mine[::-1])
+    assert not block.holds(mine[:2])
+    assert not block.holds([*mine[:2], *caches(1)])
+
+
+def test_disbanded_members_have_memory_of_their_own() -> None:
+    mine, alone = caches(3), caches(3)
+    block = CarriedTogether(mine)
+    for number in range(5):
+        step_together(block, number)
+        step_alone(alone, number)
+    gone = [weakref.ref(buffer.untyped_storage()) for buffer in block.buffers]
+    block.disband()
+    del block
+    gc.collect()
+    assert all(storage() is None for storage in gone)
+    assert_same(mine, alone)
+    step_alone(mine, 5)
+    step_alone(alone, 5)
+    assert_same(mine, alone)
+
+
+def test_a_block_does_not_keep_its_members() -> None:
+    mine = caches(2)
+    block = CarriedTogether(mine)
+    one = weakref.ref(mine.pop())
+    gc.collect()
+    assert one() is None
+    assert block.members == mine
+
+
+BUDGET_STATIC, TOKENS = 12, 5
+
+
+def full(carry: str = "attention", streams: int = 2, slope: float = 0.0, decay: float = 0.0) -> CarriedCache:
+    geometry = Geometry(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
+    rule = Rule(carry, sinks=2, seed=1, pinned=1)
+    cache = CarriedCache(geometry, BUDGET_STATIC, rule, DetailedCache(geometry), slope, decay)
+    for number in range(3):
+        walk(cache, cache, TOKENS, number)
+    return cache
+
+
+def walk(cache: CarriedCache | StaticStep, carried: CarriedCache, tokens: int, seed: int) -> list[torch.Tensor]:
+    """One step of random keys through all layers; the keys that attention would have seen."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (carried.geometry.streams, carried.geometry.kv_heads, tokens, carried.geometry.head_dim)
+    carried.make_room(tokens)
+    seen = []
+    for layer in range(carried.geometry.layers):
+        key, value = (torch.randn(shape, generator=generator) for _ in range(2))
+        keys, values = cache.update(key, value, layer)
+        seen += [keys.clone(), values.clone()]
+        cache.evict(layer, torch.rand(keys.shape[:3], generator=generator))
+    return seen
+
+
+def assert_same_static(found: CarriedCache, expected: CarriedCache) -> None:
+    assert found.lengths == expected.lengths
+    assert found.detailed.lengths == expected.detailed.lengths
+    for layer in range(found.geometry.layers):
+        length = found.lengths[layer]
+        assert torch.equal(found.born[layer][..., :length], expected.born[layer][..., :length])
+        assert torch.equal(found.buffers[layer][..., :length, :], expected.buffers[layer][..., :length, :])
+        for total, other in zip(found.totals[layer : layer + 1], expected.totals[layer : layer + 1], strict=True):
+            assert torch.equal(total[..., :length], other[..., :length])
+        assert torch.equal(found.detailed.keys(layer), expected.detailed.keys(layer))
+        assert torch.equal(found.detailed.values(layer), expected.detailed.values(layer))
+
+
+@pytest.mark.parametrize(("slope", "decay"), [(0.0, 0.0), (0.25, 0.0), (-0.25, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
+def test_static_steps_equal_ordinary_ones(carry: str, slope: float, decay: float) -> None:
+    mine, other = (full(carry, slope=slope, decay=decay) for _ in range(2))
+    assert mine.full
+    static = StaticStep(mine, TOKENS)
+    for number in range(10, 16):
+        mine.make_room(TOKENS)
+        mine.detailed.make_room(TOKENS)
+        static.begin()
+        seen = walk(static, mine, TOKENS, number)
+        static.end()
+        expected = walk(other, other, TOKENS, number)
+        assert all(map(torch.equal, seen, expected))
+        assert_same_static(mine, other)
+
+
+def test_repeating_the_same_commands_needs_only_a_new_beginning() -> None:
+    """What a recording replays: nothing but the contents of `places` tells one step from the next."""
+    mine, other = full(), full()
+    mine.make_room(TOKENS)
+    mine.detailed.reserve(100)
+    static = StaticStep(mine, TOKENS)
+    for number in (20, 21):
+        addresses = [place.data_ptr() for place in static.places.values()]
+        static.begin()
+        assert [place.data_ptr() for place in static.places.values()] == addresses
+        assert [place.tolist() for place in static.places.values()] == [
+            list(range(mine.detailed.length, mine.detailed.length + TOKENS))
+        ]
+        walk(static, mine, TOKENS, number)
+        assert mine.detailed.length == other.detailed.length  # not before `end`
+        static.end()
+        walk(other, other, TOKENS, number)
+        assert_same_static(mine, other)
+
+
+def test_lengths_are_those_of_the_carried_cache() -> None:
+    cache = full()
+    static = StaticStep(cache, TOKENS)
+    assert len(static) == 2
+    assert static.get_seq_length() == BUDGET_STATIC
+    assert cache.full
+
+
+def test_it_does_not_keep_its_stream() -> None:
+    cache = full()
+    static = StaticStep(cache, TOKENS)
+    del cache
+    gc.collect()
+    with pytest.raises(AssertionError, match="outlived"):
+        _ = static.carried

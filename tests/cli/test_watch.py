@@ -1,0 +1,293 @@
+"""`statekv watch`: in a pipe inside this process, and on a real terminal of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from statekv.cli.options import clock, seconds_of
+from statekv.cli.terminal import Line, Questions
+from statekv.cli.watch import Standing
+from statekv.errors import ConfigError
+from statekv.evals.cards.render import write_film
+from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
+from tests.cli.test_cli import COLOR, COUNT, Result, command
+from tests.cli.test_errors import refused
+
+FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("watch") / "film.mp4"
+    write_film(write_story(FIRST_TEST_SEED, float(FRAMES)), path)
+    return path
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str | Path) -> Result:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    return command("watch", *arguments)
+
+
+# In a pipe
+
+
+def test_questions_come_in_as_lines_and_go_out_as_lines(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n\n  {COLOR}  \n", film)
+    assert found.code == 0
+    asked, first, asked_too, second = found.out.splitlines()
+    assert re.fullmatch(rf"\[0:00:\d\d\] {re.escape(COUNT)}", asked)
+    assert asked_too.endswith(COLOR)
+    assert first
+    assert second
+    (line,) = found.err.splitlines()
+    assert line.startswith(f"statekv: ended · 0:00:11 · {FRAMES} frames · ")
+    assert line.endswith(" 2 answers")
+
+
+def test_a_standing_question_is_asked_by_the_streams_time(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "answers.jsonl"
+    for _ in range(2):
+        found = watch(monkeypatch, "", film, "--ask-every", "4s", COUNT, "--log", log)
+        assert found.code == 0
+    answers = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [answer["pts_seconds"] for answer in answers] == [4.0, 8.0] * 2
+    assert [answer["frames"] for answer in answers] == [5, 9] * 2
+    assert {(answer["question"], answer["standing"]) for answer in answers} == {(COUNT, True)}
+    assert [answer["text"] for answer in answers[:2]] == found.out.splitlines()[1::2]
+
+
+def test_answers_meanwhile_are_those_of_a_stream_that_ends_there(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import statekv
+
+    found = watch(monkeypatch, "", film, "--ask-every", "4s", COUNT)
+    with statekv.load("demo").open(film) as session:
+        session.watch(until_seconds=4.0)
+        assert session.ask(COUNT) == found.out.splitlines()[1]
+
+
+def test_quit_ends_it(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, "quit\n", film, "--realtime")
+    assert (found.code, found.out) == (0, "")
+    assert "statekv: left" in found.err
+
+
+def test_a_question_that_cannot_be_asked_is_one_line_and_the_stream_goes_on(
+    film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = watch(monkeypatch, "what is <img>?\n", film)
+    assert found.code == 0
+    assert "<img>" in found.err.splitlines()[0]
+    assert f"{FRAMES} frames" in found.err.splitlines()[-1]
+
+
+def test_the_horizon_ends_the_stream_with_one_line(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n", film, "--fps", "10", "--horizon", "200")
+    assert found.code == 1
+    told, summary = found.err.splitlines()
+    assert "horizon" in told
+    assert summary.startswith("statekv: ended")
+    assert found.out.splitlines()[1]
+
+
+def test_past_the_horizon_it_goes_on_where_that_is_wanted(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n", film, "--fps", "10", "--horizon", "200", "--on-horizon", "compact")
+    assert found.code == 0
+    (summary,) = found.err.splitlines()
+    assert f" {2 * FRAMES} frames " in summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["no.mp4"], "no.mp4 does not exist"),
+        (["/dev/video987"], "no camera /dev/video987"),
+        (["gopher://host/x"], "'gopher' is not allowed"),
+        (["http://host/x", "--schemes", "file,rtsp"], "'http' is not allowed"),
+        (["x.mp4", "--schemes", "file,data"], "unknown scheme 'data'"),
+        (["tcp://127.0.0.1:1"], "connection refused"),
+        (["x.mp4", "--ask-every", "soon", COUNT], "--ask-every is 'soon'"),
+        (["x.mp4", "--ask-every", "0s", COUNT], "--ask-every is '0s'"),
+        (["x.mp4", "--max-lag-seconds", "-1"], "max_lag_seconds is -1"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], told: str) -> None:
+    assert told in refused("watch", *arguments)
+
+
+def test_a_log_that_cannot_be_written(film: Path, tmp_path: Path) -> None:
+    assert "cannot be written" in refused("watch", film, "--log", tmp_path / "no" / "answers.jsonl")
+
+
+def test_standard_input_that_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.isatty", lambda _: True)
+    assert "standard input is a terminal" in refused("watch", "-")
+
+
+# On a terminal
+
+
+class Terminal:
+    """`statekv watch` on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        import pty
+
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "24", "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "statekv", "watch", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def expect(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Wait until the terminal has shown something; what came before it is forgotten."""
+        until = time.monotonic() + seconds
+        while (found := re.search(pattern, self.shown)) is None:
+            assert time.monotonic() < until, f"{pattern} was not shown: {self.shown[-2000:]}"
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.shown += self._read()
+        self.shown = self.shown[found.end() :]
+        return found
+
+    def leave(self) -> int:
+        """The exit code."""
+        while self.process.poll() is None:
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.shown += self._read()
+        return self.process.returncode
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    def _read(self) -> str:
+        try:
+            data = os.read(self._ours, 65536).decode(errors="replace")
+        except OSError:  # the other side is closed
+            return ""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data)
+
+
+@pytest.fixture
+def terminal(film: Path) -> Iterator[Terminal]:
+    found = Terminal(film, "--realtime", "--fps", "5")
+    yield found
+    found.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_on_a_terminal_questions_are_typed_while_the_stream_runs(terminal: Terminal) -> None:
+    terminal.expect(r"film\.mp4 · live")
+    terminal.expect(r"\d+ frames · lag \d+\.\d s · \d+ dropped")
+    terminal.expect(r"ms per step · \d+ tokens carried · carried")
+    terminal.type("how many cardsx")
+    terminal.expect(r"\? how many cardsx▏")
+    terminal.type("\x7f?\n")
+    terminal.expect(r"\[0:00:\d\d\] how many cards\?\r?\n\S+")
+    frames = int(terminal.expect(r"(\d+) frames")[1])
+    terminal.expect(rf"(?<!\d)({'|'.join(str(later) for later in range(frames + 1, frames + 30))}) frames")
+    terminal.type("quit\n")
+    terminal.expect(r"statekv: left · 0:00:\d\d · \d+ frames · .* · 1 answer\b")
+    assert terminal.leave() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_what_is_typed_while_the_model_loads_is_asked(terminal: Terminal) -> None:
+    terminal.type(f"{COUNT}\n")
+    terminal.expect(rf"\[0:00:\d\d\] {re.escape(COUNT)}\r?\n\S+")
+    terminal.type("\x04")
+    terminal.expect("statekv: left")
+    assert terminal.leave() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_ctrl_c_ends_it_cleanly_and_gives_the_terminal_back(terminal: Terminal) -> None:
+    import termios
+
+    terminal.expect(r"\d+ frames · lag")
+    assert not termios.tcgetattr(terminal._ours)[3] & termios.ECHO
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.expect(r"statekv: interrupted · 0:00:\d\d · \d+ frames")
+    assert terminal.leave() == 0
+    assert "Traceback" not in terminal.shown
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines", "rest"),
+    [
+        ("what?\r", ["what?"], ""),
+        ("a\nb\nc", ["a", "b"], "c"),
+        ("abc\x7f\x7fd", [], "ad"),
+        ("one two \x17three", [], "onethree"),
+        ("gone\x15kept", [], "kept"),
+        ("a\x1b[Db\x1b[3~c\x1b[1;5Cd", [], "abcd"),
+        ("Käfer 🙂\n", ["Käfer 🙂"], ""),
+        ("\x00\x01x\x04", [], "x"),
+    ],
+)
+def test_typing(keys: str, lines: list[str], rest: str) -> None:
+    line = Line()
+    assert [done for key in keys if (done := line.press(key)) is not None] == lines
+    assert line.text == rest
+    assert not line.ended
+
+
+def test_ctrl_d_on_an_empty_line_ends_it() -> None:
+    line = Line()
+    line.press("\x04")
+    assert line.ended
+
+
+def test_questions_wait_in_order() -> None:
+    questions = Questions()
+    for typed in (" one ", "", "two"):
+        questions.add(typed)
+    assert [bool(questions), questions.take(), questions.take(), questions.take()] == [True, "one", "two", None]
+    assert not questions.quit
+    questions.add("exit")
+    assert questions.quit
+
+
+def test_a_standing_question_makes_up_for_nothing() -> None:
+    standing = Standing(10.0, "what?")
+    assert [pts for pts in (3.0, 12.9, 13.0, 14.0, 47.0, 48.0, 53.0) if standing.due(pts)] == [13.0, 47.0, 53.0]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("2m", 120), ("2 min", 120), ("1.5h", 5400), ("7", 7)])
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert seconds_of(text, "--x") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-3s", "0", "1d", "1:30"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x is"):
+        seconds_of(text, "--x")
+
+
+def test_the_clock() -> None:
+    assert [clock(seconds) for seconds in (0, 59.9, 61, 360000)] == ["0:00:00", "0:00:59", "0:01:01", "100:00:00"]

@@ -1,0 +1,132 @@
+"""What all families share: features put in their places, sizes read off the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from statekv.errors import ModelError
+from statekv.models import FAMILIES as KNOWN
+from statekv.models import adapter
+from statekv.models.adapter import Segment, runs
+from statekv.video.frame import Frame
+from tests.talk import shared_engine, some_frames, stock_model
+from tests.tiny import EVERY_MODEL, FAMILIES, tiny
+
+
+@torch.inference_mode()
+def test_features_stand_where_the_placeholders_are() -> None:
+    model = shared_engine("internvl").model
+    hidden = model.text_config.hidden_size
+    ids, token = [5, 9, 9, 6], 9
+    row, embeds, spot = model.embed_picture(
+        ids, token, torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, hidden)
+    )
+    assert (row.tolist(), spot) == ([ids], slice(1, 3))
+    assert embeds.dtype == torch.float32
+    assert embeds[0, 1:3, 0].tolist() == [1, 2]
+    assert torch.equal(embeds[:, ::3], model.embed(torch.tensor([[5, 6]])))
+    for wrong in (1, 3):
+        with pytest.raises(ModelError, match=f"placeholders for 2 vision features, the pictures make {wrong}"):
+            model.embed_picture(ids, token, torch.zeros(wrong, hidden))
+
+
+@pytest.mark.parametrize("family", EVERY_MODEL)
+@torch.inference_mode()
+def test_looking_at_several_steps_is_looking_at_each(family: str) -> None:
+    model = shared_engine(family).model
+    frames, size = some_frames(6), model.frames_per_step
+    steps = [frames[i : i + size] for i in range(0, 6, size)]
+    together = model.look(steps)
+    assert [list(seen.frames) for seen in together] == steps
+    for seen, step in zip(together, steps, strict=True):
+        (alone,) = model.look([step])
+        assert seen.grid == alone.grid
+        for mine, other in zip((seen.features, *seen.deepstack), (alone.features, *alone.deepstack), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY_MODEL)
+@torch.inference_mode()
+def test_pictures_of_several_sizes_can_be_looked_at_together(family: str) -> None:
+    model = shared_engine(family).model
+    size = model.frames_per_step
+    steps = [[Frame(torch.full((3, *shape), 90, dtype=torch.uint8), 0.0)] * size for shape in ((40, 56), (64, 32))]
+    for seen, step in zip(model.look(steps), steps, strict=True):
+        (alone,) = model.look([step])
+        torch.testing.assert_close(seen.features, alone.features, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY_MODEL)
+def test_sizes_are_read_off_the_model(family: str) -> None:
+    model = shared_engine(family).model
+    geometry = model.geometry()
+    assert (geometry.kv_heads, geometry.head_dim, geometry.layers, geometry.streams) == (2, 16, 3, 1)
+    assert geometry.dtype == torch.float32
+    assert geometry.bytes_per_token == 2 * 3 * 2 * 16 * 4
+    assert model.trained_length == 4096
+    assert model.end_tokens == {model.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+@pytest.mark.parametrize("family", EVERY_MODEL)
+def test_end_tokens_fall_back_on_the_text_configuration(family: str) -> None:
+    made = tiny(family)
+    model = adapter(made.config.model_type)(made.model)
+    model.generator.generation_config.eos_token_id = [3, 5]
+    assert model.end_tokens == {3, 5}
+    model.generator.generation_config.eos_token_id = None
+    assert model.end_tokens == {made.config.text_config.eos_token_id}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_length_is_that_of_the_tokens(family: str) -> None:
+    segment = shared_engine(family).model.text("question", [1, 2, 3], 7)
+    assert isinstance(segment, Segment)
+    assert segment.length == 3
+    assert segment.next_position == 10
+    assert segment.positions.shape[-2:] == (1, 3)
+    assert segment.positions.flatten()[:3].tolist() == [7, 8, 9]
+
+
+def test_sliding_windows_are_refused() -> None:
+    made = tiny("internvl")
+    made.config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="sliding_attention"):
+        adapter("internvl")(made.model)
+
+
+def test_rope_that_switches_with_the_length_is_refused() -> None:
+    made = tiny("internvl")
+    made.model.model.language_model.rotary_emb.rope_type = "longrope"
+    with pytest.raises(ModelError, match="longrope"):
+        adapter("internvl")(made.model)
+
+
+def test_unknown_families_fail_with_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"'llava'.*internvl, qwen3_vl"):
+        adapter("llava")
+
+
+def test_every_family_of_the_table_has_a_tiny_model() -> None:
+    assert {stock_model(name).config.model_type for name in EVERY_MODEL} == set(KNOWN)
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_table_of_families_holds(family: str) -> None:
+    assert adapter(family).__name__ == KNOWN[family].adapter
+    assert all(known.name.count("/") == 1 for known in KNOWN[family].checkpoints)
+    assert KNOWN[family].own_code or not any(known.revision for known in KNOWN[family].checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], []),
+        ([1, 2], []),
+        ([9], [(0, 1, 9)]),
+        ([1, 9, 9, 2, 9], [(1, 3, 9), (4, 5, 9)]),
+        ([9, 9, 8, 8, 9], [(0, 2, 9), (2, 4, 8), (4, 5, 9)]),
+    ],
+)
+def test_runs_of_placeholders(ids: list[int], expected: list[tuple[int, int, int]]) -> None:
+    assert list(runs(ids, [8, 9])) == expected
