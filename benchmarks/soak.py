@@ -107,7 +107,7 @@ class Still:
 
     def __init__(self, session: Session, frames: Iterator[Frame]) -> None:
         self.session = session
-        per_step = session.stepper.model.frames_per_step
+        per_step = session.runner.model.frames_per_step
         session.push(islice(frames, _STILL * per_step))
         self._next = [list(islice(frames, per_step)) for _ in range(sum(_STILL_STEPS))]
         self.steps: list[float] = []
@@ -160,10 +160,10 @@ def soak(
     loaded: int,
     until: float = math.inf,
 ) -> list[Moment]:
-    """Run the stream: as many steps as `took` has places for their seconds, or up to a question behind a time."""
+    """Run the stream: as many steps as `commit` has places for their seconds, or up to a question behind a time."""
     moments: list[Moment] = []
     for step in range(len(took)):
-        entering = [next(frames) for _ in range(session.stepper.model.frames_per_step)]
+        entering = [next(frames) for _ in range(session.runner.model.frames_per_step)]
         took[step] = seconds_of(session, entering)
         if (step + 1) % _STILL_EVERY == 0:
             still.step()

@@ -24,9 +24,9 @@ import torch
 
 import statekv
 from statekv.bench.harness import Circumstances, Row, append, check_columns
-from statekv.cache.tiers.block import Passage
+from statekv.cache.tiers.block import SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
-from statekv.cache.tiers.fetch import Bringing
+from statekv.cache.tiers.fetch import BlockFetcher
 from statekv.engine.session import Session
 from statekv.evals.cards.render import PICTURE, render
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Story, questions, write_story
@@ -38,14 +38,14 @@ _PER_KIND = 2
 _MIB = 1 << 20
 
 
-class Counted(Bringing):
+class Counted(BlockFetcher):
     """Takes down how many bytes come from blocks."""
 
-    def __init__(self, former: Bringing) -> None:
-        super().__init__(former.geometry, former.bits)
+    def __init__(self, former: BlockFetcher) -> None:
+        super().__init__(former.spec, former.bits)
         self.nbytes = 0
 
-    def bring(self, layer: int, steps: Sequence[Passage]) -> torch.Tensor:
+    def bring(self, layer: int, steps: Sequence[SegmentEntry]) -> torch.Tensor:
         found = super().bring(layer, steps)
         self.nbytes += found.nbytes
         return found
@@ -90,7 +90,7 @@ def tiered(session: Session) -> TieredCache:
 def compare(free: Session, capped: Session, asked: Sequence[str]) -> Costs:
     """Ask both the same."""
     cache, costs = tiered(capped), Costs()
-    counted = cache.bringing
+    counted = cache.fetcher
     assert isinstance(counted, Counted)
     for question in asked:
         costs.take("all", free, question)
@@ -120,7 +120,7 @@ def rows_of(session: Session, steps: int, costs: Costs) -> Iterator[Row]:
 def grow(free: Session, capped: Session, frames: Iterator[Frame], lengths: Iterable[int]) -> Iterator[int]:
     """Both streams at each of these lengths, in steps."""
     for length in sorted(lengths):
-        entering = list(islice(frames, (length - free.steps) * free.stepper.model.frames_per_step))
+        entering = list(islice(frames, (length - free.steps) * free.runner.model.frames_per_step))
         for session in (free, capped):
             for frame in entering:
                 session.push([frame])
@@ -144,7 +144,7 @@ def main() -> None:
     rows: list[Row] = []
     with engine.open() as free, engine.open(method="statekv_retrieve", **caps) as capped:
         cache = tiered(capped)
-        cache.bringing = Counted(cache.bringing)
+        cache.fetcher = Counted(cache.fetcher)
         for length in grow(free, capped, endless(story), given.steps):
             rows += rows_of(capped, length, compare(free, capped, asked))
             for row in rows[-5:]:

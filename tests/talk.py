@@ -15,8 +15,8 @@ from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.models import adapter
 from statekv.models.adapter import Segment, Texts, VideoModel
-from statekv.runner.decoding import Sampling
-from statekv.runner.runner import Stepper
+from statekv.runner.decoding import SamplingParams
+from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.tiny import Tiny, tiny, video
 
@@ -96,8 +96,8 @@ def stock_ids(made: Tiny, inputs: dict[str, Any], **parameters: Any) -> torch.Te
 
 def entering(model: VideoModel, frames: Sequence[Frame], state: StreamState) -> list[Segment]:
     """Segments of one step."""
-    (seen,) = model.look([frames], state.frames_expected)
-    return model.enter(seen, state)
+    (seen,) = model.encode([frames], state.frames_expected)
+    return model.segments_of(seen, state)
 
 
 def frames_of(pictures: torch.Tensor, fps: float = 1.0, start_seconds: float = 0.0) -> list[Frame]:
@@ -108,13 +108,13 @@ def some_frames(count: int, seed: int = 0) -> list[Frame]:
     return frames_of(video(count, seed=seed))
 
 
-class Recorder(Stepper):
+class Recorder(ModelRunner):
     """A stepper that remembers the tokens and logits of its last answer."""
 
     last: Answer
 
     def answer(
-        self, state: StreamState, question: Segment, sampling: Sampling, prompt: torch.Tensor | None = None
+        self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         found = list(super().answer(state, question, sampling, prompt))
         self.last = Answer([token for token, _ in found], torch.cat([logits for _, logits in found]))
@@ -123,13 +123,13 @@ class Recorder(Stepper):
 
 def session_answer(session: Session, question: str = QUESTION, max_new_tokens: int = 6) -> Answer:
     """What `ask` decodes, as tokens and logits."""
-    before, recorder = session.stepper, Recorder(session.stepper.model)
-    session.stepper = recorder
+    before, recorder = session.runner, Recorder(session.runner.model)
+    session.runner = recorder
     try:
         text = session.ask(question, max_new_tokens=max_new_tokens)
     finally:
-        session.stepper = before
-    assert text == session.stepper.model.tokenizer.decode(recorder.last.tokens, skip_special_tokens=True)
+        session.runner = before
+    assert text == session.runner.model.tokenizer.decode(recorder.last.tokens, skip_special_tokens=True)
     return recorder.last
 
 
@@ -141,7 +141,7 @@ def assert_same_answer(found: Answer, expected: Answer) -> None:
 def memory(session: Session) -> list[torch.Tensor]:
     """Everything that a stream remembers, slot order of the carried cache left out."""
     state = session.state
-    layers = range(state.geometry.layers)
+    layers = range(state.spec.layers)
     found = [cache for layer in layers for cache in (state.detailed.keys(layer), state.detailed.values(layer))]
     if state.config.carry != "all":
         found += [_carried_in_order(state, layer) for layer in layers]
@@ -166,7 +166,7 @@ def _carried_in_order(state: StreamState, layer: int) -> torch.Tensor:
     """[2, streams, kv_heads, length, head_dim], sorted by birth."""
     carried: Any = state.carried
     length = carried.lengths[layer]
-    order = carried.born[layer][..., :length].argsort(-1)
+    order = carried.token_ids[layer][..., :length].argsort(-1)
     held = carried.buffers[layer][..., :length, :]
     found: torch.Tensor = held.gather(-2, order[None, ..., None].expand_as(held))
     return found

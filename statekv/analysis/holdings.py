@@ -19,7 +19,7 @@ from statekv.cache.stream import StreamState
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, ModelError, VideoError
-from statekv.models.adapter import Seen, Segment
+from statekv.models.adapter import EncodedStep, Segment
 from statekv.video.frame import Frame
 
 MOST_MOMENTS = 48  # at which the cache is looked at
@@ -84,7 +84,7 @@ class Holdings:
         self.moments: list[Moment] = []
         self._every_moment = -(-expected // MOST_MOMENTS)
 
-    def enter(self, seen: Seen, segment: Segment, first_token: int, placeholder: int) -> None:
+    def enter(self, seen: EncodedStep, segment: Segment, first_token: int, placeholder: int) -> None:
         """Note a step that has entered.
 
         Args:
@@ -244,31 +244,31 @@ def watch(
     session: Session, layers: Sequence[int], max_frames: int, on_step: Callable[[int], None] | None = None
 ) -> Analysis:
     """As `analyse`, on a session that has just been opened and has a source."""
-    state, stepper = session.state, session.stepper
-    full = stepper.open(state.config.with_(carry="all"), state.horizon, state.frames_expected, state.room)
-    expected = -(-min(state.frames_expected or max_frames, max_frames) // stepper.model.frames_per_step)
+    state, runner = session.state, session.runner
+    full = runner.open(state.config.with_(carry="all"), state.horizon, state.frames_expected, state.room)
+    expected = -(-min(state.frames_expected or max_frames, max_frames) // runner.model.frames_per_step)
     concentration, holdings = Concentration(layers), Holdings(layers, expected)
     assert session.source is not None
-    for frames in _steps(session.source, stepper.model.frames_per_step):
-        (seen,) = stepper.model.look([frames], state.frames_expected)
-        for segment in stepper.model.enter(seen, state):
+    for frames in _steps(session.source, runner.model.frames_per_step):
+        (seen,) = runner.model.encode([frames], state.frames_expected)
+        for segment in runner.model.segments_of(seen, state):
             first = state.tokens
             observed = segment.kind == "step" and bool(holdings.pictures)
             if observed:
                 concentration.begin(first, {layer: _carried(state).kept(layer)[0].long() for layer in layers})
-            stepper.prefill(full, segment, observer=concentration.observe if observed else None)
-            stepper.prefill(state, segment)
+            runner.prefill(full, segment, observer=concentration.observe if observed else None)
+            runner.prefill(state, segment)
             if segment.kind == "step":
-                holdings.enter(seen, segment, first, stepper.model.video_token_id)
+                holdings.enter(seen, segment, first, runner.model.video_token_id)
         holdings.look(_carried(state), state.tokens)
         if on_step is not None:
             on_step(state.frames)
     if len(holdings.pictures) < 3:  # one to be history, one to have a choice, one to choose again
-        needed = 3 * stepper.model.frames_per_step
+        needed = 3 * runner.model.frames_per_step
         raise VideoError(f"the video gave {state.frames} frames, must be at least {needed}", "raise fps or max_frames")
     holdings.finish(_carried(state), state.tokens)
     found = concentration.shares()
-    steps, heads = len(holdings.pictures), state.geometry.kv_heads
+    steps, heads = len(holdings.pictures), state.spec.kv_heads
     tokens, budget = state.tokens, state.config.budget
     return Analysis(budget, state.frames, steps, tokens, heads, found, holdings.pictures, holdings.moments)
 
@@ -276,7 +276,7 @@ def watch(
 def _checked(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
     if engine.config.carry == "all":
         raise ConfigError("carry is 'all', but where every key is carried there is nothing to look into", "set carry")
-    known = engine.model.geometry().layers
+    known = engine.model.kv_spec().layers
     for layer in layers or ():
         if not 0 <= layer < known:
             raise ConfigError(f"layer {layer} is not there, the model has 0 to {known - 1}", "leave it out")

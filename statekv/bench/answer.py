@@ -14,9 +14,9 @@ from statekv.bench.models import Size, build, fill, stand, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.models.adapter import Segment
-from statekv.runner.decoding import Sampling
+from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.runner import Stepper, room_for_answers
+from statekv.runner.runner import ModelRunner, room_for_answers
 
 FIRST, EACH = "first token", "each further token"
 
@@ -61,12 +61,12 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, machine: Ma
     Raises:
         MemoryLimitError: the weights or the shortest stream do not fit.
     """
-    stepper = Stepper(build(plan.size, device, dtype))
+    runner = ModelRunner(build(plan.size, device, dtype))
     short = min(plan.steps)
     hint = "try fewer layers or a half dtype"
     check_fits(f"{plan.size.name} after {short} steps", plan.cache_bytes(short, dtype), device, hint)
     remarks = {steps: refusal("its cache", plan.cache_bytes(steps, dtype), device) for steps in plan.steps}
-    seconds = _time(stepper, plan, [steps for steps in plan.steps if not remarks[steps]], device)
+    seconds = _time(runner, plan, [steps for steps in plan.steps if not remarks[steps]], device)
     rows = []
     for kind in (FIRST, EACH):
         for steps in plan.steps:
@@ -90,33 +90,33 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
 
 
 def _time(
-    stepper: Stepper, plan: Plan, lengths: Sequence[int], device: torch.device
+    runner: ModelRunner, plan: Plan, lengths: Sequence[int], device: torch.device
 ) -> dict[tuple[str, int], list[float]]:
     """Seconds by what was waited for and the length of the stream; one answer at each length goes first, untimed."""
     config = Config.of("full", max_new_tokens=plan.answer)
-    positions = max(lengths) * stride(stepper.model, plan.tokens)
-    state = stepper.open(config, positions + plan.question + room_for_answers(config))
+    positions = max(lengths) * stride(runner.model, plan.tokens)
+    state = runner.open(config, positions + plan.question + room_for_answers(config))
     fill(state, max(lengths) * plan.tokens, plan.question + plan.answer)
     found: dict[tuple[str, int], list[float]] = {(kind, steps): [] for kind in (FIRST, EACH) for steps in lengths}
     for run in range(1 + plan.runs):
         for steps in lengths:
-            position = steps * stride(stepper.model, plan.tokens)
+            position = steps * stride(runner.model, plan.tokens)
             stand(state, steps * plan.tokens, position, plan.tokens)
-            question = stepper.model.text("question", torch.arange(plan.question), position)
-            for kind, took in zip((FIRST, EACH), _answer(stepper, state, question, plan.answer, device), strict=True):
+            question = runner.model.text("question", torch.arange(plan.question), position)
+            for kind, took in zip((FIRST, EACH), _answer(runner, state, question, plan.answer, device), strict=True):
                 if run:
                     found[kind, steps].append(took)
     return found
 
 
 def _answer(
-    stepper: Stepper, state: StreamState, question: Segment, tokens: int, device: torch.device
+    runner: ModelRunner, state: StreamState, question: Segment, tokens: int, device: torch.device
 ) -> tuple[float, float]:
     """Seconds to the first token, and on average to each one behind it."""
     ends: list[float] = []
     wait(device)
     began = time.perf_counter()
-    for _ in stepper.answer(state, question, Sampling(tokens)):
+    for _ in runner.answer(state, question, SamplingParams(tokens)):
         wait(device)
         ends.append(time.perf_counter())
     return ends[0] - began, (ends[-1] - ends[0]) / (len(ends) - 1)

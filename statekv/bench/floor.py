@@ -15,7 +15,7 @@ from statekv.bench.models import Size, build, size_of
 from statekv.config import Config
 from statekv.models import adapter
 from statekv.models.flops import matrix_weights, step_flops
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 
 _READ_BYTES = 1 << 29  # larger than any processor cache
 
@@ -94,12 +94,12 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
         A row whose floor is the formula: its distance must be 1.
     """
     size = size_of(name, layers)
-    stepper = Stepper(build(size, torch.device("meta"), torch.bfloat16))
+    runner = ModelRunner(build(size, torch.device("meta"), torch.bfloat16))
     method = "full" if budget is None else "statekv"
-    state = stepper.open(Config.of(method, kernel="naive", budget=budget or Config().budget))
+    state = runner.open(Config.of(method, kernel="naive", budget=budget or Config().budget))
     with counting() as counter:
         for tokens in steps:
-            stepper.prefill(state, stepper.model.text("step", [0] * tokens, state.position))
+            runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))
     formula = sum(step_flops(size, steps, budget, scored_products=2))
     setting = _setting(name, len(steps) * adapter(size.family).frames_per_step, budget)
     remark = f"torch's count of {size.layers} layers; floor: formula"

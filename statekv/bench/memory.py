@@ -16,11 +16,11 @@ from statekv.bench.harness import Panel, Row
 from statekv.bench.models import Size, build, size_of
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.runner.memory import check_fits
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 
 _MEBI = 2**20
 _HOLDS, _COPIED, _CARRIES = "detailed holds", "detailed copied", "carried holds"
@@ -35,8 +35,8 @@ def detailed_rows(name: str, dtype: torch.dtype, steps: Iterable[int]) -> list[R
         what was copied to fill it (the floor is each token once, the reference a concatenation at every step).
     """
     size, rows = size_of(name), []
-    geometry = _geometry(size, dtype)
-    cache = DetailedCache(geometry)
+    spec = _geometry(size, dtype)
+    cache = DetailedCache(spec)
     own = torch.empty(1, size.kv_heads, size.tokens_per_step, size.head_dim, dtype=dtype, device="meta")
     copied, done = CopiedBytes(), 0
     for count in sorted(steps):
@@ -45,7 +45,7 @@ def detailed_rows(name: str, dtype: torch.dtype, steps: Iterable[int]) -> list[R
                 for layer in range(size.layers):
                     cache.append(own, own, layer)
         done = count
-        tokens = geometry.bytes_per_token * cache.length / _MEBI
+        tokens = spec.bytes_per_token * cache.length / _MEBI
         setting = _setting(name, dtype) | {"steps": count}
         concatenated, grown = tokens * (count + 1) / 2, f"grown {cache.grown // size.layers} times"
         rows += [
@@ -62,9 +62,9 @@ def carried_row(name: str, dtype: torch.dtype, budget: int) -> Row:
         What it holds in MiB, the record of births included; the floor is the formula, without that record.
     """
     size = size_of(name)
-    geometry = _geometry(size, dtype)
-    state = _filled(geometry, budget, size.tokens_per_step)
-    floor = geometry.bytes_per_token * (budget + size.tokens_per_step)
+    spec = _geometry(size, dtype)
+    state = _filled(spec, budget, size.tokens_per_step)
+    floor = spec.bytes_per_token * (budget + size.tokens_per_step)
     setting = _setting(name, dtype) | {"budget": budget}
     return Row("memory", _CARRIES, setting, "MiB", (state.nbytes["carried"] / _MEBI,), floor / _MEBI)
 
@@ -87,29 +87,29 @@ def peak_rows(
     for budget in budgets:
         needed = 4 * size.kv_bytes_per_token(dtype) * budget  # random keys and values, and both caches
         check_fits(f"a budget of {budget} tokens in {layers} layers", needed, device, "lower budgets")
-    stepper = Stepper(build(size, device, dtype))
+    runner = ModelRunner(build(size, device, dtype))
     for budget in budgets:
-        step = _step(stepper, size, budget)
+        step = _step(runner, size, budget)
         step()  # whatever is made once is made here
         found, setting = peak_bytes(step, device), _setting(name, dtype) | {"budget": budget}
         rows.append(Row("memory", "a step's peak", setting, "MiB", (found / _MEBI,), floor / _MEBI, remark=remark))
     return rows
 
 
-def _step(stepper: Stepper, size: Size, budget: int) -> Callable[[], object]:
+def _step(runner: ModelRunner, size: Size, budget: int) -> Callable[[], object]:
     """A step of a stream that carries `budget` random keys and has room for some steps more."""
-    tokens, geometry = size.tokens_per_step, stepper.model.geometry()
-    state = stepper.open(Config(budget=budget, graph=False), horizon=2 * budget + 16 * tokens)
+    tokens, spec = size.tokens_per_step, runner.model.kv_spec()
+    state = runner.open(Config(budget=budget, graph=False), horizon=2 * budget + 16 * tokens)
     state.detailed.reserve(budget + 4 * tokens)
     carried = state.carried
     assert isinstance(carried, CarriedCache)
     carried.make_room(budget + tokens)
     shape = (2, 1, size.kv_heads, budget, size.head_dim)
-    keys, values = torch.randn(shape, dtype=geometry.dtype, device=geometry.devices[0])
+    keys, values = torch.randn(shape, dtype=spec.dtype, device=spec.devices[0])
     for layer in range(size.layers):
         carried.update(keys, values, layer)
     state.position = budget
-    return lambda: stepper.prefill(state, stepper.model.text("step", [0] * tokens, state.position))
+    return lambda: runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
@@ -136,21 +136,21 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     return {name: line for name, line in lines.items() if line}
 
 
-def _filled(geometry: Geometry, budget: int, tokens: int) -> StreamState:
-    state = StreamState(geometry, Config(budget=budget), horizon=2**31)
+def _filled(spec: KVSpec, budget: int, tokens: int) -> StreamState:
+    state = StreamState(spec, Config(budget=budget), horizon=2**31)
     carried = state.carried
     assert isinstance(carried, CarriedCache)
-    own = torch.empty(1, geometry.kv_heads, tokens, geometry.head_dim, dtype=geometry.dtype, device="meta")
+    own = torch.empty(1, spec.kv_heads, tokens, spec.head_dim, dtype=spec.dtype, device="meta")
     for _ in range(budget // tokens + 2):
         carried.make_room(tokens)
-        for layer in range(geometry.layers):
+        for layer in range(spec.layers):
             keys, _ = carried.update(own, own, layer)
             carried.evict(layer, keys[..., 0].float())
     return state
 
 
-def _geometry(size: Size, dtype: torch.dtype) -> Geometry:
-    return Geometry(size.kv_heads, size.head_dim, dtype, (torch.device("meta"),) * size.layers)
+def _geometry(size: Size, dtype: torch.dtype) -> KVSpec:
+    return KVSpec(size.kv_heads, size.head_dim, dtype, (torch.device("meta"),) * size.layers)
 
 
 def _setting(name: str, dtype: torch.dtype) -> dict[str, str | int | float]:

@@ -320,7 +320,7 @@ def random_step(model: VideoModel, tokens: int, number: int = 1) -> Segment:
     """
     start = (number - 1) * stride(model, tokens)
     hidden, device = model.text_config.hidden_size, model.model.device
-    embeds = torch.randn(1, tokens, hidden, device=device, dtype=model.geometry().dtype)
+    embeds = torch.randn(1, tokens, hidden, device=device, dtype=model.kv_spec().dtype)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     following = start + stride(model, tokens)
     if not isinstance(model, Qwen3VL):
@@ -349,9 +349,9 @@ def products_alone(model: VideoModel, tokens: int) -> Callable[[], None]:
     The time that this takes says how much of a step's distance to its floor lies in the shapes of its products.
     """
     layers = [module for module in model.language_model.layers.modules() if isinstance(module, torch.nn.Linear)]
-    geometry = model.geometry()
+    spec = model.kv_spec()
     inputs = {
-        width: torch.randn(tokens, width, device=geometry.devices[0], dtype=geometry.dtype)
+        width: torch.randn(tokens, width, device=spec.devices[0], dtype=spec.dtype)
         for width in {layer.in_features for layer in layers}
     }
 
@@ -399,14 +399,14 @@ def fill_carried(carried: CarriedCache, step: int) -> None:
     """Carry as many of the detailed cache's tokens as the budget allows, spread evenly, with room for another step."""
     tokens = carried.detailed.length
     length = min(tokens, carried.budget)
-    carried.crop(0)
+    carried.truncate(0)
     carried.make_room(length + step)
     if length:
-        for layer, device in enumerate(carried.geometry.devices):
+        for layer, device in enumerate(carried.spec.devices):
             chosen = torch.arange(length, device=device) * tokens // length  # [length], ascending
             carried.buffers[layer][..., :length, :] = carried.detailed.buffers[layer][..., chosen, :]
-            carried.born[layer][..., :length] = chosen
-    carried.lengths = [length] * carried.geometry.layers
+            carried.token_ids[layer][..., :length] = chosen
+    carried.lengths = [length] * carried.spec.layers
 
 
 def stand(state: StreamState, tokens: int, position: int, step: int) -> None:
@@ -424,12 +424,12 @@ def stand(state: StreamState, tokens: int, position: int, step: int) -> None:
     _hold(state.detailed, tokens)
     carried = state.carried
     if isinstance(carried, CarriedCache):
-        carried.lengths = [min(tokens, carried.budget)] * state.geometry.layers
+        carried.lengths = [min(tokens, carried.budget)] * state.spec.layers
     state.position, state.frames, state.origin_seconds = position, 0, None
     newest = range(max(0, tokens - _NEWEST * step), tokens - step + 1, step)
     state.spans[:] = [Span("step", start, step, None, start) for start in newest]
 
 
 def _hold(detailed: DetailedCache, tokens: int) -> None:
-    detailed.crop(0)
+    detailed.truncate(0)
     detailed.advance(tokens)

@@ -15,7 +15,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.runner import Stepper, room_for_answers
+from statekv.runner.runner import ModelRunner, room_for_answers
 
 FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
 _VOCABULARY = 64
@@ -78,17 +78,15 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
         MemoryLimitError: the weights or the nearest step's caches do not fit.
     """
     # A step starts from embeddings: the vocabulary takes no part in it, and its memory is better spent on keys.
-    stepper = Stepper(build(replace(plan.size, vocab=_VOCABULARY), device, dtype))
+    runner = ModelRunner(build(replace(plan.size, vocab=_VOCABULARY), device, dtype))
     near = min(plan.steps)
     hint = "try lower budgets, fewer layers or a half dtype"
     check_fits(f"{plan.size.name} at step {near}", plan.cache_bytes(near, dtype), device, hint)
     remarks = {step: refusal("its caches", plan.cache_bytes(step, dtype), device) for step in plan.steps}
     reached = [step for step, remark in remarks.items() if not remark]
-    states = _fill(stepper, plan, max(reached))
-    calls = {
-        _name(state.config, step): _call(stepper, state, plan.tokens, step) for step in reached for state in states
-    }
-    calls[PRODUCTS] = products_alone(stepper.model, plan.tokens)
+    states = _fill(runner, plan, max(reached))
+    calls = {_name(state.config, step): _call(runner, state, plan.tokens, step) for step in reached for state in states}
+    calls[PRODUCTS] = products_alone(runner.model, plan.tokens)
     calls[LARGE] = large_product(device, dtype, plan.tokens)  # in turns too, so that it meets the same machine
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
     rate = best_rate(seconds[LARGE], plan.tokens)
@@ -123,10 +121,10 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
     return [Panel(title, "step", "ms per step", lines, log_x=True, log_y=True) for title, lines in found.items()]
 
 
-def _fill(stepper: Stepper, plan: Plan, farthest: int) -> list[StreamState]:
+def _fill(runner: ModelRunner, plan: Plan, farthest: int) -> list[StreamState]:
     """A stream per method, filled as far as the farthest step's beginning; all share one detailed cache."""
-    positions = farthest * stride(stepper.model, plan.tokens)
-    states = [stepper.open(method, positions + room_for_answers(method)) for method in plan.methods]
+    positions = farthest * stride(runner.model, plan.tokens)
+    states = [runner.open(method, positions + room_for_answers(method)) for method in plan.methods]
     shared = states[0].detailed
     fill_detailed(shared, (farthest - 1) * plan.tokens, plan.tokens)
     for state in states[1:]:
@@ -136,14 +134,14 @@ def _fill(stepper: Stepper, plan: Plan, farthest: int) -> list[StreamState]:
     return states
 
 
-def _call(stepper: Stepper, state: StreamState, tokens: int, step: int) -> Callable[[], object]:
+def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Callable[[], object]:
     """Stand before a step and take it; standing there is a matter of microseconds."""
-    segment = random_step(stepper.model, tokens, step)
-    past, position = (step - 1) * tokens, (step - 1) * stride(stepper.model, tokens)
+    segment = random_step(runner.model, tokens, step)
+    past, position = (step - 1) * tokens, (step - 1) * stride(runner.model, tokens)
 
     def call() -> object:
         stand(state, past, position, tokens)
-        return stepper.prefill(state, segment)
+        return runner.prefill(state, segment)
 
     return call
 

@@ -15,7 +15,7 @@ from statekv.config import Config
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.memory import check_fits
-from statekv.runner.runner import Stepper, prefill_together, room_for_answers
+from statekv.runner.runner import ModelRunner, prefill_batch, room_for_answers
 
 DEMO = "demo"
 TOGETHER, ANEW, IN_TURN, LARGE = "together", "together anew", "in turn", "large product"
@@ -69,19 +69,19 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
         MemoryLimitError: weights or caches do not fit.
     """
     model, size = plan.opened(device, dtype)
-    stepper, tokens = Stepper(model), plan.tokens or size.tokens_per_step
+    runner, tokens = ModelRunner(model), plan.tokens or size.tokens_per_step
     past = (plan.budget // tokens + 2) * tokens
     sessions = 2 * sum(plan.sessions) + max(plan.sessions)
     needed = sessions * (past + plan.budget + 2 * tokens) * size.kv_bytes_per_token(dtype)
     check_fits(
         f"{sessions} sessions of {plan.name}", needed, device, "try fewer sessions, a lower budget or fewer layers"
     )
-    streams = [_Stream(stepper, plan.budget, past, tokens) for _ in range(max(plan.sessions))]
+    streams = [_Stream(runner, plan.budget, past, tokens) for _ in range(max(plan.sessions))]
     calls: dict[str, Callable[[], object]] = {LARGE: large_product(device, dtype)}
     for count in plan.sessions:
         calls[f"{IN_TURN} {count}"] = _in_turn(streams[:count])
         for way, anew in ((TOGETHER, False), (ANEW, True)) if count > 1 else ():
-            own = [_Stream(stepper, plan.budget, past, tokens) for _ in range(count)]  # they stay in their block
+            own = [_Stream(runner, plan.budget, past, tokens) for _ in range(count)]  # they stay in their block
             calls[f"{way} {count}"] = _together(own, anew)
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
     floor = 1000 * segment_flops(size, tokens, plan.budget) / best_rate(seconds[LARGE])
@@ -115,14 +115,14 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
 class _Stream:
     """A session's stream with a full carried cache, and the step that it takes again and again."""
 
-    def __init__(self, stepper: Stepper, budget: int, past: int, tokens: int) -> None:
-        self.stepper, self.past, self.tokens = stepper, past, tokens
-        self.position = past // tokens * stride(stepper.model, tokens)
+    def __init__(self, runner: ModelRunner, budget: int, past: int, tokens: int) -> None:
+        self.runner, self.past, self.tokens = runner, past, tokens
+        self.position = past // tokens * stride(runner.model, tokens)
         config = Config.of("statekv", budget=budget)
-        horizon = self.position + stride(stepper.model, tokens) + room_for_answers(config)
-        self.state = stepper.open(config, max(horizon, stepper.model.trained_length))
+        horizon = self.position + stride(runner.model, tokens) + room_for_answers(config)
+        self.state = runner.open(config, max(horizon, runner.model.trained_length))
         fill(self.state, past, tokens)
-        self.segment = random_step(stepper.model, tokens, past // tokens + 1)
+        self.segment = random_step(runner.model, tokens, past // tokens + 1)
 
     def stand(self) -> tuple[StreamState, Segment]:
         """Before the step, a matter of microseconds."""
@@ -133,7 +133,7 @@ class _Stream:
 def _in_turn(streams: Sequence[_Stream]) -> Callable[[], object]:
     def call() -> None:
         for stream in streams:
-            stream.stepper.prefill(*stream.stand())
+            stream.runner.prefill(*stream.stand())
 
     return call
 
@@ -145,7 +145,7 @@ def _together(streams: Sequence[_Stream], anew: bool) -> Callable[[], object]:
         if anew:
             streams.reverse()
         states, segments = zip(*(stream.stand() for stream in streams), strict=True)
-        return prefill_together(streams[0].stepper, states, segments)
+        return prefill_batch(streams[0].runner, states, segments)
 
     return call
 
@@ -157,10 +157,10 @@ def _rate(row: Row) -> float:
 
 def _size(model: VideoModel) -> Size:
     """Sizes of a model's language model, as far as its floor depends on them."""
-    c, geometry = model.text_config, model.geometry()
+    c, spec = model.text_config, model.kv_spec()
     return Size(
-        *(DEMO, str(model.model.config.model_type), c.hidden_size, c.intermediate_size, geometry.layers),
-        *(c.num_attention_heads, geometry.kv_heads, geometry.head_dim, c.vocab_size),
+        *(DEMO, str(model.model.config.model_type), c.hidden_size, c.intermediate_size, spec.layers),
+        *(c.num_attention_heads, spec.kv_heads, spec.head_dim, c.vocab_size),
         rope_theta=0.0,  # no part of the floor
         rope_factor=None,
         trained_length=model.trained_length,

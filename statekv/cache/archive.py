@@ -15,11 +15,11 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.folder import Piece, Saved, read_folder, write_folder
-from statekv.cache.retrieval import Block
-from statekv.cache.spec import Geometry, Span
+from statekv.cache.retrieval import StepIndexEntry
+from statekv.cache.spec import KVSpec, Span
 from statekv.cache.stream import Compaction, StreamState
 from statekv.cache.tiers.base import Content
-from statekv.cache.tiers.block import Passage, Sealed
+from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import MemoryPlan
 from statekv.config import Config
@@ -64,13 +64,13 @@ def save_stream(
 
 
 def load_stream(
-    source: Saved | str | os.PathLike[str], geometry: Geometry, change: Callable[[Config], Config] | None = None
+    source: Saved | str | os.PathLike[str], spec: KVSpec, change: Callable[[Config], Config] | None = None
 ) -> StreamState:
     """Read a stream for a model whose keys have this geometry.
 
     Args:
         source: its folder.
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         change: makes the configuration to go on with of the saved one; None: that stays.
 
     Raises:
@@ -80,10 +80,10 @@ def load_stream(
     saved = source if isinstance(source, Saved) else read_folder(source)
     with saved.reading():
         facts = saved.facts["stream"]
-        _check_geometry(saved, facts["geometry"], _geometry(geometry))
+        _check_geometry(saved, facts["geometry"], _geometry(spec))
         config = _config(saved, facts["config"])
         config = config if change is None else change(config)
-        state = StreamState(geometry, config, **{name: facts[name] for name in _PLAIN})
+        state = StreamState(spec, config, **{name: facts[name] for name in _PLAIN})
         state.compaction = Compaction(**facts["compaction"])
         _restore(state, saved, facts)
     return state
@@ -96,7 +96,7 @@ def _pieces(state: StreamState) -> Iterator[Piece]:
     if isinstance(state.detailed, TieredCache):
         yield from block_pieces(state.detailed)
     if isinstance(state.carried, CarriedCache):
-        for layer in range(state.geometry.layers):
+        for layer in range(state.spec.layers):
             yield Piece(_layer_name(layer), partial(_carried, state.carried, layer))
     yield Piece(_STEPS, partial(_steps, state))
 
@@ -105,10 +105,10 @@ def _carried(carried: CarriedCache, layer: int) -> dict[str, torch.Tensor]:
     length = carried.lengths[layer]
     found = {
         "carried": carried.buffers[layer][..., :length, :].contiguous(),
-        "born": carried.born[layer][..., :length].contiguous(),
+        "born": carried.token_ids[layer][..., :length].contiguous(),
     }
-    if carried.totals:
-        found["totals"] = carried.totals[layer][..., :length].contiguous()
+    if carried.scores:
+        found["totals"] = carried.scores[layer][..., :length].contiguous()
     return found
 
 
@@ -143,7 +143,7 @@ def _layer_name(layer: int) -> str:
 
 def _facts(state: StreamState) -> dict[str, Any]:
     return {
-        "geometry": _geometry(state.geometry),
+        "geometry": _geometry(state.spec),
         "config": dataclasses.asdict(state.config),
         "pinned": state.pinned,
         "compaction": dataclasses.asdict(state.compaction),
@@ -156,13 +156,13 @@ def _facts(state: StreamState) -> dict[str, Any]:
     }
 
 
-def _geometry(geometry: Geometry) -> dict[str, Any]:
+def _geometry(spec: KVSpec) -> dict[str, Any]:
     return {
-        "layers": geometry.layers,
-        "kv_heads": geometry.kv_heads,
-        "head_dim": geometry.head_dim,
-        "streams": geometry.streams,
-        "dtype": str(geometry.dtype).removeprefix("torch."),
+        "layers": spec.layers,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "streams": spec.streams,
+        "dtype": str(spec.dtype).removeprefix("torch."),
     }
 
 
@@ -195,12 +195,12 @@ def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
     if isinstance(carried, CarriedCache):
         carried.allocate(facts["carried"])
         carried.lengths = list(facts["carried"])
-        for layer in range(state.geometry.layers):
+        for layer in range(state.spec.layers):
             tensors = saved.part(_layer_name(layer))
             carried.buffers[layer][:] = tensors["carried"]
-            carried.born[layer][:] = tensors["born"]
-            if carried.totals:
-                carried.totals[layer][:] = tensors["totals"]
+            carried.token_ids[layer][:] = tensors["born"]
+            if carried.scores:
+                carried.scores[layer][:] = tensors["totals"]
     _restore_steps(state, saved.part(_STEPS), facts["kinds"])
 
 
@@ -228,9 +228,9 @@ def _restore_steps(state: StreamState, tensors: dict[str, torch.Tensor], kinds: 
         for (kind, start, length, position), seconds in rows
     ]
     if state.blocks is not None:
-        spots = [Block(*spot) for spot in tensors["blocks"].tolist()]
+        spots = [StepIndexEntry(*spot) for spot in tensors["blocks"].tolist()]
         texts = [(start, stop) for start, stop in tensors["texts"].tolist()]
-        state.blocks.restore(spots, [tensors[_layer_name(layer)] for layer in range(state.geometry.layers)], texts)
+        state.blocks.restore(spots, [tensors[_layer_name(layer)] for layer in range(state.spec.layers)], texts)
 
 
 _PASSAGES = "passages"
@@ -238,14 +238,14 @@ _PASSAGES = "passages"
 
 def block_pieces(cache: TieredCache) -> Iterator[Piece]:
     """A piece for each block, and one that says where all segments lie."""
-    for _, block, steps in cache.shelves.blocks():
+    for _, block, steps in cache.manager.blocks():
         yield Piece(_name(steps), partial(_tensors, cache, block, steps), cache.saved_blocks.get(block))
     yield Piece(_PASSAGES, partial(_passages, cache))
 
 
 def note_blocks(cache: TieredCache, digests: dict[str, str]) -> None:
     """Know which files hold which blocks, so that the next save need not write them."""
-    for _, block, steps in cache.shelves.blocks():
+    for _, block, steps in cache.manager.blocks():
         cache.saved_blocks[block] = digests[_name(steps)]
 
 
@@ -256,28 +256,28 @@ def tier_facts(cache: TieredCache) -> dict[str, Any]:
         "longest": cache.longest,
         "forgotten": cache.forgotten,
         "away": cache.away,
-        "blocks": [(tier, _name(steps)) for tier, _, steps in cache.shelves.blocks()],
+        "blocks": [(tier, _name(steps)) for tier, _, steps in cache.manager.blocks()],
     }
 
 
 def restore_blocks(cache: TieredCache, saved: Saved, facts: dict[str, Any]) -> None:
     """Bring an empty cache to where it was, but for its buffers."""
     plan = MemoryPlan(**facts["plan"]) if facts["plan"] is not None else None
-    passages = [_passage(*row) for row in _rows(saved.part(_PASSAGES))]
-    cache.resume(plan, facts["longest"], facts["forgotten"], [passage for passage, _ in passages])
-    members: dict[int, list[Passage]] = {}
-    for passage, block in passages:
-        members.setdefault(block, []).append(passage)
+    entries = [_passage(*row) for row in _rows(saved.part(_PASSAGES))]
+    cache.resume(plan, facts["longest"], facts["forgotten"], [entry for entry, _ in entries])
+    members: dict[int, list[SegmentEntry]] = {}
+    for entry, block in entries:
+        members.setdefault(block, []).append(entry)
     for number, (tier, name) in enumerate(facts["blocks"]):
-        cache.shelves.restore(tier, _content(saved.part(name), cache.geometry.layers), members[number])
-        cache.saved_blocks[members[number][0].sealed] = saved.files[name]["sha256"]
+        cache.manager.restore(tier, _content(saved.part(name), cache.spec.layers), members[number])
+        cache.saved_blocks[members[number][0].offloaded] = saved.files[name]["sha256"]
 
 
-def _name(steps: Sequence[Passage]) -> str:
+def _name(steps: Sequence[SegmentEntry]) -> str:
     return f"block-{steps[0].start:09d}"
 
 
-def _tensors(cache: TieredCache, block: Sealed, steps: Sequence[Passage]) -> dict[str, torch.Tensor]:
+def _tensors(cache: TieredCache, block: OffloadedBlock, steps: Sequence[SegmentEntry]) -> dict[str, torch.Tensor]:
     try:
         content = block.held.content()
     except StorageError as error:
@@ -300,15 +300,15 @@ def _content(tensors: dict[str, torch.Tensor], layers: int) -> list[Content]:
 
 
 def _passages(cache: TieredCache) -> dict[str, torch.Tensor]:
-    numbers = {block: number for number, (_, block, _) in enumerate(cache.shelves.blocks())}
-    kinds = "".join("s" if passage.kind == "step" else "t" for passage in cache.passages.values())
+    numbers = {block: number for number, (_, block, _) in enumerate(cache.manager.blocks())}
+    kinds = "".join("s" if entry.kind == "step" else "t" for entry in cache.entries.values())
     rows = [
         (each.start, each.length, each.place, each.row, each.moved, -1 if each.block is None else numbers[each.block])
-        for each in cache.passages.values()
+        for each in cache.entries.values()
     ]
     return {
         "rows": torch.tensor(rows, dtype=torch.int64).view(-1, 6),
-        "worths": torch.tensor([each.worth for each in cache.passages.values()], dtype=torch.float64),
+        "worths": torch.tensor([each.worth for each in cache.entries.values()], dtype=torch.float64),
         "kinds": torch.tensor(list(kinds.encode()), dtype=torch.uint8),
     }
 
@@ -322,5 +322,5 @@ def _rows(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[Any, ...]]:
 
 def _passage(
     start: int, length: int, place: int, row: int, moved: int, block: int, worth: float, kind: str
-) -> tuple[Passage, int]:
-    return Passage(start, length, kind, place, worth, None, row, moved), block
+) -> tuple[SegmentEntry, int]:
+    return SegmentEntry(start, length, kind, place, worth, None, row, moved), block

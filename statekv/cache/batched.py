@@ -14,7 +14,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 
 
-class CarriedTogether(CarriedCache):
+class BatchedCarriedCache(CarriedCache):
     """Carried caches of equal shape, whose slots lie in one block [2, streams, kv_heads, slots, head_dim] per layer.
 
     Each member goes on as it is: its buffers become views of its row, so that it may also be stepped alone, asked,
@@ -32,13 +32,13 @@ class CarriedTogether(CarriedCache):
         self._rows: list[list[torch.Tensor]] = []  # what the members' buffers are while they live here
         self._firsts: dict[torch.device, torch.Tensor] = {}  # [streams, 1, 1] int32
         one = members[0]
-        geometry = replace(one.geometry, streams=len(members))
-        detailed = DetailedCache(geometry)
-        super().__init__(geometry, one.budget, one.rule, detailed, decay=one.decay, remembers=one.remembers)
+        spec = replace(one.spec, streams=len(members))
+        detailed = DetailedCache(spec)
+        super().__init__(spec, one.budget, one.rule, detailed, decay=one.decay, remembers=one.remembers)
         self.budgets = one.budgets
         super().allocate([max(slots) for slots in zip(*(member.slots for member in members), strict=True)])
         for row, member in enumerate(members):
-            for mine, its in ((self.born, member.born), (self.totals, member.totals)):
+            for mine, its in ((self.token_ids, member.token_ids), (self.scores, member.scores)):
                 for layer, (new, old) in enumerate(zip(mine, its, strict=True)):
                     new[row : row + 1, :, : one.lengths[layer]] = old[..., : one.lengths[layer]]
             for layer, length in enumerate(one.lengths):
@@ -62,7 +62,7 @@ class CarriedTogether(CarriedCache):
         members = self.members
         assert self.holds(members), "a member has moved out"
         self.lengths = list(members[0].lengths)
-        for device in dict.fromkeys(self.geometry.devices):
+        for device in dict.fromkeys(self.spec.devices):
             firsts = torch.tensor([member.detailed.length for member in members], dtype=torch.int32)
             self._firsts[device] = firsts.view(-1, 1, 1).to(device)
             newest = [member.newest[device] for member in members if device in member.newest]
@@ -77,7 +77,7 @@ class CarriedTogether(CarriedCache):
     def remember(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
         for row, member in enumerate(self.members):
             member.detailed.append(key[row : row + 1], value[row : row + 1], layer)
-        device = self.born[layer].device
+        device = self.token_ids[layer].device
         return self._firsts[device] + torch.arange(key.shape[-2], dtype=torch.int32, device=device)
 
     def allocate(self, slots: Sequence[int]) -> None:
@@ -93,15 +93,15 @@ class CarriedTogether(CarriedCache):
         self._members.clear()
 
     def _take_in(self) -> None:
-        rows = range(self.geometry.streams)
+        rows = range(self.spec.streams)
         self._rows = [[buffer[:, row : row + 1] for buffer in self.buffers] for row in rows]
         for row, member in enumerate(self.members):
             member.buffers = self._rows[row]
-            member.born = [born[row : row + 1] for born in self.born]
-            member.totals = [totals[row : row + 1] for totals in self.totals]
+            member.token_ids = [token_ids[row : row + 1] for token_ids in self.token_ids]
+            member.scores = [totals[row : row + 1] for totals in self.scores]
 
 
-class StaticStep(Cache):
+class StaticCarriedCache(Cache):
     """What `CarriedCache` does in a step, with the tokens' places read from the device instead of known to the host.
 
     The carried keys fill the slots below the layer's budget, own keys come behind them, and evicted slots are replaced
@@ -117,7 +117,7 @@ class StaticStep(Cache):
         super().__init__(layers=[])
         self._carried = ref(carried)  # whoever keeps recordings by stream must not keep the stream
         self.tokens = tokens
-        devices = dict.fromkeys(carried.geometry.devices)
+        devices = dict.fromkeys(carried.spec.devices)
         # Where each own token goes in the detailed cache's buffers, and its number in the stream, [T] int64.
         self.places, self.numbers = (
             {device: torch.empty(tokens, dtype=torch.int64, device=device) for device in devices} for _ in range(2)
@@ -131,7 +131,7 @@ class StaticStep(Cache):
         return carried
 
     def __len__(self) -> int:
-        return self.carried.geometry.layers
+        return self.carried.spec.layers
 
     def begin(self) -> None:
         """Before a step: say where its tokens go. Nothing here may be part of the replayed commands."""
@@ -151,9 +151,9 @@ class StaticStep(Cache):
         own[1].copy_(value_states)
         held = carried.detailed.buffers[layer_idx]
         held.index_copy_(-2, self.places[held.device], own)
-        carried.born[layer_idx][..., budget : budget + self.tokens] = self.numbers[held.device]
-        if carried.totals:
-            carried.totals[layer_idx][..., budget : budget + self.tokens] = 0
+        carried.token_ids[layer_idx][..., budget : budget + self.tokens] = self.numbers[held.device]
+        if carried.scores:
+            carried.scores[layer_idx][..., budget : budget + self.tokens] = 0
         return slots[0], slots[1]
 
     def evict(self, layer: int, scores: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ from transformers import Cache
 
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.spec import Geometry, Moves, layer_budgets, one_block
+from statekv.cache.spec import KVSpec, PositionShift, layer_budgets, one_block
 from statekv.ops import select
 from statekv.ops.rope import Angles, rotate
 
@@ -23,7 +23,7 @@ class CarriedCache(Cache):
     the keys, and a step sees all of them.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         budget: keys kept per layer and head, the mean of all layers.
         rule: scores that decide who stays.
         detailed: receives every key and value too.
@@ -35,7 +35,7 @@ class CarriedCache(Cache):
 
     def __init__(
         self,
-        geometry: Geometry,
+        spec: KVSpec,
         budget: int,
         rule: Rule,
         detailed: DetailedCache,
@@ -44,22 +44,22 @@ class CarriedCache(Cache):
         remembers: bool = False,
     ) -> None:
         super().__init__(layers=[])
-        self.geometry = geometry
+        self.spec = spec
         self.budget = budget
-        self.budgets = layer_budgets(budget, geometry.layers, slope)
+        self.budgets = layer_budgets(budget, spec.layers, slope)
         self.rule = rule
         self.detailed = detailed
         self.decay = decay
         self.remembers = remembers or bool(decay)
-        self.lengths = [0] * geometry.layers
+        self.lengths = [0] * spec.layers
         self.buffers: list[torch.Tensor] = []  # per layer [2, streams, kv_heads, slots, head_dim]
-        self.born: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] int32: which token a slot holds
-        self.totals: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none unless remembered
+        self.token_ids: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] int32: which token a slot holds
+        self.scores: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none unless remembered
         self.newest: dict[torch.device, torch.Tensor] = {}  # first token of the pinned newest steps, 0-d int32
-        self.allocate([0] * geometry.layers)
+        self.allocate([0] * spec.layers)
 
     def __len__(self) -> int:
-        return self.geometry.layers
+        return self.spec.layers
 
     @property
     def length(self) -> int:
@@ -69,12 +69,12 @@ class CarriedCache(Cache):
     @property
     def slots(self) -> list[int]:
         """Of each layer."""
-        return [born.shape[-1] for born in self.born]
+        return [token_ids.shape[-1] for token_ids in self.token_ids]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, the record of births and accumulated scores included."""
-        return sum(tensor.nbytes for tensor in (*self.buffers, *self.born, *self.totals))
+        return sum(tensor.nbytes for tensor in (*self.buffers, *self.token_ids, *self.scores))
 
     def make_room(self, tokens: int) -> None:
         """Before a step of `tokens` tokens: have a slot for each of them behind the carried ones."""
@@ -85,12 +85,12 @@ class CarriedCache(Cache):
 
     def pin_from(self, token: int) -> None:
         """From here on tokens with this number and above stay whatever their scores; the host does not wait."""
-        for device in dict.fromkeys(self.geometry.devices):
+        for device in dict.fromkeys(self.spec.devices):
             if device not in self.newest:
                 self.newest[device] = torch.empty((), dtype=torch.int32, device=device)
             self.newest[device].fill_(token)
 
-    def judges(self, tokens: int) -> bool:
+    def must_evict(self, tokens: int) -> bool:
         """Whether a step of `tokens` tokens ends with `evict`: where some layer overflows, or scores accumulate."""
         over = any(length + tokens > budget for length, budget in zip(self.lengths, self.budgets, strict=True))
         return over or bool(self.decay)
@@ -102,11 +102,11 @@ class CarriedCache(Cache):
         start = self.lengths[layer_idx]
         stop = start + key_states.shape[-2]
         slots = self.buffers[layer_idx]
-        self.born[layer_idx][:, :, start:stop] = self.remember(key_states, value_states, layer_idx)
+        self.token_ids[layer_idx][:, :, start:stop] = self.remember(key_states, value_states, layer_idx)
         slots[0, :, :, start:stop] = key_states
         slots[1, :, :, start:stop] = value_states
-        if self.totals:
-            self.totals[layer_idx][:, :, start:stop] = 0
+        if self.scores:
+            self.scores[layer_idx][:, :, start:stop] = 0
         self.lengths[layer_idx] = stop
         return slots[0, :, :, :stop], slots[1, :, :, :stop]
 
@@ -118,7 +118,7 @@ class CarriedCache(Cache):
         """
         first = self.detailed.number(layer)
         self.detailed.append(key, value, layer)
-        return torch.arange(first, first + key.shape[-2], dtype=torch.int32, device=self.born[layer].device)
+        return torch.arange(first, first + key.shape[-2], dtype=torch.int32, device=self.token_ids[layer].device)
 
     def evict(self, layer: int, scores: torch.Tensor | None) -> None:
         """Shrink a layer to its budget.
@@ -134,22 +134,22 @@ class CarriedCache(Cache):
 
     def accumulated(self, layer: int, scores: torch.Tensor | None) -> torch.Tensor | None:
         """A step's scores, with what their keys had before where it counts; own keys had nothing."""
-        if scores is None or not self.totals:
+        if scores is None or not self.scores:
             return scores
-        return self.totals[layer][:, :, : scores.shape[-1]].mul_(self.decay).add_(scores)
+        return self.scores[layer][:, :, : scores.shape[-1]].mul_(self.decay).add_(scores)
 
     def replace(self, layer: int, scores: torch.Tensor | None, length: int) -> None:
         """Make as many first slots of a layer as its budget hold the best of its first `length` keys, in place."""
-        budget, born = self.budgets[layer], self.born[layer][:, :, :length]
+        budget, token_ids = self.budgets[layer], self.token_ids[layer][:, :, :length]
         values = self.buffers[layer][1, :, :, :length]
-        newest = self.newest[born.device] if self.newest else None
-        kept = select.best(self.rule(scores, born, layer, values=values, budget=budget, newest=newest), budget)
+        newest = self.newest[token_ids.device] if self.newest else None
+        kept = select.best(self.rule(scores, token_ids, layer, values=values, budget=budget, newest=newest), budget)
         source, target = select.moves(kept, budget)
         select.apply_moves(self.buffers[layer], source, target)
-        for beside in (born, self.totals[layer][:, :, :length]) if self.totals else (born,):
+        for beside in (token_ids, self.scores[layer][:, :, :length]) if self.scores else (token_ids,):
             beside.scatter_(-1, target, beside.gather(-1, source))
 
-    def turn(self, moves: Moves, angles: Angles) -> None:
+    def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """Rotate carried keys further, in float32 and in place.
 
         Args:
@@ -157,13 +157,13 @@ class CarriedCache(Cache):
             angles: of such distances.
         """
         for layer, length in enumerate(self.lengths):
-            born = self.born[layer][..., :length]
-            moved = moves.of(born)  # [streams, kv_heads, length]
-            cos, sin = (part.view(*born.shape, -1).to(born.device) for part in angles(moved.flatten()))
+            token_ids = self.token_ids[layer][..., :length]
+            moved = moves.of(token_ids)  # [streams, kv_heads, length]
+            cos, sin = (part.view(*token_ids.shape, -1).to(token_ids.device) for part in angles(moved.flatten()))
             keys = self.buffers[layer][0, :, :, :length]
             keys.copy_(rotate(keys.float(), cos, sin))
 
-    def worths(self, starts: Sequence[int]) -> dict[int, tuple[float, int]]:
+    def importance(self, starts: Sequence[int]) -> dict[int, tuple[float, int]]:
         """Segments of which something is carried, by start: their keys' scores in the newest judged step, and how many.
 
         Args:
@@ -172,8 +172,8 @@ class CarriedCache(Cache):
         first = torch.tensor(starts, dtype=torch.int64)
         scores, counts = torch.zeros(2, len(starts) + 1, dtype=torch.float64)
         for layer, length in enumerate(self.lengths):
-            segment = torch.searchsorted(first, self.born[layer][..., :length].flatten().cpu().long(), right=True)
-            scores.scatter_add_(0, segment, self.totals[layer][..., :length].flatten().cpu().double())
+            segment = torch.searchsorted(first, self.token_ids[layer][..., :length].flatten().cpu().long(), right=True)
+            scores.scatter_add_(0, segment, self.scores[layer][..., :length].flatten().cpu().double())
             counts += segment.bincount(minlength=len(counts))
         held = counts[1:].nonzero()[:, 0]
         found = zip(held.tolist(), scores[1:][held].tolist(), counts[1:][held].long().tolist(), strict=True)
@@ -186,9 +186,9 @@ class CarriedCache(Cache):
 
     def kept(self, layer: int) -> torch.Tensor:
         """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries."""
-        return self.born[layer][:, :, : self.lengths[layer]].sort(-1).values
+        return self.token_ids[layer][:, :, : self.lengths[layer]].sort(-1).values
 
-    def crop(self, max_length: int) -> None:
+    def truncate(self, max_length: int) -> None:
         """Drop what was appended since `length` was `max_length`; only right while nothing was evicted since.
 
         A layer whose budget is smaller than that held no more than its budget then.
@@ -202,28 +202,30 @@ class CarriedCache(Cache):
 
     def fork(self, detailed: DetailedCache) -> CarriedCache:
         """A copy that enters keys and values into another detailed cache."""
-        found = CarriedCache(
-            self.geometry, self.budget, self.rule, detailed, decay=self.decay, remembers=self.remembers
-        )
+        found = CarriedCache(self.spec, self.budget, self.rule, detailed, decay=self.decay, remembers=self.remembers)
         found.budgets = self.budgets
         found.allocate(self.slots)
         found.lengths = list(self.lengths)
-        for mine, its in ((self.buffers, found.buffers), (self.born, found.born), (self.totals, found.totals)):
+        for mine, its in (
+            (self.buffers, found.buffers),
+            (self.token_ids, found.token_ids),
+            (self.scores, found.scores),
+        ):
             for old, new in zip(mine, its, strict=True):
                 new.copy_(old)
         return found
 
     def allocate(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer; what the layers hold moves along."""
-        g = self.geometry
+        g = self.spec
         rows = [(g.streams, g.kv_heads, n) for n in slots]
         buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
-        born = one_block(rows, torch.int32, g.devices)
-        totals = one_block(rows, torch.float32, g.devices) if self.remembers else []
+        token_ids = one_block(rows, torch.int32, g.devices)
+        scores = one_block(rows, torch.float32, g.devices) if self.remembers else []
         for layer, length in enumerate(self.lengths if self.buffers else []):
             buffers[layer][..., :length, :] = self.buffers[layer][..., :length, :]
-            for new, old in zip((born, totals), (self.born, self.totals), strict=True):
+            for new, old in zip((token_ids, scores), (self.token_ids, self.scores), strict=True):
                 if new:
                     new[layer][..., :length] = old[layer][..., :length]
         # Last of all: a save on another thread may be reading.
-        self.buffers, self.born, self.totals = buffers, born, totals
+        self.buffers, self.token_ids, self.scores = buffers, token_ids, scores

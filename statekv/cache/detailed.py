@@ -11,7 +11,7 @@ import torch
 from transformers import Cache
 
 from statekv.cache.folder import Part, Written, ranges
-from statekv.cache.spec import Geometry, Moves, numbers_in
+from statekv.cache.spec import KVSpec, PositionShift, numbers_in
 from statekv.ops.rope import Angles, rotate
 
 _FIRST_CAPACITY = 256  # tokens
@@ -26,20 +26,20 @@ class DetailedCache(Cache):
     `reserve` nothing is copied at all.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         recall: which keys an answer sees: recent and sink_recent; all for any other.
         window: tokens that `recent` recalls, and `sink_recent` too, its sinks included.
         sinks: tokens from the start of the stream for `sink_recent`.
     """
 
-    def __init__(self, geometry: Geometry, recall: str = "all", window: int = 0, sinks: int = 0) -> None:
+    def __init__(self, spec: KVSpec, recall: str = "all", window: int = 0, sinks: int = 0) -> None:
         super().__init__(layers=[])
-        self.geometry = geometry
+        self.spec = spec
         self.recall = recall
         self.window = window
         self.sinks = sinks if recall == "sink_recent" else 0
-        self.lengths = [0] * geometry.layers
-        self.buffers = [self._allocate(layer, 0) for layer in range(geometry.layers)]
+        self.lengths = [0] * spec.layers
+        self.buffers = [self._allocate(layer, 0) for layer in range(spec.layers)]
         self.away = 0  # tokens of the stream that the buffers do not hold any more
         self.written = Written()
         self.grown = 0  # how many times a buffer was copied into a larger one
@@ -47,7 +47,7 @@ class DetailedCache(Cache):
         self._sharing: WeakSet[DetailedCache] = WeakSet([self])  # forks, which may lie in the same buffers
 
     def __len__(self) -> int:
-        return self.geometry.layers
+        return self.spec.layers
 
     @property
     def length(self) -> int:
@@ -89,7 +89,7 @@ class DetailedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that no later append copies anything."""
-        for layer in range(self.geometry.layers):
+        for layer in range(self.spec.layers):
             self._grow(layer, tokens)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> None:
@@ -117,7 +117,7 @@ class DetailedCache(Cache):
             seen = held[..., start:stop, :]
         return seen[0], seen[1]
 
-    def turn(self, moves: Moves, angles: Angles) -> None:
+    def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """Rotate keys further, in float32 and in place.
 
         Args:
@@ -157,7 +157,7 @@ class DetailedCache(Cache):
 
         Either may write behind them where the other holds nothing; where it does, whoever comes second moves to a copy.
         """
-        found = DetailedCache(self.geometry, self.recall, self.window, self.sinks)
+        found = DetailedCache(self.spec, self.recall, self.window, self.sinks)
         found.lengths, found.buffers = list(self.lengths), list(self.buffers)
         self._share(found)
         return found
@@ -166,7 +166,7 @@ class DetailedCache(Cache):
         """From here on everything appended belongs to a question: the recall window stops moving."""
         self._answering_from = self.length
 
-    def crop(self, max_length: int) -> None:
+    def truncate(self, max_length: int) -> None:
         """Forget all but the first `max_length` tokens; nothing is copied."""
         self.lengths = [min(length, max_length - self.away) for length in self.lengths]
         self._answering_from = None
@@ -174,7 +174,7 @@ class DetailedCache(Cache):
 
     def parts(self) -> Iterator[Part]:
         """All tokens in pieces; those in front of the last one stay the same pieces when more tokens come."""
-        for first, stop in ranges(self.length, self.geometry.bytes_per_token * self.geometry.streams):
+        for first, stop in ranges(self.length, self.spec.bytes_per_token * self.spec.streams):
             yield Part(first, stop, partial(self._part, first, stop))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -241,7 +241,7 @@ class DetailedCache(Cache):
         self.buffers[layer] = new
 
     def _allocate(self, layer: int, tokens: int) -> torch.Tensor:
-        g = self.geometry
+        g = self.spec
         shape = (2, g.streams, g.kv_heads, tokens, g.head_dim)
         return torch.empty(shape, dtype=g.dtype, device=g.devices[layer])
 

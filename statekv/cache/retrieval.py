@@ -11,7 +11,7 @@ from transformers import Cache
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.spec import Geometry, numbers_in
+from statekv.cache.spec import KVSpec, numbers_in
 from statekv.config import Config
 from statekv.ops.rope import Angles, rotate
 from statekv.ops.select import earliest_best
@@ -22,7 +22,7 @@ _MOVED_AT_ONCE = 512  # blocks
 
 
 @dataclass(frozen=True)
-class Block:
+class StepIndexEntry:
     """One step in the detailed cache.
 
     Attributes:
@@ -38,7 +38,7 @@ class Block:
     lost: int = 0
 
 
-class Blocks:
+class StepIndex:
     """The mean key of every step, as it was before rotation, in every layer.
 
     ReKV (arXiv 2503.00540; Becomebright/ReKV, `kv_cache_manager.py`) compares the mean key of a block with the mean
@@ -50,18 +50,18 @@ class Blocks:
     rotation the score is about content alone, and choosing is the same whichever positions retrieved keys get.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         most: blocks there will ever be at once; None: no limit.
     """
 
-    def __init__(self, geometry: Geometry, most: int | None = None) -> None:
-        self.geometry = geometry
+    def __init__(self, spec: KVSpec, most: int | None = None) -> None:
+        self.spec = spec
         self.most = most
         self.texts: list[tuple[int, int]] = []  # tokens between the blocks that belong to no step
         self._table = torch.empty(0, _COLUMNS, dtype=torch.int64)  # a block's fields in each row
         self._count = 0
         self._end = 0  # behind the last block that ever was
-        self.means = [self._allocate(layer, 0) for layer in range(geometry.layers)]
+        self.means = [self._allocate(layer, 0) for layer in range(spec.layers)]
 
     def __len__(self) -> int:
         return self._count
@@ -72,16 +72,16 @@ class Blocks:
         return self._table[: self._count]
 
     @property
-    def spots(self) -> list[Block]:
+    def spots(self) -> list[StepIndexEntry]:
         """All blocks, in order."""
-        return [Block(*row) for row in self.table.tolist()]
+        return [StepIndexEntry(*row) for row in self.table.tolist()]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(means.nbytes for means in self.means)
 
-    def add(self, detailed: DetailedCache, block: Block, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def add(self, detailed: DetailedCache, block: StepIndexEntry, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Take note of a step that all layers have just processed.
 
         Args:
@@ -89,7 +89,7 @@ class Blocks:
             block: where.
             cos, sin: [streams, T, head_dim] float32, what its keys were turned by.
         """
-        for layer, device in enumerate(self.geometry.devices):
+        for layer, device in enumerate(self.spec.devices):
             rotated = detailed.newest(layer, block.stop - block.start).float()
             keys = rotate(rotated, cos.to(device)[:, None], -sin.to(device)[:, None])
             self._put(layer, keys.mean(-2, keepdim=True))
@@ -114,7 +114,7 @@ class Blocks:
         """Tokens behind the last block of a stream of so many, where there are any."""
         return [(self._end, tokens)] if tokens > self._end else []
 
-    def crop(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Forget the blocks that do not lie wholly in the first `tokens` tokens; nothing is copied."""
         while self._count and self._table[self._count - 1, 1] > tokens:
             self._count -= 1
@@ -141,7 +141,7 @@ class Blocks:
         self._count = len(kept)
 
     def restore(
-        self, spots: Sequence[Block], means: Sequence[torch.Tensor], texts: Sequence[tuple[int, int]] = ()
+        self, spots: Sequence[StepIndexEntry], means: Sequence[torch.Tensor], texts: Sequence[tuple[int, int]] = ()
     ) -> None:
         """Take over saved blocks: a mean [streams, kv_heads, blocks, head_dim] for each layer, and texts between."""
         for layer, saved in enumerate(means):
@@ -149,13 +149,13 @@ class Blocks:
         self._note(spots)
         self.texts = list(texts)
 
-    def fork(self) -> Blocks:
+    def fork(self) -> StepIndex:
         """A copy."""
-        found = Blocks(self.geometry, self.most)
+        found = StepIndex(self.spec, self.most)
         found.restore(self.spots, [means[:, :, : len(self)] for means in self.means], self.texts)
         return found
 
-    def _note(self, spots: Sequence[Block]) -> None:
+    def _note(self, spots: Sequence[StepIndexEntry]) -> None:
         needed = self._count + len(spots)
         if needed > len(self._table):
             grown = torch.empty(max(needed, 2 * len(self._table), _FIRST_CAPACITY), _COLUMNS, dtype=torch.int64)
@@ -180,11 +180,11 @@ class Blocks:
         held[:, :, first : first + fresh.shape[2]] = fresh
 
     def _allocate(self, layer: int, blocks: int) -> torch.Tensor:
-        g = self.geometry
+        g = self.spec
         return torch.empty(g.streams, g.kv_heads, blocks, g.head_dim, device=g.devices[layer])
 
 
-class Retrieved(Cache):
+class RetrievedView(Cache):
     """The best blocks of the detailed cache for one question, and the question and its answer behind them.
 
     In each layer the question's own queries there choose the `retrieve` blocks with the highest scores. An answer sees
@@ -207,14 +207,14 @@ class Retrieved(Cache):
     def __init__(
         self,
         detailed: DetailedCache,
-        blocks: Blocks,
+        blocks: StepIndex,
         carried: CarriedCache | None,
         config: Config,
         angles: Angles,
         positions: torch.Tensor,
     ) -> None:
         super().__init__(layers=[])
-        assert detailed.geometry.streams == 1, "blocks of several streams differ in length"
+        assert detailed.spec.streams == 1, "blocks of several streams differ in length"
         self.detailed, self.blocks, self.carried, self.config = detailed, blocks, carried, config
         self.chosen: list[torch.Tensor | None] = [None] * len(detailed)  # per layer [n] int64, ascending
         self._hidden: list[torch.Tensor | None] = [None] * len(detailed)
@@ -222,7 +222,7 @@ class Retrieved(Cache):
         self._question = angles(positions)
         self._free = len(blocks) - config.retrieve_newest  # blocks that have to be chosen to be seen
         self._texts = [*blocks.texts, *blocks.text_behind(detailed.length)]
-        self._seen = DetailedCache(detailed.geometry)
+        self._seen = DetailedCache(detailed.spec)
         self._seen.reserve(self._most() + positions.shape[-1] + config.max_new_tokens)
 
     def __len__(self) -> int:
@@ -305,7 +305,7 @@ class Retrieved(Cache):
         assert self.carried is not None
         length = self.carried.lengths[layer]
         keys, values = self.carried.buffers[layer][..., :length, :]
-        twice = torch.isin(self.carried.born[layer][..., :length].long(), shown)  # [1, kv_heads, length]
+        twice = torch.isin(self.carried.token_ids[layer][..., :length].long(), shown)  # [1, kv_heads, length]
         first = twice.new_zeros(*twice.shape[:2], self._seen.lengths[layer])
         self._hidden[layer] = torch.cat([first, twice], dim=-1)
         self._seen.append(keys, values, layer)

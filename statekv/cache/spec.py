@@ -10,7 +10,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Geometry:
+class KVSpec:
     """Attributes:
     kv_heads, head_dim: of one layer's keys.
     dtype: of keys and values.
@@ -85,7 +85,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Moves:
+class PositionShift:
     """Steps move as a whole, so a token moves as far as the last step that begins at it or before.
 
     Attributes:

@@ -11,8 +11,8 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.retrieval import Blocks, Retrieved
-from statekv.cache.spec import Geometry, Mark, Moves, Span, layer_budgets
+from statekv.cache.retrieval import RetrievedView, StepIndex
+from statekv.cache.spec import KVSpec, Mark, PositionShift, Span, layer_budgets
 from statekv.cache.tiers.cache import TieredCache
 from statekv.config import Config
 from statekv.errors import ConfigError
@@ -70,7 +70,7 @@ class StreamState:
     """Both memories of one stream, and where it stands.
 
     Attributes:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         config: dials and budget.
         horizon: positions that RoPE is scaled for.
         room: the last positions below the horizon, which steps leave to questions.
@@ -84,7 +84,7 @@ class StreamState:
         compaction: how far they have.
     """
 
-    geometry: Geometry
+    spec: KVSpec
     config: Config
     horizon: int
     frames_expected: int | None = None
@@ -101,10 +101,10 @@ class StreamState:
         c = self.config
         self.detailed = self._make_detailed()
         # Only retrieval needs them.
-        self.blocks = Blocks(self.geometry) if c.recall == "retrieve" else None
+        self.blocks = StepIndex(self.spec) if c.recall == "retrieve" else None
         self._carried: CarriedCache | None = None
         self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
-        self._retrieved: Retrieved | None = None
+        self._retrieved: RetrievedView | None = None
 
     @property
     def carried(self) -> CarriedCache | DetailedCache:
@@ -116,7 +116,7 @@ class StreamState:
         return self._carried
 
     @property
-    def recalled(self) -> Retrieved | DetailedCache:
+    def recalled(self) -> RetrievedView | DetailedCache:
         """What an answer sees; the detailed cache itself narrows its view for recalls that go by age."""
         return self.detailed if self._retrieved is None else self._retrieved
 
@@ -192,7 +192,7 @@ class StreamState:
             ConfigError: the cap is too small for such steps; nothing has changed.
         """
         if isinstance(self.detailed, TieredCache):
-            self._forget(self.detailed.make_way(tokens, room, self._worths))
+            self._forget(self.detailed.make_way(tokens, room, self._importance))
             if self.blocks is not None and self.detailed.plan is not None:
                 self.blocks.most = self.detailed.plan.most_steps
 
@@ -227,10 +227,10 @@ class StreamState:
             spans.append(span)
             by.append(far)
         if spans:
-            moves = Moves([span.start for span in spans[::-1]], by[::-1])
-            self.detailed.turn(moves, angles)
+            moves = PositionShift([span.start for span in spans[::-1]], by[::-1])
+            self.detailed.rotate(moves, angles)
             if isinstance(self.carried, CarriedCache):
-                self.carried.turn(moves, angles)
+                self.carried.rotate(moves, angles)
         if not own_time:
             self.position -= to.gained - self.compaction.gained
         self.compaction = to
@@ -250,13 +250,13 @@ class StreamState:
         c = self.config
         self.detailed.begin_answer()
         if isinstance(self.detailed, TieredCache):
-            self.detailed.bringing.turned = turned
+            self.detailed.fetcher.turned = turned
         self._retrieved = None
         # Where no block is left out there is nothing to choose, nor to copy.
         if self.blocks is not None and len(self.blocks) > c.retrieve + c.retrieve_newest:
             carried = self.carried if c.retrieve_carried else None
             assert not isinstance(carried, DetailedCache)
-            self._retrieved = Retrieved(self.detailed, self.blocks, carried, c, angles, positions)
+            self._retrieved = RetrievedView(self.detailed, self.blocks, carried, c, angles, positions)
 
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
@@ -264,11 +264,11 @@ class StreamState:
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
-        self.carried.crop(mark.carried)
-        self.detailed.crop(mark.tokens)
+        self.carried.truncate(mark.carried)
+        self.detailed.truncate(mark.tokens)
         self._retrieved = None
         if self.blocks is not None:
-            self.blocks.crop(mark.tokens)
+            self.blocks.truncate(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
         while self.spans and self.spans[-1].start >= mark.tokens:
             self.spans.pop()
@@ -294,8 +294,8 @@ class StreamState:
     def free(self) -> None:
         """Give all memory back; the stream is empty and of no further use."""
         self._carried = self._retrieved = None
-        self.detailed = DetailedCache(self.geometry)
-        self.blocks = Blocks(self.geometry) if self.blocks is not None else None
+        self.detailed = DetailedCache(self.spec)
+        self.blocks = StepIndex(self.spec) if self.blocks is not None else None
 
     def _make_carried(self) -> CarriedCache:
         c = self.config
@@ -303,19 +303,19 @@ class StreamState:
             c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned, value_norms=c.value_norms, coverage=c.coverage
         )
         capped = c.memory is not None
-        return CarriedCache(self.geometry, c.budget, rule, self.detailed, c.layer_slope, c.decay, remembers=capped)
+        return CarriedCache(self.spec, c.budget, rule, self.detailed, c.layer_slope, c.decay, remembers=capped)
 
     def _make_detailed(self) -> DetailedCache:
         c = self.config
         if c.memory is not None:
-            return TieredCache(self.geometry, c)
-        return DetailedCache(self.geometry, c.recall, window=c.budget, sinks=c.sinks)
+            return TieredCache(self.spec, c)
+        return DetailedCache(self.spec, c.recall, window=c.budget, sinks=c.sinks)
 
-    def _worths(self, starts: Sequence[int]) -> dict[int, float]:
+    def _importance(self, starts: Sequence[int]) -> dict[int, float]:
         carried = self.carried
         assert isinstance(carried, CarriedCache)
         # Forgotten steps that are still carried count for themselves, and not for the step before them.
-        known = carried.worths([span.start for span in self.spans if span.length])
+        known = carried.importance([span.start for span in self.spans if span.length])
         return {start: known[start][0] for start in starts if start in known}
 
     def _forget(self, starts: Sequence[int]) -> None:
@@ -327,13 +327,13 @@ class StreamState:
             self.blocks.forget(starts)
         carried, gone = self.carried, self.outlived | set(starts)
         assert isinstance(carried, CarriedCache)
-        self.outlived = gone & carried.worths([span.start for span in self.spans if span.length]).keys()
+        self.outlived = gone & carried.importance([span.start for span in self.spans if span.length]).keys()
         gone -= self.outlived
         self.spans = [span for span in self.spans if span.start not in gone or not span.length]
 
     @property
     def _least_budget(self) -> int:
-        return min(layer_budgets(self.config.budget, self.geometry.layers, self.config.layer_slope))
+        return min(layer_budgets(self.config.budget, self.spec.layers, self.config.layer_slope))
 
     @property
     def _told_budget(self) -> str:

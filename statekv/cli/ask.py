@@ -193,7 +193,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
     from statekv.ops import implementation
 
     state, seconds = session.state, dataclasses.asdict(session.seconds)
-    geometry = state.geometry
+    spec = state.spec
     return {
         "question": question,
         "text": text,
@@ -202,7 +202,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
         "carry": state.config.carry,
         "recall": state.config.recall,
         "layout": state.config.layout,
-        "kernel": implementation(state.config.kernel, geometry.devices[0], geometry.dtype, geometry.head_dim),
+        "kernel": implementation(state.config.kernel, spec.devices[0], spec.dtype, spec.head_dim),
         "budget": state.config.budget,
         "frames": session.frames,
         "tokens": state.tokens,

@@ -32,7 +32,7 @@ def demo(
     from statekv.evals.cards.compare import compare, draw_step_times
 
     check_drawing()
-    tokens = engine.model.span(frames, 64, 64, "hf")
+    tokens = engine.model.max_positions(frames, 64, 64, "hf")
     chosen = tokens // 10 if budget is None else budget
     with progress() as bar:
         task = bar.add_task("videos", total=videos)

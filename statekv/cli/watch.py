@@ -98,7 +98,7 @@ def watch(
     """Watch SOURCE as it comes and answer questions meanwhile; quit or Ctrl-C ends it."""
     given, typed = dict(locals()), typed_options(context)
     settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
-    standing = Standing(seconds_of(ask_every[0], "--ask-every"), ask_every[1]) if ask_every else None
+    standing = SessionSnapshot(seconds_of(ask_every[0], "--ask-every"), ask_every[1]) if ask_every else None
     every_seconds = _check_saving(save, autosave)
     name = _check_source(source, Config.of(method, **settings))
     restored = _restored(save, restore)
@@ -186,7 +186,7 @@ def _check_source(source: str, config: Config) -> str:
 _WAIT_SECONDS = 0.1
 
 
-class Standing:
+class SessionSnapshot:
     """A question that is asked again and again, by the stream's time."""
 
     def __init__(self, every_seconds: float, question: str) -> None:
@@ -224,7 +224,7 @@ class Watching:
         facts: Facts,
         questions: Questions,
         view: Screen | Plain,
-        standing: Standing | None,
+        standing: SessionSnapshot | None,
         log: TextIO | None,
         keeper: Keeper,
     ) -> None:

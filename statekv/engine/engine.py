@@ -12,18 +12,18 @@ import torch
 from statekv.cache.folder import Saved, read_folder
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.engine.scheduler import OnEnd, OnStep, Rounds
+from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
 from statekv.engine.snapshot import load_session
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
-from statekv.runner.runner import Stepper, room_for_answers
+from statekv.runner.runner import ModelRunner, room_for_answers
 from statekv.video.address import check_scheme, display_name, local_path, locate
 from statekv.video.file import VideoInfo, count_frames, probe
 from statekv.video.frame import Frame
 from statekv.video.live import LiveSettings, LiveSource, Unopened
-from statekv.video.resume import Footage, Left, Reading
+from statekv.video.resume import Reading, ResumableVideo, ResumePoint
 
 
 class Engine:
@@ -37,7 +37,7 @@ class Engine:
     def __init__(self, model: VideoModel, config: Config) -> None:
         self.model = model
         self.config = config
-        self.stepper = Stepper(model)
+        self.runner = ModelRunner(model)
         self._attention_before = model.text_config._attn_implementation
 
     def open(
@@ -72,12 +72,12 @@ class Engine:
         config = self.config.with_(method, **settings)
         if source is None:
             _check_length(config, None)
-            return Session(self.stepper, self._state(config))
+            return Session(self.runner, self._state(config))
         check_scheme(source, tuple(config.schemes.split(",")))
         if locate(source).live:
             _check_length(config, None)
             state = self._state(config)
-            return Session(self.stepper, state, live_source(source, config, stream, until_seconds))
+            return Session(self.runner, state, live_source(source, config, stream, until_seconds))
         info = probe(source, stream)
         if until_seconds is not None:
             seconds = until_seconds - info.start_seconds
@@ -91,8 +91,8 @@ class Engine:
             reading = live_source(source, config, stream, ends, info.duration_seconds)
         else:
             how = Reading(config.fps, config.max_frames, stream, until_seconds, config.prefetch)
-            reading = Footage(source, how)
-        return Session(self.stepper, state, reading)
+            reading = ResumableVideo(source, how)
+        return Session(self.runner, state, reading)
 
     def restore(
         self, folder: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, **settings: Any
@@ -117,12 +117,12 @@ class Engine:
             MemoryLimitError: what it may still grow by does not fit beside what open sessions may.
         """
         saved = read_folder(folder)
-        state, standing = load_session(saved, self.model, settings)
-        self.stepper.check_kernel(state.config)
-        self.stepper.admission.admit(state)
+        state, snapshot = load_session(saved, self.model, settings)
+        self.runner.check_kernel(state.config)
+        self.runner.admission.admit(state)
         if state.spans:
-            self.stepper.reserve(state)
-        return Session(self.stepper, state, source_again(saved, source, state.config), standing)
+            self.runner.reserve(state)
+        return Session(self.runner, state, source_again(saved, source, state.config), snapshot)
 
     def watch_all(
         self,
@@ -132,7 +132,7 @@ class Engine:
     ) -> dict[Session, Exception]:
         """Watch several sessions to the ends of their sources, steps of equal shape and settings as one batch.
 
-        In each round every session whose frames are there takes one step (`Rounds`). One that fails
+        In each round every session whose frames are there takes one step (`Scheduler`). One that fails
         leaves, the others go on. A live source that has no frame keeps nobody waiting; an iterator of your own does.
 
         Args:
@@ -152,15 +152,15 @@ class Engine:
             if error is not None:
                 failed[session] = error
 
-        rounds = self.rounds(on_step, note)
+        rounds = self.scheduler(on_step, note)
         for session in sessions:
             rounds.add(session)
         rounds.watch(pause)
         return failed
 
-    def rounds(self, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> Rounds:
+    def scheduler(self, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> Scheduler:
         """What `watch_all` runs, for sessions that come and go meanwhile."""
-        return Rounds(self.stepper, on_step, on_end)
+        return Scheduler(self.runner, on_step, on_end)
 
     def check_question(self, question: str) -> None:
         """Raise the ConfigError that asking would raise, without a stream: empty, or with the model's vision tokens."""
@@ -168,13 +168,13 @@ class Engine:
 
     def close(self) -> None:
         """Hand the model's attention back to transformers; a session that goes on takes it again."""
-        with self.model.turns:
+        with self.model.lock:
             self.model.model.set_attn_implementation({"text_config": self._attention_before})
 
     def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:
         """An empty stream, where there is room for one."""
-        state = self.stepper.open(config, horizon, frames, compacts=_compacts(config, frames))
-        self.stepper.admission.admit(state)
+        state = self.runner.open(config, horizon, frames, compacts=_compacts(config, frames))
+        self.runner.admission.admit(state)
         return state
 
     def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
@@ -189,7 +189,7 @@ class Engine:
         layout = self.model.prompts[config.layout].layout
         # The newest frames alone are a clip that is no longer than its own few positions.
         seconds = None if config.recall == "last_frames" else info.duration_seconds
-        longest = self.model.span(frames, info.height, info.width, layout, seconds)
+        longest = self.model.max_positions(frames, info.height, info.width, layout, seconds)
         needed = longest + room_for_answers(config)
         if needed > trained and self.model.rope.kind != "dynamic":
             raise HorizonError(
@@ -257,7 +257,7 @@ def live_source(
     stream: int | None,
     until_seconds: float | None,
     duration_seconds: float | None = None,
-    left: Left | None = None,
+    left: ResumePoint | None = None,
 ) -> LiveSource:
     """A live source; `until_seconds` counts from its first frame."""
     settings = LiveSettings(
@@ -283,12 +283,12 @@ def source_again(saved: Saved, source: str | os.PathLike[str] | None, config: Co
             raise ConfigError(rule, "leave the source out and push on, or set session.source")
         return None
     with saved.reading():
-        left = Left(**known["left"]) if known["live"] else None
+        left = ResumePoint(**known["left"]) if known["live"] else None
     if left is None:
         if source is not None and locate(source).live:
             rule = f"{known['address']} was watched before, {display_name(source)} is live"
             raise ConfigError(rule, "name the file, or open a session of its own")
-        return Footage.resumed(known, source)
+        return ResumableVideo.resumed(known, source)
     if source is None:
         return Unopened(left)
     return live_source(source, config, left.stream, left.until_seconds, left.duration_seconds, left)

@@ -13,9 +13,9 @@ from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
 from statekv.models.hooks import attention_left_as_found
 from statekv.models.loading import wrap_model
-from statekv.runner.decoding import Sampling
+from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import memory_limit
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 
 _INPUTS = (
     "input_ids",
@@ -95,9 +95,9 @@ def generate(
     _refuse_choice_of_frames(config)
     if chosen["top_k"] is None:
         chosen["top_k"] = _STOCK_TOP_K
-    sampling = Sampling(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
+    sampling = SamplingParams(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
     prompt, inputs = _one_conversation(inputs)
-    tokens, logits = _run(Stepper(adapter), config, inputs, sampling)
+    tokens, logits = _run(ModelRunner(adapter), config, inputs, sampling)
     new = torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)
     sequences = torch.cat([_known(adapter, prompt), new], dim=1)
     if not return_dict_in_generate:
@@ -109,22 +109,22 @@ def generate(
 
 
 def _run(
-    stepper: Stepper, config: Config, inputs: dict[str, Any], sampling: Sampling
+    runner: ModelRunner, config: Config, inputs: dict[str, Any], sampling: SamplingParams
 ) -> tuple[list[int], list[torch.Tensor]]:
     prompt = inputs["input_ids"]
     longest = prompt.shape[1] + sampling.max_new_tokens
     # Stock scales dynamic-NTK RoPE by the longest position so far; here by the longest there will be.
-    reach = stepper.model.reach(inputs) + sampling.max_new_tokens
-    state = stepper.open(config, max(reach, stepper.model.trained_length), room=0)
-    with torch.inference_mode(), memory_limit(), attention_left_as_found(stepper.model.model):
+    reach = runner.model.reach(inputs) + sampling.max_new_tokens
+    state = runner.open(config, max(reach, runner.model.trained_length), room=0)
+    with torch.inference_mode(), memory_limit(), attention_left_as_found(runner.model.model):
         state.detailed.reserve(longest)
-        for segment in stepper.model.segments(inputs):
+        for segment in runner.model.segments(inputs):
             if segment.kind != "question":
-                stepper.prefill(state, segment)
+                runner.prefill(state, segment)
                 continue
             if not segment.length:
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
-            answered = list(stepper.answer(state, segment, sampling, _known(stepper.model, prompt)))
+            answered = list(runner.answer(state, segment, sampling, _known(runner.model, prompt)))
     return [token for token, _ in answered], [logits for _, logits in answered]
 
 

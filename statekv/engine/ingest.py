@@ -13,23 +13,23 @@ import torch
 from statekv.cache.stream import StreamState
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
-from statekv.engine.snapshot import Standing
+from statekv.engine.snapshot import SessionSnapshot
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
-from statekv.models.adapter import Seen, Segment, VideoModel
+from statekv.models.adapter import EncodedStep, Segment, VideoModel
 from statekv.runner.memory import memory_limit
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from statekv.video.live import LiveSource, LiveStatus
 
 
-class Feed:
+class FrameQueue:
     """What a session holds besides its stream. One thread at a time.
 
     Args:
-        stepper: the loaded model.
+        runner: the loaded model.
         state: the stream.
         source: frames to draw; None where all are pushed.
-        standing: where another session stood, which this one goes on from.
+        snapshot: where another session stood, which this one goes on from.
 
     Attributes:
         ahead: frames read, and looked at, before their turn.
@@ -39,18 +39,18 @@ class Feed:
     """
 
     def __init__(
-        self, stepper: Stepper, state: StreamState, source: Iterator[Frame] | None, standing: Standing
+        self, runner: ModelRunner, state: StreamState, source: Iterator[Frame] | None, snapshot: SessionSnapshot
     ) -> None:
-        if source is None and standing.ahead:
+        if source is None and snapshot.ahead:
             source = iter(())  # what was read before its turn is still to be drawn
-        self.stepper, self.state, self.source = stepper, state, source
-        self.seconds, self.steps = replace(standing.seconds), standing.steps
-        self.waiting = list(standing.waiting)
+        self.runner, self.state, self.source = runner, state, source
+        self.seconds, self.steps = replace(snapshot.seconds), snapshot.steps
+        self.waiting = list(snapshot.waiting)
         self.ended = False
-        self.ahead = Ahead(stepper.model, state, self.seconds)
-        self.ahead.hold(standing.ahead, standing.looked)
+        self.ahead = VisionPrefetch(runner.model, state, self.seconds)
+        self.ahead.hold(snapshot.ahead, snapshot.looked)
         self.only_newest = state.config.recall == "last_frames"
-        self._passed, self._broken = standing.passed, standing.broken
+        self._passed, self._broken = snapshot.passed, snapshot.broken
 
     @property
     def frames(self) -> int:
@@ -63,10 +63,10 @@ class Feed:
         return self.source.status if isinstance(self.source, LiveSource) else None
 
     @property
-    def standing(self) -> Standing:
+    def snapshot(self) -> SessionSnapshot:
         """From where another session can go on."""
         ahead, looked = self.ahead.held
-        return Standing(self.seconds, self.steps, self.waiting, self._passed, self._broken, ahead, looked)
+        return SessionSnapshot(self.seconds, self.steps, self.waiting, self._passed, self._broken, ahead, looked)
 
     def check(self) -> None:
         """Raise a StateKVError if a failed step has left the stream so that nothing can enter."""
@@ -84,12 +84,12 @@ class Feed:
         return self.source
 
     def draw(self, look: bool = True) -> Frame | None:
-        """The source's next frame, None behind its last one; see `Ahead.draw`."""
+        """The source's next frame, None behind its last one; see `VisionPrefetch.draw`."""
         frame = self.ahead.draw(self.drawn(), self.waiting, look)
         self.ended = frame is None
         return frame
 
-    def put(self, frame: Frame) -> NewStep | Progress | None:
+    def put(self, frame: Frame) -> PendingStep | Progress | None:
         """Let a frame wait.
 
         Returns:
@@ -99,7 +99,7 @@ class Feed:
         Raises:
             ConfigError: not a frame, or one of another size than its partner in the step.
         """
-        per_step = self.stepper.model.frames_per_step
+        per_step = self.runner.model.frames_per_step
         check_frame(frame, self.waiting[-1:] if per_step > 1 else [])
         self.waiting.append(frame)
         if self.only_newest:
@@ -107,9 +107,9 @@ class Feed:
         if len(self.waiting) < per_step:
             return None
         frames, self.waiting = self.waiting, []
-        return NewStep(self.stepper, self.state, self.ahead, frames)
+        return PendingStep(self.runner, self.state, self.ahead, frames)
 
-    def take(self, step: NewStep) -> Progress:
+    def take(self, step: PendingStep) -> Progress:
         """Let a step enter alone."""
         try:
             step.enter()
@@ -119,18 +119,18 @@ class Feed:
             raise
         return self.finish(step)
 
-    def finish(self, step: NewStep) -> Progress:
+    def finish(self, step: PendingStep) -> Progress:
         """Take note of a step that has entered."""
         self.seconds.vision += step.vision_seconds
         self.seconds.prefill += step.prefill_seconds
         self.steps += 1
         if self.steps == 1:
-            self.stepper.reserve(self.state)
+            self.runner.reserve(self.state)
         carried, tokens = self.state.carried.length, self.state.tokens
         newest = step.frames[-1].pts_seconds
         return Progress(self.steps, self.state.frames, newest, step.prefill_seconds, carried, tokens, self.live)
 
-    def undo(self, step: NewStep, error: BaseException) -> None:
+    def undo(self, step: PendingStep, error: BaseException) -> None:
         """Take back a step that failed. Either its partners wait as before, or nothing can enter any more."""
         self._broken = step.undo(error)
         if not self._broken:
@@ -155,7 +155,7 @@ class Feed:
 _POLL_SECONDS = 0.1
 
 
-class Ahead:
+class VisionPrefetch:
     """Frames read before their turn, and steps whose pictures have passed the vision tower before theirs.
 
     On CUDA the tower works on a stream of its own, a batch ahead of the language model.
@@ -172,7 +172,7 @@ class Ahead:
         self._seconds = seconds
         self._frames: deque[Frame] = deque()
         self._error: Exception | None = None  # what ended the source, raised behind the frames before it
-        self._looked: deque[tuple[Seen, torch.cuda.Event | None]] = deque()
+        self._looked: deque[tuple[EncodedStep, torch.cuda.Event | None]] = deque()
         device = model.model.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -225,7 +225,7 @@ class Ahead:
         """Whether the tower has looked at frames whose turn has not come yet."""
         return bool(self._looked)
 
-    def take(self, frames: Sequence[Frame]) -> Seen:
+    def take(self, frames: Sequence[Frame]) -> EncodedStep:
         """What the tower makes of one step, also where nobody has looked at just these frames before."""
         if self._looked:
             seen, done = self._looked.popleft()
@@ -233,23 +233,23 @@ class Ahead:
                 _hand_over(seen, done)
                 return seen
             self._looked.clear()  # other frames were pushed in between
-        with self._model.turns:
-            (seen,) = self._model.look([frames], self._state.frames_expected)
+        with self._model.lock:
+            (seen,) = self._model.encode([frames], self._state.frames_expected)
         return seen
 
-    def offer(self, seen: Seen) -> None:
+    def offer(self, seen: EncodedStep) -> None:
         """Hand over a step that another stream of the same frames has had looked at."""
         self._looked.append((seen, None))
 
     @property
-    def held(self) -> tuple[list[Frame], list[Seen]]:
+    def held(self) -> tuple[list[Frame], list[EncodedStep]]:
         """Frames before their turn, and what the tower has made of some steps; finished, where it works beside us."""
         for _, done in self._looked:
             if done is not None:
                 done.synchronize()
         return list(self._frames), [seen for seen, _ in self._looked]
 
-    def hold(self, frames: Sequence[Frame], looked: Sequence[Seen]) -> None:
+    def hold(self, frames: Sequence[Frame], looked: Sequence[EncodedStep]) -> None:
         """Begin with what another one held."""
         self._frames.extend(frames)
         self._looked.extend((seen, None) for seen in looked)
@@ -286,14 +286,14 @@ class Ahead:
             return
         began = time.perf_counter()
         stream = torch.cuda.stream(self._stream)  # None changes nothing
-        with torch.inference_mode(), memory_limit(), self._model.turns, stream:
-            looked = self._model.look(steps, self._state.frames_expected)
+        with torch.inference_mode(), memory_limit(), self._model.lock, stream:
+            looked = self._model.encode(steps, self._state.frames_expected)
             done = self._stream.record_event() if self._stream is not None else None
         self._looked.extend((seen, done) for seen in looked)
         self._seconds.vision += time.perf_counter() - began
 
 
-def _hand_over(seen: Seen, done: torch.cuda.Event | None) -> None:
+def _hand_over(seen: EncodedStep, done: torch.cuda.Event | None) -> None:
     if done is None:
         return
     here = torch.cuda.current_stream(seen.features.device)
@@ -311,11 +311,11 @@ def check_frame(frame: Frame, partners: Sequence[Frame]) -> None:
         raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
 
 
-class NewStep:
+class PendingStep:
     """The frames of one step: `enter`, then `prefill` alone or with others; `undo` where either failed.
 
     Args:
-        stepper: the loaded model.
+        runner: the loaded model.
         state: the stream.
         ahead: what may have looked at the frames already.
         frames: of the step.
@@ -325,8 +325,8 @@ class NewStep:
         vision_seconds, prefill_seconds: what it took, in a batch its share.
     """
 
-    def __init__(self, stepper: Stepper, state: StreamState, ahead: Ahead, frames: Sequence[Frame]) -> None:
-        self.stepper, self.state, self.frames = stepper, state, list(frames)
+    def __init__(self, runner: ModelRunner, state: StreamState, ahead: VisionPrefetch, frames: Sequence[Frame]) -> None:
+        self.runner, self.state, self.frames = runner, state, list(frames)
         self.segments: list[Segment] = []
         self.vision_seconds = self.prefill_seconds = 0.0
         self._ahead = ahead
@@ -337,10 +337,10 @@ class NewStep:
         """Have the frames looked at, find their place in the stream, and check that there is one."""
         began = time.perf_counter()
         with memory_limit():
-            self.segments = self.stepper.enter(self.state, self._ahead.take(self.frames))
+            self.segments = self.runner.enter(self.state, self._ahead.take(self.frames))
             self._mark = self.state.mark()  # entering may have moved positions
             if len(self.segments) == 1:  # a prefix has to enter before its step can be checked
-                self.stepper.check(self.state, self.segments[0])
+                self.runner.check(self.state, self.segments[0])
         self.vision_seconds = time.perf_counter() - began
         place = self.state.uncompacted(self.segments[-1].moment)
         for gap in (frame for frame in self.frames if frame.gap_seconds):
@@ -352,7 +352,7 @@ class NewStep:
         began = time.perf_counter()
         with memory_limit():
             for segment in self.segments:
-                self.stepper.prefill(self.state, segment)
+                self.runner.prefill(self.state, segment)
         self.prefill_seconds = time.perf_counter() - began
 
     def undo(self, error: BaseException) -> str:

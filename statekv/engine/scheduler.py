@@ -7,13 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from threading import Lock
 
-from statekv.engine.ingest import NewStep
+from statekv.engine.ingest import PendingStep
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
-from statekv.runner.batching import kinship, likeness
-from statekv.runner.runner import Stepper, gather, look_together, prefill_together
+from statekv.runner.batching import batch_key, stream_key
+from statekv.runner.runner import ModelRunner, encode_batch, gather_batch, prefill_batch
 
 OnStep = Callable[[Session, Progress], None]
 # A session is no longer watched: its source has ended (None), or this is why it cannot go on.
@@ -22,24 +22,24 @@ OnEnd = Callable[[Session, Exception | None], None]
 _POLL_SECONDS = 0.01
 
 
-class Rounds:
+class Scheduler:
     """Watches sessions, round by round: each that has the frames of a step takes one, and no second one.
 
     So nobody waits longer than for one step of each of the others, however fast their sources are. Steps of equal
-    shape and settings run as one batch (`likeness`); the batches, and the steps that go alone, run in
+    shape and settings run as one batch (`batch_key`); the batches, and the steps that go alone, run in
     the order in which their first sessions have waited. A session that another thread is using just then, for a
     question, has its step in a later round.
 
     Sessions may be added, asked and closed from any thread while rounds run on one.
 
     Args:
-        stepper: of all of them.
+        runner: of all of them.
         on_step: called after each step of a session, on the thread of the rounds.
         on_end: called when a session leaves because its source has ended or it cannot go on; the others go on.
     """
 
-    def __init__(self, stepper: Stepper, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> None:
-        self._stepper = stepper
+    def __init__(self, runner: ModelRunner, on_step: OnStep | None = None, on_end: OnEnd | None = None) -> None:
+        self._runner = runner
         self._on_step, self._on_end = on_step, on_end
         self._mutex = Lock()
         self._sessions: dict[Session, int] = {}  # in the order of their coming; with the round of their last step
@@ -54,9 +54,9 @@ class Rounds:
         Raises:
             ConfigError: it belongs to another engine, or has no source.
         """
-        if session.stepper is not self._stepper:
+        if session.runner is not self._runner:
             raise ConfigError("this session belongs to another engine", "watch it with the engine that opened it")
-        session.feed.drawn()
+        session.queue.drawn()
         with self._mutex:
             self._sessions.setdefault(session, self._number)
 
@@ -68,10 +68,10 @@ class Rounds:
     def watch(self, pause: Callable[[], bool] | None = None) -> None:
         """Rounds until every source has ended, or `pause`, asked between them, says so."""
         while len(self) and not (pause is not None and pause()):
-            if not self.round():
+            if not self.step():
                 time.sleep(_POLL_SECONDS)
 
-    def round(self) -> int:
+    def step(self) -> int:
         """One step of each session that has its frames and is free.
 
         Returns:
@@ -95,12 +95,12 @@ class Rounds:
         return len(told)
 
     def _take(self, session: Session, held: ExitStack) -> bool:
-        if not session.turns.take(wait=False):
+        if not session.lock.acquire(wait=False):
             return False
-        held.callback(session.turns.leave)
+        held.callback(session.lock.release)
         return True
 
-    def _draw(self, session: Session, told: list[Callable[[], None]]) -> tuple[Session, NewStep] | None:
+    def _draw(self, session: Session, told: list[Callable[[], None]]) -> tuple[Session, PendingStep] | None:
         """A session's next step, if its frames are there."""
         if session.answering:
             return None
@@ -110,91 +110,91 @@ class Rounds:
                 return None
             session.check_growing()
             found = self._drawn(session)
-            if isinstance(found, NewStep):
+            if isinstance(found, PendingStep):
                 return session, found
             if found is not None:
                 self._stepped(session, found, told)
-            elif session.feed.ended:
+            elif session.queue.ended:
                 self._ended(session, None, told)
         except Exception as error:
             self._ended(session, error, told)
         return None
 
-    def _look(self, drawn: Sequence[tuple[Session, NewStep]]) -> None:
+    def _look(self, drawn: Sequence[tuple[Session, PendingStep]]) -> None:
         """Send pictures of live sources through the vision tower together, where their steps may go together too."""
-        model = self._stepper.model
-        found: dict[Hashable, list[tuple[Session, NewStep]]] = {}
+        model = self._runner.model
+        found: dict[Hashable, list[tuple[Session, PendingStep]]] = {}
         for session, step in drawn:
-            kin, expected = kinship(model, session.state), session.state.frames_expected
-            if kin is not None and not session.feed.ahead.looked:
+            kin, expected = stream_key(model, session.state), session.state.frames_expected
+            if kin is not None and not session.queue.ahead.looked:
                 shapes = tuple(frame.data.shape for frame in step.frames)
                 found.setdefault((kin, expected, shapes), []).append((session, step))
         for group in found.values():
             if len(group) == 1:
                 continue
             try:
-                seen = look_together(model, [step.frames for _, step in group], group[0][0].state.frames_expected)
+                seen = encode_batch(model, [step.frames for _, step in group], group[0][0].state.frames_expected)
             except Exception:
                 continue  # each looks at its own frames, and fails by itself
             for (session, _), looked in zip(group, seen, strict=True):
-                session.feed.ahead.offer(looked)
+                session.queue.ahead.offer(looked)
 
-    def _enter(self, session: Session, step: NewStep, told: list[Callable[[], None]]) -> bool:
+    def _enter(self, session: Session, step: PendingStep, told: list[Callable[[], None]]) -> bool:
         """Find a step's place in its stream."""
         try:
             step.enter()
         except Exception as error:
-            session.feed.undo(step, error)
+            session.queue.undo(step, error)
             self._ended(session, error, told)
             return False
         return True
 
-    def _drawn(self, session: Session) -> NewStep | Progress | None:
-        source = session.feed.drawn()
-        while session.feed.ahead.ready(source) and (frame := session.feed.draw(look=False)) is not None:
-            found = session.feed.put(frame)
+    def _drawn(self, session: Session) -> PendingStep | Progress | None:
+        source = session.queue.drawn()
+        while session.queue.ahead.ready(source) and (frame := session.queue.draw(look=False)) is not None:
+            found = session.queue.put(frame)
             if found is not None:
                 return found
         return None
 
-    def _batches(self, entering: Sequence[tuple[Session, NewStep]]) -> list[list[tuple[Session, NewStep]]]:
+    def _batches(self, entering: Sequence[tuple[Session, PendingStep]]) -> list[list[tuple[Session, PendingStep]]]:
         """Those that go together, in the order in which the first of each has waited."""
-        found: dict[Hashable, list[tuple[Session, NewStep]]] = {}
+        found: dict[Hashable, list[tuple[Session, PendingStep]]] = {}
         for session, step in entering:
-            alike = likeness(self._stepper.model, session.state, step.segments)
+            alike = batch_key(self._runner.model, session.state, step.segments)
             found.setdefault(id(session) if alike is None else alike, []).append((session, step))
         return list(found.values())
 
-    def _prefill(self, batch: Sequence[tuple[Session, NewStep]], told: list[Callable[[], None]]) -> None:
+    def _prefill(self, batch: Sequence[tuple[Session, PendingStep]], told: list[Callable[[], None]]) -> None:
         states = [session.state for session, _ in batch]
-        if len(batch) == 1 or not gather(self._stepper, states):
+        if len(batch) == 1 or not gather_batch(self._runner, states):
             for session, step in batch:
                 self._finish([(session, step)], step.prefill, told)
             return
 
         def together() -> None:
             began = time.perf_counter()
-            prefill_together(self._stepper, states, [step.segments[-1] for _, step in batch])
+            prefill_batch(self._runner, states, [step.segments[-1] for _, step in batch])
             for _, step in batch:
                 step.prefill_seconds = (time.perf_counter() - began) / len(batch)
 
         self._finish(batch, together, told)
 
     def _finish(
-        self, batch: Sequence[tuple[Session, NewStep]], run: Callable[[], None], told: list[Callable[[], None]]
+        self, batch: Sequence[tuple[Session, PendingStep]], run: Callable[[], None], told: list[Callable[[], None]]
     ) -> None:
         try:
             run()
         except BaseException as error:
             for session, step in batch:
-                session.feed.undo(step, error)
+                session.queue.undo(step, error)
             if not isinstance(error, Exception):
                 raise
             for session, _ in batch:
                 self._ended(session, error, told)
             return
         for session, step in batch:
-            self._stepped(session, session.feed.finish(step), told)
+            self._stepped(session, session.queue.finish(step), told)
 
     def _stepped(self, session: Session, progress: Progress, told: list[Callable[[], None]]) -> None:
         with self._mutex:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.engine.ingest import Feed, NewStep
+from statekv.engine.ingest import FrameQueue, PendingStep
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
-from statekv.engine.snapshot import Standing, save_session
+from statekv.engine.snapshot import SessionSnapshot, save_session
 from statekv.errors import ConfigError
-from statekv.models.adapter import Seen, Segment
-from statekv.runner.decoding import Sampling, StreamingText
-from statekv.runner.lock import Turns
-from statekv.runner.runner import Stepper
+from statekv.models.adapter import EncodedStep, Segment
+from statekv.runner.decoding import Detokenizer, SamplingParams
+from statekv.runner.lock import FairLock
+from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from statekv.video.live import LiveSource, LiveStatus, Unopened
-from statekv.video.resume import Footage
+from statekv.video.resume import ResumableVideo
 
 
 class Session:
@@ -30,66 +30,66 @@ class Session:
     Made by `Engine.open`. Any thread may use it at any time: they take turns, in the order in which they came.
 
     Args:
-        stepper: the loaded model.
+        runner: the loaded model.
         state: both memories.
         source: frames that `watch` draws from; None where all come through `push`.
-        standing: where another session stood, which this one goes on from.
+        snapshot: where another session stood, which this one goes on from.
 
     Attributes:
-        feed: frames on their way into the stream.
+        queue: frames on their way into the stream.
         turns: whoever changes or reads the stream takes it meanwhile.
     """
 
     def __init__(
         self,
-        stepper: Stepper,
+        runner: ModelRunner,
         state: StreamState,
         source: Iterator[Frame] | None = None,
-        standing: Standing | None = None,
+        snapshot: SessionSnapshot | None = None,
     ) -> None:
         self.state = state
-        self.feed = Feed(stepper, state, source, standing or Standing())
-        self.turns = Turns()
+        self.queue = FrameQueue(runner, state, source, snapshot or SessionSnapshot())
+        self.lock = FairLock()
         self._closed = self._answering = False
-        stepper.admission.enter(state)
+        runner.admission.enter(state)
 
     @property
-    def stepper(self) -> Stepper:
+    def runner(self) -> ModelRunner:
         """The loaded model."""
-        return self.feed.stepper
+        return self.queue.runner
 
-    @stepper.setter
-    def stepper(self, stepper: Stepper) -> None:
-        self.feed.stepper = stepper
+    @runner.setter
+    def runner(self, runner: ModelRunner) -> None:
+        self.queue.runner = runner
 
     @property
     def source(self) -> Iterator[Frame] | None:
         """Frames that `watch` draws from."""
-        return self.feed.source
+        return self.queue.source
 
     @source.setter
     def source(self, source: Iterator[Frame] | None) -> None:
-        self.feed.source = source
+        self.queue.source = source
 
     @property
     def frames(self) -> int:
         """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
-        return self.feed.frames
+        return self.queue.frames
 
     @property
     def steps(self) -> int:
         """Steps that have entered."""
-        return self.feed.steps
+        return self.queue.steps
 
     @property
     def seconds(self) -> Seconds:
         """Where the time went."""
-        return self.feed.seconds
+        return self.queue.seconds
 
     @property
     def live(self) -> LiveStatus | None:
         """How the live source is doing; None for other sources."""
-        return self.feed.live
+        return self.queue.live
 
     @property
     def closed(self) -> bool:
@@ -120,13 +120,13 @@ class Session:
             ConfigError: the session has no source.
             HorizonError, MemoryLimitError: as `push`.
         """
-        with self.turns:
+        with self.lock:
             self.check_growing()
-            source = self.feed.drawn()
-        while self.feed.ahead.wait(source, pause):
-            with self.turns:
+            source = self.queue.drawn()
+        while self.queue.ahead.wait(source, pause):
+            with self.lock:
                 self.check_growing()
-                frame = self.feed.draw()
+                frame = self.queue.draw()
                 if frame is None:
                     return
                 self.push([frame], on_step)
@@ -134,7 +134,10 @@ class Session:
                 return
 
     def push(
-        self, frames: Iterable[Frame], on_step: Callable[[Progress], None] | None = None, seen: Seen | None = None
+        self,
+        frames: Iterable[Frame],
+        on_step: Callable[[Progress], None] | None = None,
+        seen: EncodedStep | None = None,
     ) -> None:
         """Let frames enter; they become part of the stream as soon as a step is full.
 
@@ -145,15 +148,15 @@ class Session:
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
-        if seen is not None and not self.feed.only_newest:
-            with self.turns:
-                self.feed.ahead.offer(seen)
+        if seen is not None and not self.queue.only_newest:
+            with self.lock:
+                self.queue.ahead.offer(seen)
         for frame in frames:
-            with self.turns:
+            with self.lock:
                 self.check_growing()
                 with deferred_interrupts():
-                    found = self.feed.put(frame)
-                    progress = self.feed.take(found) if isinstance(found, NewStep) else found
+                    found = self.queue.put(frame)
+                    progress = self.queue.take(found) if isinstance(found, PendingStep) else found
                     if progress is not None and on_step is not None:
                         on_step(progress)
 
@@ -181,8 +184,8 @@ class Session:
             HorizonError: question and answer would pass the stream's horizon.
         """
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
-        with self.turns:
+        sampling = sampling_params(self.runner, self.state, max_new_tokens, **drawing)
+        with self.lock:
             return "".join(self._answer(question, sampling, stop))
 
     def stream(
@@ -198,14 +201,14 @@ class Session:
     ) -> Generator[str, None, None]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
         drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = sampling_of(self.stepper, self.state, max_new_tokens, **drawing)
+        sampling = sampling_params(self.runner, self.state, max_new_tokens, **drawing)
         return self._answer(question, sampling, stop)
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
-        with self.turns:
+        with self.lock:
             self._check_askable()
-            return first_logits(self.stepper, self.state, self.feed.waiting, question)
+            return first_logits(self.runner, self.state, self.queue.waiting, question)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
@@ -217,10 +220,10 @@ class Session:
             ConfigError: the session is closed, or an answer is being given.
             SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
         """
-        with self.turns, deferred_interrupts():
+        with self.lock, deferred_interrupts():
             self._check_free()
-            source = self.source.facts() if isinstance(self.source, (Footage, LiveSource, Unopened)) else None
-            save_session(folder, self.stepper.model, self.state, self.feed.standing, source)
+            source = self.source.facts() if isinstance(self.source, (ResumableVideo, LiveSource, Unopened)) else None
+            save_session(folder, self.runner.model, self.state, self.queue.snapshot, source)
 
     def fork(self) -> Session:
         """A second session from here on; neither sees what becomes of the other.
@@ -231,12 +234,12 @@ class Session:
         Raises:
             ConfigError: the session is closed, or an answer is being given.
         """
-        with self.turns:
+        with self.lock:
             self._check_free()
-            source = self.source.again() if isinstance(self.source, Footage) else None
-            with self.stepper.model.turns:  # memory is about to be shared
+            source = self.source.again() if isinstance(self.source, ResumableVideo) else None
+            with self.runner.model.lock:  # memory is about to be shared
                 state = self.state.fork()
-            return Session(self.stepper, state, source, self.feed.standing)
+            return Session(self.runner, state, source, self.queue.snapshot)
 
     def close(self) -> None:
         """Free both memories and the source; may be called twice. An answer that is being given ends with an error."""
@@ -244,10 +247,10 @@ class Session:
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
-        with self.turns, self.stepper.model.turns:
-            self.feed.free()
-            self.stepper.batches.leave(self.state)
-            self.stepper.admission.leave(self.state)
+        with self.lock, self.runner.model.lock:
+            self.queue.free()
+            self.runner.batches.leave(self.state)
+            self.runner.admission.leave(self.state)
             self.state.free()
 
     def __enter__(self) -> Session:
@@ -259,15 +262,15 @@ class Session:
     def check_growing(self) -> None:
         """Raise the error that pushing a frame would raise: closed, an answer being given, or a step that failed."""
         self._check_free()
-        self.feed.check()
+        self.queue.check()
 
-    def _answer(self, question: str, sampling: Sampling, stop: tuple[str, ...]) -> Generator[str, None, None]:
-        with self.turns:
+    def _answer(self, question: str, sampling: SamplingParams, stop: tuple[str, ...]) -> Generator[str, None, None]:
+        with self.lock:
             self._check_askable()
             self._answering = True
         began = time.perf_counter()
         try:
-            for piece in answer(self.stepper, self.state, self.feed.waiting, question, sampling, stop):
+            for piece in answer(self.runner, self.state, self.queue.waiting, question, sampling, stop):
                 yield piece
                 self._check_open()
         finally:
@@ -289,7 +292,9 @@ class Session:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
 
 
-def sampling_of(stepper: Stepper, state: StreamState, max_new_tokens: int | None, **drawing: Any) -> Sampling:
+def sampling_params(
+    runner: ModelRunner, state: StreamState, max_new_tokens: int | None, **drawing: Any
+) -> SamplingParams:
     """How to choose an answer's tokens.
 
     Raises:
@@ -299,21 +304,21 @@ def sampling_of(stepper: Stepper, state: StreamState, max_new_tokens: int | None
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1", "raise max_new_tokens")
     config = state.config
     longest = max_new_tokens or config.max_new_tokens
-    return Sampling(longest, stepper.model.end_tokens, seed=config.seed, **drawing)
+    return SamplingParams(longest, runner.model.end_tokens, seed=config.seed, **drawing)
 
 
 def answer(
-    stepper: Stepper,
+    runner: ModelRunner,
     state: StreamState,
     waiting: Sequence[Frame],
     question: str,
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: tuple[str, ...],
 ) -> Iterator[str]:
     """The answer, piece by piece.
 
     Args:
-        stepper: the loaded model.
+        runner: the loaded model.
         state: what is asked about.
         waiting: frames that are part of what was seen, but not of the stream yet.
         question: the text.
@@ -323,9 +328,9 @@ def answer(
     mark = state.mark()
     try:
         with torch.inference_mode():
-            segment = _entering(stepper, state, waiting, question)
-        text = StreamingText(stepper.model.tokenizer, stop)
-        for token, _ in stepper.answer(state, segment, sampling):
+            segment = _entering(runner, state, waiting, question)
+        text = Detokenizer(runner.model.tokenizer, stop)
+        for token, _ in runner.answer(state, segment, sampling):
             if token in sampling.end_tokens:
                 break
             yield text.push(token)
@@ -336,32 +341,32 @@ def answer(
         state.crop_to(mark)
 
 
-def first_logits(stepper: Stepper, state: StreamState, waiting: Sequence[Frame], question: str) -> torch.Tensor:
+def first_logits(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame], question: str) -> torch.Tensor:
     """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
     mark = state.mark()
     try:
         with torch.inference_mode():
-            segment = _entering(stepper, state, waiting, question)
-            return stepper.logits(stepper.prefill(state, segment, "answer")).float()
+            segment = _entering(runner, state, waiting, question)
+            return runner.logits(runner.prefill(state, segment, "answer")).float()
     finally:
         state.crop_to(mark)
 
 
-def _entering(stepper: Stepper, state: StreamState, waiting: Sequence[Frame], question: str) -> Segment:
+def _entering(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame], question: str) -> Segment:
     """The question's segment, after frames that wait have been shown to it.
 
     Those do not become part of the stream: they are cropped away with the question.
     """
-    model, only_newest = stepper.model, state.config.recall == "last_frames"
+    model, only_newest = runner.model, state.config.recall == "last_frames"
     segment = model.question(question, state)
     if not waiting:
         return segment
     steps = [waiting[i : i + model.frames_per_step] for i in range(0, len(waiting), model.frames_per_step)]
     # The newest frames alone are a clip of their own, whose steps follow each other.
     expected = len(waiting) if only_newest else state.frames_expected
-    with model.turns:
-        looked = model.look(steps, expected)
+    with model.lock:
+        looked = model.encode(steps, expected)
     for seen in looked:
-        for entering in model.enter(seen, state):
-            stepper.prefill(state, entering, "carry" if only_newest else "peek")
+        for entering in model.segments_of(seen, state):
+            runner.prefill(state, entering, "carry" if only_newest else "peek")
     return model.question(question, state)

@@ -18,7 +18,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.progress import Seconds
 from statekv.errors import ConfigError, ModelError
-from statekv.models.adapter import Seen, VideoModel
+from statekv.models.adapter import EncodedStep, VideoModel
 from statekv.models.loading import Identity, identify
 from statekv.video.frame import Frame
 
@@ -34,7 +34,7 @@ _FRAMES = "frames"
 
 
 @dataclass
-class Standing:
+class SessionSnapshot:
     """Where a session stands, its stream left out.
 
     Attributes:
@@ -53,14 +53,14 @@ class Standing:
     passed: int = 0
     broken: str = ""
     ahead: Sequence[Frame] = ()
-    looked: Sequence[Seen] = ()
+    looked: Sequence[EncodedStep] = ()
 
 
 def save_session(
     folder: str | os.PathLike[str],
     model: VideoModel,
     state: StreamState,
-    standing: Standing,
+    snapshot: SessionSnapshot,
     source: dict[str, Any] | None,
 ) -> None:
     """Write a session.
@@ -68,13 +68,13 @@ def save_session(
     Args:
         folder: made where there is none; a session that it holds is replaced once this one is whole.
         model: what the stream was computed with.
-        state, standing: the session.
+        state, snapshot: the session.
         source: how to go on reading; None: frames are pushed.
 
     Raises:
         SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
     """
-    frames = list({id(frame): frame for frame in _all_frames(standing)}.values())
+    frames = list({id(frame): frame for frame in _all_frames(snapshot)}.values())
     numbers = {id(frame): number for number, frame in enumerate(frames)}
     beside = {
         "model": dataclasses.asdict(identify(model)),
@@ -82,27 +82,27 @@ def save_session(
         "made_with": {name: version(name) for name in _MADE_WITH},
         "source": source,
         "session": {
-            "seconds": dataclasses.asdict(standing.seconds),
-            "steps": standing.steps,
-            "passed": standing.passed,
-            "broken": standing.broken,
+            "seconds": dataclasses.asdict(snapshot.seconds),
+            "steps": snapshot.steps,
+            "passed": snapshot.passed,
+            "broken": snapshot.broken,
             "frames": [_told(frame) for frame in frames],
-            "waiting": [numbers[id(frame)] for frame in standing.waiting],
-            "ahead": [numbers[id(frame)] for frame in standing.ahead],
+            "waiting": [numbers[id(frame)] for frame in snapshot.waiting],
+            "ahead": [numbers[id(frame)] for frame in snapshot.ahead],
             "looked": [
                 {
                     "frames": [numbers[id(frame)] for frame in seen.frames],
                     "grid": seen.grid,
                     "deepstack": len(seen.deepstack),
                 }
-                for seen in standing.looked
+                for seen in snapshot.looked
             ],
         },
     }
-    save_stream(state, folder, beside, [Piece(_FRAMES, partial(_frame_tensors, frames, standing.looked))])
+    save_stream(state, folder, beside, [Piece(_FRAMES, partial(_frame_tensors, frames, snapshot.looked))])
 
 
-def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -> tuple[StreamState, Standing]:
+def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -> tuple[StreamState, SessionSnapshot]:
     """Read a session.
 
     Args:
@@ -117,15 +117,15 @@ def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -
     """
     with saved.reading():
         _check_model(saved, Identity(**saved.facts["model"]), identify(model))
-        state = load_stream(saved, model.geometry(), partial(_changed, saved, settings=settings))
+        state = load_stream(saved, model.kv_spec(), partial(_changed, saved, settings=settings))
         _check_frequencies(saved, _frequencies(model, state))
         return state, _standing(saved, model.model.device)
 
 
-def _all_frames(standing: Standing) -> Iterator[Frame]:
-    yield from standing.waiting
-    yield from standing.ahead
-    for seen in standing.looked:
+def _all_frames(snapshot: SessionSnapshot) -> Iterator[Frame]:
+    yield from snapshot.waiting
+    yield from snapshot.ahead
+    for seen in snapshot.looked:
         yield from seen.frames
 
 
@@ -135,7 +135,7 @@ def _told(frame: Frame) -> dict[str, Any]:
     return {name: getattr(frame, name) for name in names if name != "data"}
 
 
-def _frame_tensors(frames: Sequence[Frame], looked: Sequence[Seen]) -> dict[str, torch.Tensor]:
+def _frame_tensors(frames: Sequence[Frame], looked: Sequence[EncodedStep]) -> dict[str, torch.Tensor]:
     # Cloned: features of one batch lie in one piece of memory, which safetensors refuses.
     found = {f"frame.{number}": frame.data.cpu().clone() for number, frame in enumerate(frames)}
     for number, seen in enumerate(looked):
@@ -145,15 +145,15 @@ def _frame_tensors(frames: Sequence[Frame], looked: Sequence[Seen]) -> dict[str,
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _standing(saved: Saved, device: torch.device) -> Standing:
+def _standing(saved: Saved, device: torch.device) -> SessionSnapshot:
     facts, tensors = saved.facts["session"], saved.part(_FRAMES)
     frames = [Frame(tensors[f"frame.{number}"], **told) for number, told in enumerate(facts["frames"])]
     looked = []
     for number, seen in enumerate(facts["looked"]):
         deepstack = tuple(tensors[f"deepstack.{number}.{level}"].to(device) for level in range(seen["deepstack"]))
         pictures = tuple(frames[index] for index in seen["frames"])
-        looked.append(Seen(pictures, tensors[f"features.{number}"].to(device), deepstack, tuple(seen["grid"])))
-    return Standing(
+        looked.append(EncodedStep(pictures, tensors[f"features.{number}"].to(device), deepstack, tuple(seen["grid"])))
+    return SessionSnapshot(
         seconds=Seconds(**facts["seconds"]),
         steps=facts["steps"],
         waiting=[frames[index] for index in facts["waiting"]],

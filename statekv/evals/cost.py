@@ -27,20 +27,20 @@ def clip_tokens(session: Session, frame: Frame) -> list[int]:
         session: what has been seen.
         frame: one of its frames; where labels tell the time, those of the others may differ from its by a token.
     """
-    model, config = session.stepper.model, session.state.config
-    scratch, lengths = session.stepper.open(config), []
+    model, config = session.runner.model, session.state.config
+    scratch, lengths = session.runner.open(config), []
     with torch.inference_mode():
-        (seen,) = model.look([[frame] * model.frames_per_step], session.state.frames_expected)
+        (seen,) = model.encode([[frame] * model.frames_per_step], session.state.frames_expected)
         for first in range(0, min(config.last_frames, session.frames), model.frames_per_step):
             scratch.frames = first
-            lengths += [segment.length for segment in model.enter(seen, scratch)]
+            lengths += [segment.length for segment in model.segments_of(seen, scratch)]
     return lengths
 
 
 def flops_of(session: Session, lengths: Sequence[int]) -> int:
     """FLOPs of the language model for segments of so many tokens, entering one after the other."""
     config: Config = session.state.config
-    widths = Widths.of(session.stepper.model.text_config)
+    widths = Widths.of(session.runner.model.text_config)
     budget = None if config.carry == "all" else config.budget
     # Queries meet keys twice where keys are scored, once elsewhere.
     products = 3 if config.carry == "attention" else 2

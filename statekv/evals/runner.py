@@ -16,7 +16,7 @@ from statekv.errors import StateKVError
 from statekv.evals.cost import clip_tokens, flops_of, prefill_flops
 from statekv.evals.results import Header, Line, ResultFile, Shard
 from statekv.evals.task import REFERENCE, Broken, EvalQuestion, EvalVideo, Maker, Task
-from statekv.models.adapter import Seen
+from statekv.models.adapter import EncodedStep
 from statekv.runner.memory import memory_limit
 from statekv.video.frame import Frame
 
@@ -104,7 +104,7 @@ def _go_through(task: Task, video: EvalVideo, streams: Mapping[str, Stream], lin
     for stream in streams.values():
         if not stream.config.uniform:
             sampled.setdefault((stream.config.fps, stream.config.max_frames), []).append(stream)
-    feeds = [Feed(alike) for alike in sampled.values()]
+    feeds = [FrameQueue(alike) for alike in sampled.values()]
     for at_seconds, asked in groupby(video.questions, lambda question: question.at_seconds):
         for feed in feeds:
             feed.advance(at_seconds)
@@ -234,7 +234,7 @@ class Stream:
         except StateKVError as error:
             self.failure = str(error)
 
-    def show(self, frame: Frame, seen: Seen | None) -> None:
+    def show(self, frame: Frame, seen: EncodedStep | None) -> None:
         """The video's next frame; `seen` where it ends a step that has been looked at.
 
         Raises:
@@ -288,7 +288,7 @@ class Stream:
         return shown if self.until_seconds is None else min(shown, self.until_seconds)
 
 
-class Feed:
+class FrameQueue:
     """Frames of one video for streams that sample it alike; none of them uniform.
 
     Args:
@@ -324,8 +324,8 @@ class Feed:
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
 
-    def _look(self) -> Iterator[tuple[Frame, Seen | None]]:
-        model = self.streams[0].session.stepper.model
+    def _look(self) -> Iterator[tuple[Frame, EncodedStep | None]]:
+        model = self.streams[0].session.runner.model
         size, batch = model.frames_per_step, 1  # the first step does not wait for a batch, as in a session
         while frames := list(islice(self._source, size * batch)):
             looked = self._looked([frames[i : i + size] for i in range(0, len(frames) - size + 1, size)])
@@ -333,8 +333,8 @@ class Feed:
                 yield frame, looked[number // size - 1] if looked and number % size == 0 else None
             batch = self.streams[0].config.vision_batch
 
-    def _looked(self, steps: list[list[Frame]]) -> list[Seen]:
+    def _looked(self, steps: list[list[Frame]]) -> list[EncodedStep]:
         if self._leader is None or not steps:
             return []
         with torch.inference_mode(), memory_limit():
-            return self._leader.stepper.model.look(steps, self._leader.state.frames_expected)
+            return self._leader.runner.model.encode(steps, self._leader.state.frames_expected)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError
 from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
-from statekv.runner.lock import Turns
+from statekv.runner.lock import FairLock
 from statekv.video.frame import Frame
 
 
@@ -57,7 +57,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedStep:
     """The pictures of one step after the vision tower, not yet part of any stream.
 
     Attributes:
@@ -106,7 +106,7 @@ class VideoModel(ABC):
     own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
-        self.turns = Turns()
+        self.lock = FairLock()
         self.model: Any = model
         self.text_config: Any = model.config.get_text_config()
         kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
@@ -147,11 +147,11 @@ class VideoModel(ABC):
                 return frozenset([found] if isinstance(found, int) else found)
         return frozenset()
 
-    def geometry(self) -> Geometry:
+    def kv_spec(self) -> KVSpec:
         """Sizes of the keys, and where each layer's keys live."""
         c = self.text_config
         projections = [layer.self_attn.k_proj.weight for layer in self.language_model.layers]
-        return Geometry(
+        return KVSpec(
             kv_heads=c.num_key_value_heads,
             head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
             dtype=projections[0].dtype,
@@ -172,7 +172,7 @@ class VideoModel(ABC):
         """Take over what the checkpoint's video processor does to pixels."""
 
     @abstractmethod
-    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         """Send the pictures of several steps through the vision tower together.
 
         Args:
@@ -184,15 +184,15 @@ class VideoModel(ABC):
         """
 
     @abstractmethod
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         """The text around one step's pictures, placeholders included."""
 
     @abstractmethod
-    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+    def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
         """A step out of its text, with one picture in it, and what the vision tower made of that picture."""
 
     @abstractmethod
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         """Positions that a prompt with this many frames takes at most, without the question.
 
         Args:
@@ -210,19 +210,19 @@ class VideoModel(ABC):
         """Positions that a stock processor's inputs take at most."""
         return int(inputs["input_ids"].shape[1])
 
-    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+    def segments_of(self, seen: EncodedStep, state: StreamState) -> list[Segment]:
         """Segments of one step; the first step of a stream brings the prompt's prefix along.
 
         Args:
             seen: what `look` made of the step's pictures.
             state: the stream that they enter; it is not changed.
         """
-        prompt, text = self.prompts[state.config.layout], self.label(seen, state)
+        prompt, text = self.prompts[state.config.layout], self.step_text(seen, state)
         if state.frames:
-            return [self.picture(prompt.step_ids(text), seen, state.position)]
+            return [self.vision_segment(prompt.step_ids(text), seen, state.position)]
         head = prompt.head_ids(text)
         prefix = [self.text("prefix", head, state.position)] if head else []
-        return [*prefix, self.picture(prompt.first_step_ids(text), seen, state.position + len(head))]
+        return [*prefix, self.vision_segment(prompt.first_step_ids(text), seen, state.position + len(head))]
 
     def question(self, text: str, state: StreamState) -> Segment:
         """The question and the answer's header, at the stream's next position.

@@ -66,7 +66,7 @@ def step_flops(
         scored_products: products between queries and keys' side in a step that makes key scores: queries with keys,
             probabilities with values, and in two passes queries with keys once more. Other steps make two.
 
-    Source: StateKV's step as in `Stepper.prefill`: only a step that evicts is scored.
+    Source: StateKV's step as in `ModelRunner.prefill`: only a step that evicts is scored.
     """
     carried = 0
     for tokens in steps:

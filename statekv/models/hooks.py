@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from statekv.cache.batched import StaticStep
+from statekv.cache.batched import StaticCarriedCache
 from statekv.cache.carried import CarriedCache
-from statekv.cache.retrieval import Retrieved
+from statekv.cache.retrieval import RetrievedView
 from statekv.cache.tiers.cache import TieredCache
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
@@ -39,11 +39,11 @@ class Pass:
         observer: told every layer's key scores, which change nothing; None where nobody looks.
     """
 
-    evicting: CarriedCache | StaticStep | None
+    evicting: CarriedCache | StaticCarriedCache | None
     scored: bool
     kernel: str
     score_every: int = 1
-    retrieved: Retrieved | None = None
+    retrieved: RetrievedView | None = None
     tiered: TieredCache | None = None
     observer: Observer | None = None
 

@@ -222,7 +222,7 @@ def identify(model: VideoModel) -> Identity:
     if name and Path(name).is_dir():
         name = "demo" if Path(name).resolve() == DEMO.resolve() else str(Path(name).resolve())
     revision = getattr(config, "_commit_hash", None)
-    dtype = str(model.geometry().dtype).removeprefix("torch.")
+    dtype = str(model.kv_spec().dtype).removeprefix("torch.")
     return Identity(name, revision, config.model_type, dtype, _weights(model.model), _texts(model))
 
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from statekv.cache.batched import CarriedTogether
+from statekv.cache.batched import BatchedCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
@@ -26,7 +26,7 @@ _OF_ONE_STREAM = {
 _OF_A_STEP = [field.name for field in fields(Config) if field.name not in _OF_ONE_STREAM]
 
 
-def kinship(model: VideoModel, state: StreamState) -> Hashable:
+def stream_key(model: VideoModel, state: StreamState) -> Hashable:
     """Streams whose kinships are equal may step together, if their steps are alike; None: this one steps alone.
 
     Args:
@@ -41,7 +41,7 @@ def kinship(model: VideoModel, state: StreamState) -> Hashable:
     return config, horizon, state.pinned, carried.remembers, tuple(carried.lengths)
 
 
-def likeness(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
+def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
     """Steps whose likenesses are equal can be run as one; None: this one goes alone.
 
     Args:
@@ -49,7 +49,7 @@ def likeness(model: VideoModel, state: StreamState, segments: Sequence[Segment])
         state: the stream.
         segments: that enter.
     """
-    kin = kinship(model, state)
+    kin = stream_key(model, state)
     if kin is None or len(segments) != 1:
         return None
     extras = segments[0].extras.items()
@@ -79,13 +79,13 @@ class StepBatches:
     """The blocks in which carried caches lie that were last stepped together."""
 
     def __init__(self) -> None:
-        self._blocks: WeakKeyDictionary[CarriedCache, CarriedTogether] = WeakKeyDictionary()
+        self._blocks: WeakKeyDictionary[CarriedCache, BatchedCarriedCache] = WeakKeyDictionary()
 
-    def block(self, states: Sequence[StreamState]) -> CarriedTogether:
+    def block(self, states: Sequence[StreamState]) -> BatchedCarriedCache:
         """The carried caches of some streams in one block; where they lie in one already, nothing is copied.
 
         Args:
-            states: of equal `likeness`; in the order of the last time.
+            states: of equal `batch_key`; in the order of the last time.
 
         Raises:
             MemoryError, RuntimeError: there is no memory for the block; every stream is as it was.
@@ -93,7 +93,7 @@ class StepBatches:
         members = [state.carried for state in states if isinstance(state.carried, CarriedCache)]
         found = self._blocks.get(members[0])
         if found is None or not found.holds(members):
-            found = CarriedTogether(members)
+            found = BatchedCarriedCache(members)
             for former in {id(block): block for block in map(self._blocks.get, members) if block is not None}.values():
                 self._disband(former)
             for member in members:
@@ -106,7 +106,7 @@ class StepBatches:
         if isinstance(carried, CarriedCache) and (block := self._blocks.get(carried)) is not None:
             self._disband(block)
 
-    def _disband(self, block: CarriedTogether) -> None:
+    def _disband(self, block: BatchedCarriedCache) -> None:
         for member in block.members:
             if self._blocks.get(member) is block:
                 del self._blocks[member]

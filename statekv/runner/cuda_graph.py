@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from statekv.cache.batched import StaticStep
+from statekv.cache.batched import StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.errors import SpeedWarning
 from statekv.models.adapter import Segment
 
-Forward = Callable[[torch.Tensor, torch.Tensor, dict[str, Any], StaticStep], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, dict[str, Any], StaticCarriedCache], torch.Tensor]
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
@@ -42,7 +42,7 @@ def record_cuda(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 class _Step:
     """One stream's step of one shape: its inputs' places, and from its second time on the recording."""
 
-    cache: StaticStep
+    cache: StaticCarriedCache
     embeds: torch.Tensor
     positions: torch.Tensor
     extras: dict[str, Any]
@@ -79,7 +79,7 @@ class StepGraphs:
 
     def fits(self, carried: CarriedCache, segment: Segment) -> bool:
         """Whether this step looks like all those that follow, and the device can record it."""
-        devices = set(carried.geometry.devices)
+        devices = set(carried.spec.devices)
         here = len(devices) == 1 and devices.pop().type == self.device_type
         return here and segment.kind == "step" and carried.full
 
@@ -124,7 +124,7 @@ def _new_step(carried: CarriedCache, segment: Segment, forward: Forward, address
     # Empty tensors of the same kind: `load` fills them. What is no list of tensors is the same at every step.
     embeds, positions = torch.empty_like(segment.embeds), segment.positions.clone()
     extras = {name: _places(value) for name, value in segment.extras.items()}
-    cache = StaticStep(carried, segment.length)
+    cache = StaticCarriedCache(carried, segment.length)
     return _Step(cache, embeds, positions, extras, addresses, lambda: forward(embeds, positions, extras, cache))
 
 

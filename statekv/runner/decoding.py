@@ -19,7 +19,7 @@ from statekv.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Greedy by default; with `do_sample` as transformers' generation parameters of the same names.
 
     Attributes:
@@ -79,7 +79,7 @@ class Sampling:
         return LogitsProcessorList(made)
 
 
-class StreamingText:
+class Detokenizer:
     """Turns tokens into pieces of text that add up to the decoded whole.
 
     A piece is held back while it may still change: an unfinished UTF-8 character, or the beginning of a stop string.

@@ -6,7 +6,7 @@ from collections import deque
 from threading import Lock, get_ident
 
 
-class Turns:
+class FairLock:
     """A lock that goes to whoever has waited longest, and that its holder may take again.
 
     threading's locks promise no order. A thread that lets go and asks again at once mostly has the lock back before
@@ -19,7 +19,7 @@ class Turns:
         self._depth = 0
         self._waiting: deque[tuple[int, Lock]] = deque()  # threads, each with the bell that wakes it
 
-    def take(self, wait: bool = True) -> bool:
+    def acquire(self, wait: bool = True) -> bool:
         """Take the lock; without waiting, False where another thread has it or waits for it."""
         me = get_ident()
         with self._mutex:
@@ -43,7 +43,7 @@ class Turns:
             raise
         return True
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give back what one `take` took."""
         with self._mutex:
             assert self._owner == get_ident(), "left by a thread that does not have it"
@@ -52,10 +52,10 @@ class Turns:
                 self._hand_over()
 
     def __enter__(self) -> None:
-        self.take()
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.release()
 
     def _hand_over(self) -> None:
         self._owner, self._depth = None, 0

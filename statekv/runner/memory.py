@@ -131,7 +131,7 @@ def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
     """Bytes that streams may still take, by place."""
     found: Counter[_Place] = Counter()
     for state in states:
-        config, devices, held = state.config, state.geometry.devices, state.nbytes
+        config, devices, held = state.config, state.spec.devices, state.nbytes
         here = sum(count for name, count in held.items() if name not in _ELSEWHERE) - _untouched(state)
         least = config.memory if isinstance(config.memory, int) else _carried(state)
         for device in dict.fromkeys(devices):
@@ -145,19 +145,19 @@ def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
 
 def _untouched(state: StreamState) -> int:
     """Bytes of buffers that no token has been written to: a CPU's system counts them as free until then."""
-    cache, geometry = state.detailed, state.geometry
-    if not isinstance(cache, TieredCache) or geometry.devices[0].type != "cpu":
+    cache, spec = state.detailed, state.spec
+    if not isinstance(cache, TieredCache) or spec.devices[0].type != "cpu":
         return 0
-    return cache.nbytes - cache.lengths[-1] * geometry.bytes_per_token * geometry.streams
+    return cache.nbytes - cache.lengths[-1] * spec.bytes_per_token * spec.streams
 
 
 def _carried(state: StreamState) -> int:
     """Bytes of a carried cache at full size; never more tokens than a stream that does not compact has positions."""
-    config, geometry = state.config, state.geometry
+    config, spec = state.config, state.spec
     if config.carry == "all":
         return 0
     tokens = config.budget if state.compacts else min(config.budget, state.horizon)
-    return tokens * geometry.bytes_per_token * geometry.streams
+    return tokens * spec.bytes_per_token * spec.streams
 
 
 def _check(place: _Place, asked: int, promised: int) -> None:

@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 import torch
 
-from statekv.cache.batched import StaticStep
+from statekv.cache.batched import StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.retrieval import Block, Retrieved
+from statekv.cache.retrieval import RetrievedView, StepIndexEntry
 from statekv.cache.stream import StreamState
 from statekv.cache.tiers.cache import TieredCache
 from statekv.config import Config
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
-from statekv.models.adapter import Seen, Segment, VideoModel
+from statekv.models.adapter import EncodedStep, Segment, VideoModel
 from statekv.models.hooks import Observer, Pass, take_attention
 from statekv.ops import implementation
 from statekv.runner.batching import StepBatches, joined
 from statekv.runner.cuda_graph import StepGraphs
-from statekv.runner.decoding import Sampling
+from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import Admission, memory_limit
 from statekv.runner.packing import StepProducts
 from statekv.video.frame import Frame
@@ -42,7 +42,7 @@ def room_for_answers(config: Config) -> int:
     return _QUESTION_ROOM + config.max_new_tokens
 
 
-class Stepper:
+class ModelRunner:
     """Runs segments through a model, whose attention it routes through the hook and keeps there.
 
     Threads take turns with the model, segment by segment; each stream belongs to one thread at a time.
@@ -83,10 +83,10 @@ class Stepper:
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
-        return StreamState(self.model.geometry(), config, horizon, frames_expected, room, compacts=compacts)
+        return StreamState(self.model.kv_spec(), config, horizon, frames_expected, room, compacts=compacts)
 
     @torch.inference_mode()
-    def enter(self, state: StreamState, seen: Seen) -> list[Segment]:
+    def enter(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
         """Segments of one step, at the stream's next position; where its range is used up, room is made first.
 
         Args:
@@ -96,11 +96,11 @@ class Stepper:
         Raises:
             HorizonError: the range of a stream that compacts is too small for such steps; nothing has changed.
         """
-        with self.model.turns:
+        with self.model.lock:
             return self._enter(state, seen)
 
-    def _enter(self, state: StreamState, seen: Seen) -> list[Segment]:
-        entering, reach = self.model.enter(seen, state), state.horizon - state.room
+    def _enter(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
+        entering, reach = self.model.segments_of(seen, state), state.horizon - state.room
         step = entering[-1]
         if not state.compacts or step.reach <= reach or not state.frames:
             return entering
@@ -114,7 +114,7 @@ class Stepper:
                 f"open the stream with a horizon above {state.horizon + behind - reach}, or with smaller pictures",
             )
         state.compact(to, partial(self._angles, state), self.model.own_time)
-        return self.model.enter(seen, state)
+        return self.model.segments_of(seen, state)
 
     def _angles(self, state: StreamState, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys are turned by whose steps move so far, [T] on the CPU."""
@@ -122,9 +122,9 @@ class Stepper:
 
     def check_kernel(self, config: Config) -> None:
         """Raise the ConfigError of a kernel that cannot run here before the work instead of in it."""
-        geometry = self.model.geometry()
+        spec = self.model.kv_spec()
         if config.carry == "attention":
-            implementation(config.kernel, geometry.devices[0], geometry.dtype, geometry.head_dim)
+            implementation(config.kernel, spec.devices[0], spec.dtype, spec.head_dim)
 
     @torch.inference_mode()
     def prefill(
@@ -147,7 +147,7 @@ class Stepper:
                 keys cannot be reindexed; nothing has entered.
             MemoryLimitError: the device is out of memory.
         """
-        with self.model.turns:
+        with self.model.lock:
             self.check(state, segment, mode)
             take_attention(self.model.model)
             packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
@@ -156,7 +156,7 @@ class Stepper:
                     angles = partial(self.model.rope.angles, horizon=state.horizon)
                     state.begin_answer(segment.positions, angles, partial(self._angles, state))
                 hidden = self._run(state, segment, mode, observer)
-            self.took(state, segment, mode)
+            self.commit(state, segment, mode)
         return hidden
 
     def check(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
@@ -177,7 +177,7 @@ class Stepper:
             if segment.kind != "prefix":
                 state.make_way(segment.length, room_for_answers(state.config))
 
-    def took(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
+    def commit(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
         """Behind all layers: take note of a segment that has entered."""
         if segment.kind == "step":
             with memory_limit():
@@ -192,7 +192,7 @@ class Stepper:
     def _index(self, state: StreamState, segment: Segment) -> None:
         """Let questions find a step that has just entered."""
         if state.blocks is not None:
-            block = Block(state.tokens - segment.length, state.tokens, segment.next_position - state.position)
+            block = StepIndexEntry(state.tokens - segment.length, state.tokens, segment.next_position - state.position)
             state.blocks.add(state.detailed, block, *self.model.rope.angles(segment.positions, state.horizon))
 
     def _run(self, state: StreamState, segment: Segment, mode: Mode, observer: Observer | None) -> torch.Tensor:
@@ -201,7 +201,7 @@ class Stepper:
         evicting = False
         if isinstance(cache, CarriedCache):
             cache.make_room(segment.length)
-            evicting = mode == "carry" and cache.judges(segment.length)
+            evicting = mode == "carry" and cache.must_evict(segment.length)
             if evicting and observer is None and state.config.graph and self.graphs.fits(cache, segment):
                 return self.graphs.step(cache, segment, partial(forward, evicting=True))
         return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
@@ -211,7 +211,7 @@ class Stepper:
         embeds: torch.Tensor,
         positions: torch.Tensor,
         extras: dict[str, Any],
-        cache: CarriedCache | DetailedCache | Retrieved | StaticStep,
+        cache: CarriedCache | DetailedCache | RetrievedView | StaticCarriedCache,
         *,
         evicting: bool,
         config: Config,
@@ -219,12 +219,12 @@ class Stepper:
     ) -> torch.Tensor:
         """The language model on embeddings, with a cache; see `Segment` for shapes."""
         run = Pass(
-            evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticStep)) else None,
+            evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticCarriedCache)) else None,
             scored=evicting and config.carry == "attention",
             kernel=config.kernel,
             score_every=config.score_every,
-            retrieved=cache if isinstance(cache, Retrieved) else None,
-            tiered=cache if isinstance(cache, TieredCache) and len(cache.shelves) else None,
+            retrieved=cache if isinstance(cache, RetrievedView) else None,
+            tiered=cache if isinstance(cache, TieredCache) and len(cache.manager) else None,
             observer=observer,
         )
         hidden: torch.Tensor = self.model.language_model(
@@ -245,19 +245,19 @@ class Stepper:
         steps = -(-frames // self.model.frames_per_step)
         longest = state.spans[-1].length + _LABEL_GROWTH
         # A video too long for the memory is watched as far as it goes.
-        with self.model.turns, suppress(MemoryLimitError), memory_limit():
+        with self.model.lock, suppress(MemoryLimitError), memory_limit():
             state.detailed.reserve(state.tokens + steps * longest + room_for_answers(state.config))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[streams, T, hidden] → [streams, vocabulary] of the last position."""
-        with self.model.turns:
+        with self.model.lock:
             found: torch.Tensor = self.model.model.get_output_embeddings()(hidden[:, -1])
         return found
 
     @torch.inference_mode()
     def answer(
-        self, state: StreamState, question: Segment, sampling: Sampling, prompt: torch.Tensor | None = None
+        self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Decode an answer token by token; the caller crops the stream back to its mark afterwards.
 
@@ -277,7 +277,7 @@ class Stepper:
         chosen = prompt.new_empty(prompt.shape[0], asked + sampling.max_new_tokens)
         chosen[:, :asked] = prompt
         longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
-        with self.model.turns, memory_limit():
+        with self.model.lock, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
             logits = self.logits(self.prefill(state, segment, "answer"))
@@ -300,37 +300,37 @@ def _check_follows(state: StreamState, segment: Segment) -> None:
 
 
 @torch.inference_mode()
-def look_together(model: VideoModel, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[Seen]:
+def encode_batch(model: VideoModel, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
     """What the vision tower makes of one step of each of several streams; see `VideoModel.look`."""
-    with model.turns, memory_limit():
-        return model.look(steps, frames_expected)
+    with model.lock, memory_limit():
+        return model.encode(steps, frames_expected)
 
 
 @torch.inference_mode()
-def gather(stepper: Stepper, states: Sequence[StreamState]) -> bool:
+def gather_batch(runner: ModelRunner, states: Sequence[StreamState]) -> bool:
     """Bring the carried caches of some streams into one block; False where there is no memory for that.
 
     Args:
-        stepper: of all of them.
+        runner: of all of them.
         states: whose steps are of one likeness. In the order of the last time nothing is copied.
     """
     try:
-        with stepper.model.turns, memory_limit():
-            stepper.batches.block(states)
+        with runner.model.lock, memory_limit():
+            runner.batches.block(states)
     except MemoryLimitError:
         return False
     return True
 
 
 @torch.inference_mode()
-def prefill_together(stepper: Stepper, states: Sequence[StreamState], segments: Sequence[Segment]) -> torch.Tensor:
-    """As `Stepper.prefill` for each stream, but for the rounding of larger products.
+def prefill_batch(runner: ModelRunner, states: Sequence[StreamState], segments: Sequence[Segment]) -> torch.Tensor:
+    """As `ModelRunner.prefill` for each stream, but for the rounding of larger products.
 
     Products, attention, key scores and eviction run once for all of them; what is entered into the detailed caches is
     entered one by one. CUDA graphs and packed weights are for streams alone.
 
     Args:
-        stepper: of all of them.
+        runner: of all of them.
         states: gathered.
         segments: a step of each, of one likeness.
 
@@ -338,25 +338,25 @@ def prefill_together(stepper: Stepper, states: Sequence[StreamState], segments: 
         [streams, T, hidden], the last layer's normalised hidden states.
 
     Raises:
-        HorizonError, ConfigError: as `Stepper.check`; nothing has entered.
+        HorizonError, ConfigError: as `ModelRunner.check`; nothing has entered.
         MemoryLimitError: the device is out of memory; no stream can be stepped any further.
     """
-    with stepper.model.turns:
+    with runner.model.lock:
         for state, segment in zip(states, segments, strict=True):
-            stepper.check(state, segment)
-        take_attention(stepper.model.model)
+            runner.check(state, segment)
+        take_attention(runner.model.model)
         whole, config = joined(segments), states[0].config
-        with stepper.model.rope.held(states[0].horizon), memory_limit():
-            block = stepper.batches.block(states)
+        with runner.model.rope.held(states[0].horizon), memory_limit():
+            block = runner.batches.block(states)
             block.begin()
             try:
                 block.make_room(whole.length)
-                evicting = block.judges(whole.length)
-                hidden = stepper.forward(
+                evicting = block.must_evict(whole.length)
+                hidden = runner.forward(
                     whole.embeds, whole.positions, whole.extras, block, evicting=evicting, config=config
                 )
             finally:
                 block.end()
         for state, segment in zip(states, segments, strict=True):
-            stepper.took(state, segment)
+            runner.commit(state, segment)
     return hidden

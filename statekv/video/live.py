@@ -16,7 +16,7 @@ from statekv.video.address import Source, display_name, local_path, locate, noth
 from statekv.video.clock import LiveClock
 from statekv.video.decode import Damage, Track, open_track, rgb
 from statekv.video.frame import Frame
-from statekv.video.resume import Left, left_at_the_start
+from statekv.video.resume import ResumePoint, left_at_the_start
 from statekv.video.sampling import Sampler
 
 _TIMEOUTS_SECONDS = (10.0, 20.0)  # to connect, to read on; HLS is silent for the length of a segment
@@ -71,7 +71,7 @@ class LiveSource(Iterator[Frame]):
     """
 
     def __init__(
-        self, source: Source, settings: LiveSettings, stream: int | None = None, left: Left | None = None
+        self, source: Source, settings: LiveSettings, stream: int | None = None, left: ResumePoint | None = None
     ) -> None:
         if left is not None:
             left.check(source)
@@ -81,7 +81,7 @@ class LiveSource(Iterator[Frame]):
         self._source, self._stream, self._settings = source, stream, settings
         self._sampler = Sampler(settings.fps, settings.max_frames, 0.0, settings.duration_seconds)
         self._clock = LiveClock()
-        self._newest = NewestFrames(settings.depth, settings.max_lag_seconds)
+        self._newest = FrameBuffer(settings.depth, settings.max_lag_seconds)
         self._due_seconds: float | None = None  # of the frame that was handed out last, by time.monotonic
         self._seconds = self._left.seconds  # of the frame that was handed out last
         self._gaps, self._gap_seconds, self._untold_gap_seconds = self._left.gaps, self._left.gap_seconds, 0.0
@@ -105,7 +105,7 @@ class LiveSource(Iterator[Frame]):
         return LiveStatus(self._connected, lag, dropped, self._gaps, self._gap_seconds)
 
     def facts(self) -> dict[str, Any]:
-        """What another one needs to go on: `Left(**facts["left"])`."""
+        """What another one needs to go on: `ResumePoint(**facts["left"])`."""
         began, status = self._clock.began_seconds, self.status
         left = replace(
             self._left,
@@ -253,7 +253,7 @@ class Unopened(Iterator[Frame]):
         left: where.
     """
 
-    def __init__(self, left: Left) -> None:
+    def __init__(self, left: ResumePoint) -> None:
         self._left = left
 
     def __next__(self) -> Frame:
@@ -271,7 +271,7 @@ class _Waiting:
     came: float
 
 
-class NewestFrames:
+class FrameBuffer:
     """A bounded queue that drops by age; for one thread that puts and one that gets.
 
     Args:

@@ -30,7 +30,7 @@ class Reading:
     ahead: int = 0
 
 
-class Footage(Iterator[Frame]):
+class ResumableVideo(Iterator[Frame]):
     """The sampled frames of a video, from its beginning or from where reading stopped.
 
     A file is decoded from its beginning again, and the frames that were drawn before are skipped: so the frames that
@@ -72,9 +72,9 @@ class Footage(Iterator[Frame]):
             self._frames.close()
         self._frames = None
 
-    def again(self) -> Footage:
+    def again(self) -> ResumableVideo:
         """The same frames from here on, read separately."""
-        return Footage(self.source, self.reading, self.drawn, self.ended, self.digest)
+        return ResumableVideo(self.source, self.reading, self.drawn, self.ended, self.digest)
 
     def facts(self) -> dict[str, Any]:
         """What `resumed` needs, without passwords and access tokens."""
@@ -91,7 +91,7 @@ class Footage(Iterator[Frame]):
         }
 
     @classmethod
-    def resumed(cls, facts: dict[str, Any], source: Source | None = None) -> Footage:
+    def resumed(cls, facts: dict[str, Any], source: Source | None = None) -> ResumableVideo:
         """Go on where reading stopped.
 
         Args:
@@ -127,7 +127,7 @@ class Footage(Iterator[Frame]):
         return frames
 
 
-class _Withheld(Footage):
+class _Withheld(ResumableVideo):
     """Footage at an address that was not saved whole."""
 
     def __next__(self) -> Frame:
@@ -136,7 +136,7 @@ class _Withheld(Footage):
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class ResumePoint:
     """A live source at the moment at which it was left.
 
     Attributes:
@@ -163,7 +163,7 @@ class Left:
     gap_seconds: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """As JSON: `Left(**facts)` is the same."""
+        """As JSON: `ResumePoint(**facts)` is the same."""
         return dataclasses.asdict(self)
 
     def check(self, source: Source) -> None:
@@ -180,6 +180,6 @@ class Left:
         check_same(source, self.digest)
 
 
-def left_at_the_start(source: Source, stream: int | None) -> Left:
+def left_at_the_start(source: Source, stream: int | None) -> ResumePoint:
     """A source of which nothing has been seen yet."""
-    return Left(display_name(source), digest_of(source), stream)
+    return ResumePoint(display_name(source), digest_of(source), stream)

@@ -19,4 +19,4 @@ def opened(family: str, frames: int, **settings: Any) -> Session:
 def watched(family: str, frames: int, **settings: Any) -> Analysis:
     """All layers of such a stream, looked into."""
     session = opened(family, frames, **settings)
-    return watch(session, range(session.state.geometry.layers), frames)
+    return watch(session, range(session.state.spec.layers), frames)

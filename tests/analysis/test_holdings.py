@@ -15,7 +15,7 @@ from statekv.analysis.holdings import MOST_MOMENTS, Holdings, analyse, held_shar
 from statekv.errors import ConfigError, ModelError, VideoError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
-from statekv.models.adapter import Seen, VideoModel
+from statekv.models.adapter import EncodedStep, VideoModel
 from statekv.video.frame import Frame
 from tests.analysis.streams import opened, watched
 from tests.runner.test_cuda_graph import Tape
@@ -26,7 +26,7 @@ from tests.tiny import FAMILIES
 EVERY_FAMILY = pytest.mark.parametrize("family", [*FAMILIES, "eagle2_5"])
 
 
-def grid_of(seen: Seen) -> tuple[int, int]:
+def grid_of(seen: EncodedStep) -> tuple[int, int]:
     return token_grid(len(seen.features), seen.grid)
 
 
@@ -46,7 +46,7 @@ def test_tokens_that_make_no_grid_are_refused(tokens: int, patches: tuple[int, i
 
 def features(model: VideoModel, frames: list[Frame]) -> tuple[Any, tuple[int, int]]:
     with torch.inference_mode():
-        (seen,) = model.look([frames])
+        (seen,) = model.encode([frames])
     return seen.features, grid_of(seen)
 
 
@@ -73,16 +73,16 @@ def test_a_tokens_rectangle_is_where_its_pixels_are(family: str) -> None:
 def entered(family: str, frames: int, expected: int, **settings: Any) -> tuple[Holdings, Any]:
     """A stream of random frames and what looks into it, step by step."""
     session = shared_engine(family).open(**settings)
-    state, stepper = session.state, session.stepper
-    found, pictures, size = Holdings(range(3), expected), some_frames(frames), stepper.model.frames_per_step
+    state, runner = session.state, session.runner
+    found, pictures, size = Holdings(range(3), expected), some_frames(frames), runner.model.frames_per_step
     with torch.inference_mode():
         for start in range(0, frames, size):
-            (seen,) = stepper.model.look([pictures[start : start + size]], state.frames_expected)
-            for segment in stepper.model.enter(seen, state):
+            (seen,) = runner.model.encode([pictures[start : start + size]], state.frames_expected)
+            for segment in runner.model.segments_of(seen, state):
                 first = state.tokens
-                stepper.prefill(state, segment)
+                runner.prefill(state, segment)
                 if segment.kind == "step":
-                    found.enter(seen, segment, first, stepper.model.video_token_id)
+                    found.enter(seen, segment, first, runner.model.video_token_id)
             found.look(state.carried, state.tokens)  # type: ignore[arg-type]
     return found, state
 
@@ -107,7 +107,7 @@ def test_the_one_kept_token_is_drawn_at_its_row_and_column(family: str) -> None:
     picture = found.pictures[1]
     rows, columns = picture.tokens.shape
     token = int(picture.tokens[rows - 1, 0])
-    state.carried.born = [torch.full_like(born, token) for born in state.carried.born]
+    state.carried.token_ids = [torch.full_like(token_ids, token) for token_ids in state.carried.token_ids]
     found.moments.clear()
     found.finish(state.carried, state.tokens)
     (moment,) = found.moments
@@ -165,10 +165,10 @@ def test_an_observer_changes_nothing_and_is_told_the_key_scores(family: str, car
             for segment in entering(model, frames, plain.state):
                 seen = min(plain.state.carried.length, 20 if carry != "all" else 10_000) + segment.length
                 told.clear()
-                engine.stepper.prefill(
+                engine.runner.prefill(
                     observed.state, segment, observer=lambda layer, scores: told.append((layer, scores))
                 )
-                engine.stepper.prefill(plain.state, segment)
+                engine.runner.prefill(plain.state, segment)
                 assert [layer for layer, _ in told] == [0, 1, 2]
                 for _, scores in told:
                     assert scores.shape == (1, 2, seen)
@@ -182,11 +182,11 @@ def test_an_observed_step_is_not_replayed_from_a_recording() -> None:
     plain = recorded_session("internvl", tape)
     plain.push(some_frames(12))
     assert tape.replayed
-    replayed, model = tape.replayed, plain.stepper.model
+    replayed, model = tape.replayed, plain.runner.model
     told: list[int] = []
     with torch.inference_mode():
         (segment,) = entering(model, some_frames(1, seed=4), plain.state)
-        plain.stepper.prefill(plain.state, segment, observer=lambda layer, _: told.append(layer))
+        plain.runner.prefill(plain.state, segment, observer=lambda layer, _: told.append(layer))
     assert (tape.replayed, told) == (replayed, [0, 1, 2])
 
 

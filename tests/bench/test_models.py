@@ -25,9 +25,9 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.models import adapter
-from statekv.models.adapter import Seen
+from statekv.models.adapter import EncodedStep
 from statekv.models.families.qwen3_vl import Qwen3VL
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.bench.small import CPU, FAMILIES, INTERNVL, QWEN3_VL, shrunk, small
 
 SMALL = {size.family: shrunk(size) for size in SIZES.values()}
@@ -36,15 +36,15 @@ EVERY_FAMILY = pytest.mark.parametrize("size", SMALL.values(), ids=SMALL)
 
 @EVERY_FAMILY
 def test_a_built_model_steps(size: Size) -> None:
-    stepper = Stepper(small(size))
-    state = stepper.open(Config(budget=20))
+    runner = ModelRunner(small(size))
+    state = runner.open(Config(budget=20))
     for number in (1, 2, 3):
-        hidden = stepper.prefill(state, random_step(stepper.model, 18, number))
+        hidden = runner.prefill(state, random_step(runner.model, 18, number))
         assert hidden.shape == (1, 18, size.hidden)
         assert hidden.isfinite().all()
         assert hidden.std() > 0.1  # norms are at work: nothing has vanished
     assert state.carried.length == 20
-    assert stepper.logits(hidden).shape == (1, size.vocab)
+    assert runner.logits(hidden).shape == (1, size.vocab)
 
 
 @EVERY_FAMILY
@@ -75,7 +75,7 @@ def test_position_axes_share_a_head_as_in_the_public_configuration() -> None:
 
 def test_layers_cut_the_model() -> None:
     model = build(INTERNVL, CPU, torch.float32, layers=1)
-    assert model.geometry().layers == len(model.language_model.layers) == 1
+    assert model.kv_spec().layers == len(model.language_model.layers) == 1
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
@@ -120,7 +120,7 @@ def test_counts_are_those_of_the_model_that_is_built(name: str) -> None:
     assert sum(weight.numel() for weight in weights.values()) == size.parameters
     assert embedding.shape == (size.vocab, size.hidden)
     assert (model.model.get_output_embeddings().weight is embedding) == size.tied
-    assert model.geometry().bytes_per_token == size.kv_bytes_per_token(torch.bfloat16)
+    assert model.kv_spec().bytes_per_token == size.kv_bytes_per_token(torch.bfloat16)
     assert isinstance(model, adapter(size.family))
     assert model.trained_length == size.trained_length
 
@@ -169,8 +169,8 @@ def test_qwen_steps_are_made_as_the_adapter_makes_them(monkeypatch: pytest.Monke
     monkeypatch.setattr(model.model.config, "video_token_id", 3)  # a small model's vocabulary ends before the real one
     merge = model.model.config.vision_config.spatial_merge_size
     features = torch.zeros(16, QWEN3_VL.hidden)
-    seen = Seen((), features, (features,) * 3, (4 * merge, 4 * merge))
-    own = model.picture([3] * 16 + [1, 2], seen, 6)
+    seen = EncodedStep((), features, (features,) * 3, (4 * merge, 4 * merge))
+    own = model.vision_segment([3] * 16 + [1, 2], seen, 6)
     assert torch.equal(step.positions, own.positions)
     assert step.next_position == own.next_position == 12
     assert step.extras["visual_pos_masks"] is own.extras["visual_pos_masks"]
@@ -198,20 +198,20 @@ EVERY_CONFIG = pytest.mark.parametrize(
 )
 
 
-def walked(stepper: Stepper, config: Config, steps: int) -> StreamState:
-    state = stepper.open(config)
+def walked(runner: ModelRunner, config: Config, steps: int) -> StreamState:
+    state = runner.open(config)
     state.detailed.reserve((steps + 1) * TOKENS)
     for number in range(1, steps + 1):
-        stepper.prefill(state, random_step(stepper.model, TOKENS, number))
+        runner.prefill(state, random_step(runner.model, TOKENS, number))
     if isinstance(state.carried, CarriedCache):
         state.carried.make_room(TOKENS)  # as the next step will
     return state
 
 
-def filled(stepper: Stepper, config: Config, steps: int) -> StreamState:
-    state = stepper.open(config)
+def filled(runner: ModelRunner, config: Config, steps: int) -> StreamState:
+    state = runner.open(config)
     fill(state, steps * TOKENS, TOKENS)
-    stand(state, steps * TOKENS, steps * stride(stepper.model, TOKENS), TOKENS)
+    stand(state, steps * TOKENS, steps * stride(runner.model, TOKENS), TOKENS)
     return state
 
 
@@ -231,12 +231,12 @@ def check_alike(one: StreamState, other: StreamState) -> None:
 @EVERY_FAMILY_FILL
 @EVERY_CONFIG
 def test_it_is_where_walking_leads(size: Size, config: Config, steps: int) -> None:
-    stepper = Stepper(small(size))
-    there, brought = walked(stepper, config, steps), filled(stepper, config, steps)
+    runner = ModelRunner(small(size))
+    there, brought = walked(runner, config, steps), filled(runner, config, steps)
     check_alike(there, brought)
-    step = random_step(stepper.model, TOKENS, steps + 1)
+    step = random_step(runner.model, TOKENS, steps + 1)
     for state in (there, brought):
-        stepper.prefill(state, step)
+        runner.prefill(state, step)
     check_alike(there, brought)
 
 
@@ -244,23 +244,23 @@ def test_it_is_where_walking_leads(size: Size, config: Config, steps: int) -> No
 @torch.inference_mode()
 def test_nothing_but_the_keys_sets_it_apart(config: Config, steps: int) -> None:
     """A walked stream that is given the same keys takes the same step, bit for bit."""
-    stepper = Stepper(small(INTERNVL))
-    there, brought = walked(stepper, config, steps), filled(stepper, config, steps)
+    runner = ModelRunner(small(INTERNVL))
+    there, brought = walked(runner, config, steps), filled(runner, config, steps)
     tokens, length = brought.tokens, brought.carried.length
     for layer in range(INTERNVL.layers):
         there.detailed.buffers[layer][..., :tokens, :] = brought.detailed.buffers[layer][..., :tokens, :]
         if isinstance(there.carried, CarriedCache) and isinstance(brought.carried, CarriedCache):
             there.carried.buffers[layer][..., :length, :] = brought.carried.buffers[layer][..., :length, :]
-            there.carried.born[layer][..., :length] = brought.carried.born[layer][..., :length]
-    step = random_step(stepper.model, TOKENS, steps + 1)
-    assert torch.equal(stepper.prefill(there, step), stepper.prefill(brought, step))
+            there.carried.token_ids[layer][..., :length] = brought.carried.token_ids[layer][..., :length]
+    step = random_step(runner.model, TOKENS, steps + 1)
+    assert torch.equal(runner.prefill(there, step), runner.prefill(brought, step))
     for layer in range(INTERNVL.layers):
         assert torch.equal(there.detailed.keys(layer), brought.detailed.keys(layer))
 
 
 def test_carried_keys_are_tokens_of_the_stream() -> None:
-    stepper = Stepper(small(INTERNVL))
-    state = filled(stepper, Config(budget=16), 7)
+    runner = ModelRunner(small(INTERNVL))
+    state = filled(runner, Config(budget=16), 7)
     carried = state.carried
     assert isinstance(carried, CarriedCache)
     for layer in range(INTERNVL.layers):
@@ -272,15 +272,15 @@ def test_carried_keys_are_tokens_of_the_stream() -> None:
 
 
 def test_keys_differ_between_tokens_heads_and_layers() -> None:
-    stepper = Stepper(small(INTERNVL))
-    state = filled(stepper, Config.of("full"), 3)
+    runner = ModelRunner(small(INTERNVL))
+    state = filled(runner, Config.of("full"), 3)
     keys = torch.stack([state.detailed.keys(layer)[0] for layer in range(INTERNVL.layers)])  # [layers, heads, n, D]
     assert keys.flatten(0, 2).unique(dim=0).shape[0] == keys[..., 0].numel()
 
 
 def test_streams_longer_than_what_is_drawn_repeat_it() -> None:
-    stepper = Stepper(small(INTERNVL))
-    state = stepper.open(Config.of("full"))
+    runner = ModelRunner(small(INTERNVL))
+    state = runner.open(Config.of("full"))
     fill(state, 2500, TOKENS)
     keys = state.detailed.keys(0)
     assert keys.shape[2] == 2500
@@ -289,8 +289,8 @@ def test_streams_longer_than_what_is_drawn_repeat_it() -> None:
 
 
 def test_standing_somewhere_writes_nothing() -> None:
-    stepper = Stepper(small(INTERNVL))
-    state = filled(stepper, Config(budget=32), 8)
+    runner = ModelRunner(small(INTERNVL))
+    state = filled(runner, Config(budget=32), 8)
     # As bits: a slot that nothing was ever written to may hold a NaN, which equals nothing.
     before = [buffer.view(torch.int32).clone() for buffer in state.carried.buffers]
     for tokens, carried in ((0, 0), (10, 10), (40, 32), (80, 32)):
@@ -301,25 +301,25 @@ def test_standing_somewhere_writes_nothing() -> None:
 
 
 def test_steps_can_be_taken_again_and_again_from_one_place() -> None:
-    stepper = Stepper(small(INTERNVL))
-    state = filled(stepper, Config(budget=16), 6)
+    runner = ModelRunner(small(INTERNVL))
+    state = filled(runner, Config(budget=16), 6)
     grown, addresses = state.detailed.grown, state.detailed.addresses
-    step = random_step(stepper.model, TOKENS, 7)
+    step = random_step(runner.model, TOKENS, 7)
     for _ in range(5):
         stand(state, 60, 60, TOKENS)
-        stepper.prefill(state, step)
+        runner.prefill(state, step)
         assert (state.tokens, state.carried.length, len(state.spans)) == (70, 16, 7)
     assert (state.detailed.grown, state.detailed.addresses) == (grown, addresses)
 
 
 def test_streams_may_share_one_detailed_cache() -> None:
-    stepper = Stepper(small(INTERNVL))
-    one, other = filled(stepper, Config.of("full"), 4), stepper.open(Config(budget=16))
+    runner = ModelRunner(small(INTERNVL))
+    one, other = filled(runner, Config.of("full"), 4), runner.open(Config(budget=16))
     other.detailed = one.detailed
     assert isinstance(other.carried, CarriedCache)
     fill_carried(other.carried, TOKENS)
     stand(other, 40, 40, TOKENS)
-    stepper.prefill(other, random_step(stepper.model, TOKENS, 5))
+    runner.prefill(other, random_step(runner.model, TOKENS, 5))
     assert one.tokens == other.tokens == 50
     stand(one, 40, 40, TOKENS)
     assert one.tokens == other.tokens == 40

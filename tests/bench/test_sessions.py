@@ -12,11 +12,11 @@ from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Row, best_rate
 from statekv.bench.models import SIZES, Size
 from statekv.bench.sessions import DEMO, Plan, _Stream, _together, measure, panels
-from statekv.cache.batched import CarriedTogether
+from statekv.cache.batched import BatchedCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.runner import memory
-from statekv.runner.runner import Stepper, prefill_together
+from statekv.runner.runner import ModelRunner, prefill_batch
 from tests.bench.small import CPU, FAMILIES, INTERNVL, small
 from tests.runner.test_runner import ATOL, RTOL
 
@@ -56,13 +56,13 @@ def test_together_is_held_against_in_turn() -> None:
 def test_only_anew_makes_a_block_at_every_step(anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def block(members: Sequence[CarriedCache]) -> CarriedTogether:
+    def block(members: Sequence[CarriedCache]) -> BatchedCarriedCache:
         made.append(len(members))
-        return CarriedTogether(members)
+        return BatchedCarriedCache(members)
 
-    monkeypatch.setattr("statekv.runner.batching.CarriedTogether", block)
-    stepper = Stepper(small(INTERNVL))
-    call = _together([_Stream(stepper, 20, 30, 6) for _ in range(3)], anew)
+    monkeypatch.setattr("statekv.runner.batching.BatchedCarriedCache", block)
+    runner = ModelRunner(small(INTERNVL))
+    call = _together([_Stream(runner, 20, 30, 6) for _ in range(3)], anew)
     for _ in range(4):
         call()
     assert made == ([3] * 4 if anew else [3])
@@ -70,14 +70,14 @@ def test_only_anew_makes_a_block_at_every_step(anew: bool, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("size", FAMILIES, ids=lambda size: size.family)
 def test_both_ways_take_the_same_steps(size: Size) -> None:
-    stepper = Stepper(small(size))
-    streams = [_Stream(stepper, 20, 30, 6) for _ in range(3)]
+    runner = ModelRunner(small(size))
+    streams = [_Stream(runner, 20, 30, 6) for _ in range(3)]
     pairs = [stream.stand() for stream in streams]
     forks = [state.fork() for state, _ in pairs]
     for (state, segment), fork in zip(pairs, forks, strict=True):
         fork.spans, fork.position = list(state.spans), state.position
-        stepper.prefill(fork, segment)
-    prefill_together(stepper, [state for state, _ in pairs], [segment for _, segment in pairs])
+        runner.prefill(fork, segment)
+    prefill_batch(runner, [state for state, _ in pairs], [segment for _, segment in pairs])
     for (state, _), fork in zip(pairs, forks, strict=True):
         assert isinstance(state.carried, CarriedCache)
         assert isinstance(fork.carried, CarriedCache)

@@ -70,7 +70,7 @@ def test_both_ways_make_the_same_memory(engine: Engine, film: Path, monkeypatch:
                 session.watch()
             else:
                 watch(engine, film, overlapped=kind == OVERLAPPED)
-            kept[kind] = [session.state.detailed.keys(layer).clone() for layer in range(session.state.geometry.layers)]
+            kept[kind] = [session.state.detailed.keys(layer).clone() for layer in range(session.state.spec.layers)]
             monkeypatch.undo()
     for kind in (SEQUENTIAL, OVERLAPPED):
         assert all(torch.equal(one, other) for one, other in zip(kept[kind], kept["open"], strict=True))

@@ -44,7 +44,7 @@ def watched(family: str, frames: int, **settings: Any) -> Session:
 
 def reloaded(session: Session, folder: Path) -> Session:
     save_stream(session.state, folder)
-    return Session(session.stepper, load_stream(folder, session.state.geometry))
+    return Session(session.runner, load_stream(folder, session.state.spec))
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -69,7 +69,7 @@ def assert_same_slots(found: StreamState, expected: StreamState) -> None:
     assert isinstance(found.carried, CarriedCache)
     assert isinstance(expected.carried, CarriedCache)
     assert found.carried.lengths == expected.carried.lengths
-    for a, b, length in zip(found.carried.born, expected.carried.born, expected.carried.lengths, strict=True):
+    for a, b, length in zip(found.carried.token_ids, expected.carried.token_ids, expected.carried.lengths, strict=True):
         assert torch.equal(a[..., :length], b[..., :length])
 
 
@@ -107,15 +107,15 @@ def test_saving_leaves_the_stream_alone(tmp_path: Path) -> None:
 def test_a_loaded_stream_and_its_twin_do_not_share_memory(tmp_path: Path) -> None:
     loaded = reloaded(watched("internvl", SPLIT, budget=30), tmp_path / "saved")
     loaded.push(some_frames(FRAMES)[SPLIT:])
-    again = load_stream(tmp_path / "saved", loaded.state.geometry)
+    again = load_stream(tmp_path / "saved", loaded.state.spec)
     assert again.frames == SPLIT
-    assert_same_stream(Session(loaded.stepper, again), watched("internvl", SPLIT, budget=30))
+    assert_same_stream(Session(loaded.runner, again), watched("internvl", SPLIT, budget=30))
 
 
 def test_the_folder_holds_safetensors_and_json_and_no_more_than_the_tokens(tmp_path: Path) -> None:
     session = watched("internvl", SPLIT, budget=30)
     save_stream(session.state, tmp_path / "new" / "saved")
-    folder, layers = tmp_path / "new" / "saved", session.state.geometry.layers
+    folder, layers = tmp_path / "new" / "saved", session.state.spec.layers
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"layer-{layer:02d}.1.safetensors" for layer in range(layers)),
         "session.json",
@@ -126,7 +126,7 @@ def test_the_folder_holds_safetensors_and_json_and_no_more_than_the_tokens(tmp_p
     json.loads((folder / "session.json").read_text())
     with safe_open(folder / "tokens-000000000.1.safetensors", "pt") as tensors:
         assert tensors.get_slice("layer-00").get_shape()[-2] == session.state.tokens
-    per_token = session.state.geometry.bytes_per_token
+    per_token = session.state.spec.bytes_per_token
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert size < per_token * (session.state.tokens + 30) + 30_000
 
@@ -140,8 +140,8 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def geometry() -> Any:
-    return shared_engine("internvl").model.geometry()
+def kv_spec() -> Any:
+    return shared_engine("internvl").model.kv_spec()
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def geometry() -> Any:
 )
 def test_a_model_with_other_keys_is_refused(saved: Path, other: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="holds keys of") as caught:
-        load_stream(saved, dataclasses.replace(geometry(), **other))
+        load_stream(saved, dataclasses.replace(kv_spec(), **other))
     assert "\n" not in str(caught.value)
 
 
 def test_a_setting_of_another_version_is_named(saved: Path) -> None:
     rewrite(saved, lambda facts: facts["stream"]["config"].update(invented=1))
     with pytest.raises(SaveError, match="'invented', which this version does not know"):
-        load_stream(saved, geometry())
+        load_stream(saved, kv_spec())
 
 
 def _without_geometry(facts: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def test_facts_that_do_not_fit_together_are_refused_in_one_line(
 ) -> None:
     rewrite(saved, edit)
     with pytest.raises(SaveError, match="is damaged: what it holds does not fit together") as caught:
-        load_stream(saved, geometry())
+        load_stream(saved, kv_spec())
     assert "\n" not in str(caught.value)
 
 

@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 
-from statekv.cache.batched import CarriedTogether, StaticStep
+from statekv.cache.batched import BatchedCarriedCache, StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 
 CPU = torch.device("cpu")
-GEOMETRY = Geometry(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(CPU,) * 3)
+GEOMETRY = KVSpec(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(CPU,) * 3)
 BUDGET, STEP = 10, 4
 
 
@@ -43,11 +43,11 @@ def step_alone(members: list[CarriedCache], number: int) -> None:
         for layer in range(3):
             key, value = fresh[layer, :, row : row + 1]
             seen, _ = cache.update(key, value, layer)
-            if cache.judges(0):
+            if cache.must_evict(0):
                 cache.evict(layer, scores(len(members), seen.shape[-2], number)[layer, row : row + 1])
 
 
-def step_together(block: CarriedTogether, number: int) -> None:
+def step_together(block: BatchedCarriedCache, number: int) -> None:
     count = len(block.members)
     fresh = keys(count, number)
     block.begin()
@@ -55,7 +55,7 @@ def step_together(block: CarriedTogether, number: int) -> None:
     for layer in range(3):
         seen, _ = block.update(*fresh[layer], layer)
         assert seen.shape[0] == count
-        if block.judges(0):
+        if block.must_evict(0):
             block.evict(layer, scores(count, seen.shape[-2], number)[layer])
     block.end()
 
@@ -65,17 +65,17 @@ def assert_same(found: list[CarriedCache], expected: list[CarriedCache]) -> None
         assert a.lengths == b.lengths
         for layer, length in enumerate(a.lengths):
             assert torch.equal(a.buffers[layer][..., :length, :], b.buffers[layer][..., :length, :])
-            assert torch.equal(a.born[layer][..., :length], b.born[layer][..., :length])
+            assert torch.equal(a.token_ids[layer][..., :length], b.token_ids[layer][..., :length])
             assert torch.equal(a.detailed.keys(layer), b.detailed.keys(layer))
             assert torch.equal(a.detailed.values(layer), b.detailed.values(layer))
-            if a.totals:
-                assert torch.equal(a.totals[layer][..., :length], b.totals[layer][..., :length])
+            if a.scores:
+                assert torch.equal(a.scores[layer][..., :length], b.scores[layer][..., :length])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_steps_in_a_block_equal_steps_alone(decay: float) -> None:
     mine, alone = caches(3, decay), caches(3, decay)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     for number in range(8):
         step_alone(alone, number)
         step_together(block, number)
@@ -84,20 +84,20 @@ def test_steps_in_a_block_equal_steps_alone(decay: float) -> None:
 
 def test_members_step_alone_in_between() -> None:
     mine, alone = caches(2), caches(2)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     for number in range(9):
         step_alone(alone, number)
         if number % 3 == 1:
             step_alone(mine, number)
         else:
-            block = block if block.holds(mine) else CarriedTogether(mine)
+            block = block if block.holds(mine) else BatchedCarriedCache(mine)
             step_together(block, number)
         assert_same(mine, alone)
 
 
 def test_a_full_block_stays_where_it_is() -> None:
     mine = caches(3)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     for number in range(4):
         step_together(block, number)
     places = [buffer.data_ptr() for buffer in block.buffers]
@@ -112,7 +112,7 @@ def test_a_full_block_stays_where_it_is() -> None:
 
 def test_a_member_that_needs_other_slots_moves_out() -> None:
     mine = caches(2)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     step_together(block, 0)
     mine[0].allocate([100] * 3)
     assert not block.holds(mine)
@@ -125,7 +125,7 @@ def test_a_member_that_needs_other_slots_moves_out() -> None:
 
 def test_others_or_another_order_do_not_live_there() -> None:
     mine = caches(3)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     assert block.holds(mine)
     assert not block.holds(mine[::-1])
     assert not block.holds(mine[:2])
@@ -134,7 +134,7 @@ def test_others_or_another_order_do_not_live_there() -> None:
 
 def test_disbanded_members_have_memory_of_their_own() -> None:
     mine, alone = caches(3), caches(3)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     for number in range(5):
         step_together(block, number)
         step_alone(alone, number)
@@ -151,7 +151,7 @@ def test_disbanded_members_have_memory_of_their_own() -> None:
 
 def test_a_block_does_not_keep_its_members() -> None:
     mine = caches(2)
-    block = CarriedTogether(mine)
+    block = BatchedCarriedCache(mine)
     one = weakref.ref(mine.pop())
     gc.collect()
     assert one() is None
@@ -162,21 +162,21 @@ BUDGET_STATIC, TOKENS = 12, 5
 
 
 def full(carry: str = "attention", streams: int = 2, slope: float = 0.0, decay: float = 0.0) -> CarriedCache:
-    geometry = Geometry(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
+    spec = KVSpec(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
     rule = Rule(carry, sinks=2, seed=1, pinned=1)
-    cache = CarriedCache(geometry, BUDGET_STATIC, rule, DetailedCache(geometry), slope, decay)
+    cache = CarriedCache(spec, BUDGET_STATIC, rule, DetailedCache(spec), slope, decay)
     for number in range(3):
         walk(cache, cache, TOKENS, number)
     return cache
 
 
-def walk(cache: CarriedCache | StaticStep, carried: CarriedCache, tokens: int, seed: int) -> list[torch.Tensor]:
+def walk(cache: CarriedCache | StaticCarriedCache, carried: CarriedCache, tokens: int, seed: int) -> list[torch.Tensor]:
     """One step of random keys through all layers; the keys that attention would have seen."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (carried.geometry.streams, carried.geometry.kv_heads, tokens, carried.geometry.head_dim)
+    shape = (carried.spec.streams, carried.spec.kv_heads, tokens, carried.spec.head_dim)
     carried.make_room(tokens)
     seen = []
-    for layer in range(carried.geometry.layers):
+    for layer in range(carried.spec.layers):
         key, value = (torch.randn(shape, generator=generator) for _ in range(2))
         keys, values = cache.update(key, value, layer)
         seen += [keys.clone(), values.clone()]
@@ -187,11 +187,11 @@ def walk(cache: CarriedCache | StaticStep, carried: CarriedCache, tokens: int, s
 def assert_same_static(found: CarriedCache, expected: CarriedCache) -> None:
     assert found.lengths == expected.lengths
     assert found.detailed.lengths == expected.detailed.lengths
-    for layer in range(found.geometry.layers):
+    for layer in range(found.spec.layers):
         length = found.lengths[layer]
-        assert torch.equal(found.born[layer][..., :length], expected.born[layer][..., :length])
+        assert torch.equal(found.token_ids[layer][..., :length], expected.token_ids[layer][..., :length])
         assert torch.equal(found.buffers[layer][..., :length, :], expected.buffers[layer][..., :length, :])
-        for total, other in zip(found.totals[layer : layer + 1], expected.totals[layer : layer + 1], strict=True):
+        for total, other in zip(found.scores[layer : layer + 1], expected.scores[layer : layer + 1], strict=True):
             assert torch.equal(total[..., :length], other[..., :length])
         assert torch.equal(found.detailed.keys(layer), expected.detailed.keys(layer))
         assert torch.equal(found.detailed.values(layer), expected.detailed.values(layer))
@@ -202,7 +202,7 @@ def assert_same_static(found: CarriedCache, expected: CarriedCache) -> None:
 def test_static_steps_equal_ordinary_ones(carry: str, slope: float, decay: float) -> None:
     mine, other = (full(carry, slope=slope, decay=decay) for _ in range(2))
     assert mine.full
-    static = StaticStep(mine, TOKENS)
+    static = StaticCarriedCache(mine, TOKENS)
     for number in range(10, 16):
         mine.make_room(TOKENS)
         mine.detailed.make_room(TOKENS)
@@ -219,7 +219,7 @@ def test_repeating_the_same_commands_needs_only_a_new_beginning() -> None:
     mine, other = full(), full()
     mine.make_room(TOKENS)
     mine.detailed.reserve(100)
-    static = StaticStep(mine, TOKENS)
+    static = StaticCarriedCache(mine, TOKENS)
     for number in (20, 21):
         addresses = [place.data_ptr() for place in static.places.values()]
         static.begin()
@@ -236,7 +236,7 @@ def test_repeating_the_same_commands_needs_only_a_new_beginning() -> None:
 
 def test_lengths_are_those_of_the_carried_cache() -> None:
     cache = full()
-    static = StaticStep(cache, TOKENS)
+    static = StaticCarriedCache(cache, TOKENS)
     assert len(static) == 2
     assert static.get_seq_length() == BUDGET_STATIC
     assert cache.full
@@ -244,7 +244,7 @@ def test_lengths_are_those_of_the_carried_cache() -> None:
 
 def test_it_does_not_keep_its_stream() -> None:
     cache = full()
-    static = StaticStep(cache, TOKENS)
+    static = StaticCarriedCache(cache, TOKENS)
     del cache
     gc.collect()
     with pytest.raises(AssertionError, match="outlived"):

@@ -11,36 +11,36 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.spec import Geometry, Moves
+from statekv.cache.spec import KVSpec, PositionShift
 from statekv.ops import select
 from statekv.ops.rope import rotate
-from tests.cache.tokens import check_whole, geometry, keys, values
+from tests.cache.tokens import check_whole, keys, kv_spec, values
 
 CARRIES = ["attention", "recent", "sink_recent", "random"]
 
 
 def carried(
-    budget: int, carry: str = "attention", g: Geometry | None = None, sinks: int = 4, seed: int = 0, pinned: int = 0
+    budget: int, carry: str = "attention", g: KVSpec | None = None, sinks: int = 4, seed: int = 0, pinned: int = 0
 ) -> CarriedCache:
-    g = g or geometry()
+    g = g or kv_spec()
     rule = Rule(carry, sinks=sinks, seed=seed, pinned=pinned)
     return CarriedCache(g, budget, rule, DetailedCache(g))
 
 
 def random_scores(cache: CarriedCache, layer: int, seed: int) -> torch.Tensor:
-    shape = (cache.geometry.streams, cache.geometry.kv_heads, cache.lengths[layer])
+    shape = (cache.spec.streams, cache.spec.kv_heads, cache.lengths[layer])
     return torch.rand(shape, generator=torch.Generator().manual_seed(1000 * layer + seed))
 
 
 def held(cache: CarriedCache, layer: int) -> torch.Tensor:
     """[streams, kv_heads, length] token numbers in slot order, read off the keys themselves."""
     key, value = cache.buffers[layer][..., : cache.lengths[layer], :]
-    return check_whole(cache.geometry, layer, key, value)
+    return check_whole(cache.spec, layer, key, value)
 
 
 def step(cache: CarriedCache, tokens: int, seed: int = 0, evict: bool = True) -> None:
     """One step, as the attention layers make it: layer by layer append, attend, evict."""
-    g, start = cache.geometry, cache.detailed.length
+    g, start = cache.spec, cache.detailed.length
     new = range(start, start + tokens)
     cache.make_room(tokens)
     for layer in range(g.layers):
@@ -62,34 +62,34 @@ def sizes(seed: int, longest: int, steps: int = 40) -> list[int]:
 @pytest.mark.parametrize(("budget", "longest"), [(20, 7), (20, 20), (20, 55), (1, 3)])
 @pytest.mark.parametrize("carry", CARRIES)
 def test_stays_within_the_budget_and_whole(carry: str, budget: int, longest: int, streams: int) -> None:
-    cache = carried(budget, carry, geometry(streams=streams), sinks=0 if budget == 1 else 4)
+    cache = carried(budget, carry, kv_spec(streams=streams), sinks=0 if budget == 1 else 4)
     total = 0
     for number, tokens in enumerate(sizes(budget + longest, longest)):
         total += tokens
         step(cache, tokens, seed=number)
         assert cache.length == cache.get_seq_length() == min(total, budget)
         assert set(cache.lengths) == {cache.length}
-        for layer in range(cache.geometry.layers):
+        for layer in range(cache.spec.layers):
             tokens_held = held(cache, layer).sort(-1).values
             assert torch.equal(cache.kept(layer), tokens_held)
             assert (tokens_held.diff(dim=-1) > 0).all()  # none twice
     assert cache.detailed.length == total
-    for layer in range(cache.geometry.layers):
-        detailed = check_whole(cache.geometry, layer, cache.detailed.keys(layer), cache.detailed.values(layer))
+    for layer in range(cache.spec.layers):
+        detailed = check_whole(cache.spec, layer, cache.detailed.keys(layer), cache.detailed.values(layer))
         assert (detailed == torch.arange(total)).all()
 
 
 @pytest.mark.parametrize(("budget", "longest"), [(20, 7), (20, 55)])
 def test_keeps_what_a_gather_would(budget: int, longest: int) -> None:
     """Sets of tokens per layer and head, chosen by hand from the same scores, over many steps."""
-    cache = carried(budget, "attention", geometry(streams=2))
+    cache = carried(budget, "attention", kv_spec(streams=2))
     expected: dict[tuple[int, int, int], list[int]] = {}
     for number, tokens in enumerate(sizes(3, longest)):
         start = cache.detailed.length
         cache.make_room(tokens)
         for layer in range(3):
             new = range(start, start + tokens)
-            cache.update(keys(cache.geometry, layer, new), values(cache.geometry, layer, new), layer)
+            cache.update(keys(cache.spec, layer, new), values(cache.spec, layer, new), layer)
             scores = random_scores(cache, layer, number)
             slots = held(cache, layer)
             for s in range(2):
@@ -110,16 +110,16 @@ def test_addresses_are_constant_once_full(carry: str) -> None:
     for tokens in (7, 7, 7, 9):
         step(cache, tokens)
     assert cache.length == 20
-    before = [buffer.data_ptr() for buffer in [*cache.buffers, *cache.born]]
+    before = [buffer.data_ptr() for buffer in [*cache.buffers, *cache.token_ids]]
     nbytes = cache.nbytes
     for number, tokens in enumerate(sizes(1, 9)):
         step(cache, tokens, seed=number)
-    assert [buffer.data_ptr() for buffer in [*cache.buffers, *cache.born]] == before
+    assert [buffer.data_ptr() for buffer in [*cache.buffers, *cache.token_ids]] == before
     assert cache.nbytes == nbytes
 
 
 def test_slots_and_bytes_are_the_budget_and_the_longest_step() -> None:
-    g = geometry(streams=2)
+    g = kv_spec(streams=2)
     cache = carried(20, g=g)
     longest = 0
     for tokens in (3, 9, 4, 9, 2, 30, 30, 8):
@@ -139,7 +139,7 @@ def test_layers_share_one_block() -> None:
 
 
 def test_growing_to_a_large_budget_copies_a_linear_number_of_tokens() -> None:
-    cache = carried(10_000, g=geometry(layers=1))
+    cache = carried(10_000, g=kv_spec(layers=1))
     copied = 0
     while cache.length < 10_000:
         before, length = cache.buffers[0], cache.length
@@ -162,8 +162,8 @@ def test_a_peek_leaves_everything_as_it_was(carry: str, filled: int) -> None:
     length, tokens, before = cache.length, cache.detailed.length, state(cache)
     step(cache, 33, evict=False)
     assert cache.length == length + 33
-    cache.crop(length)
-    cache.detailed.crop(tokens)
+    cache.truncate(length)
+    cache.detailed.truncate(tokens)
     assert cache.length == length
     for number in range(4):
         assert all(torch.equal(a, b) for a, b in zip(state(cache), before, strict=True))
@@ -210,7 +210,7 @@ def test_a_pinned_prefix_survives_every_step(carry: str) -> None:
         assert all((cache.kept(layer)[..., :5] == first).all() for layer in range(3))
 
 
-def after_random_steps(seed: int, g: Geometry, steps: int = 12, budget: int = 32) -> CarriedCache:
+def after_random_steps(seed: int, g: KVSpec, steps: int = 12, budget: int = 32) -> CarriedCache:
     cache = carried(budget, "random", g, seed=seed)
     for _ in range(steps):
         step(cache, 16)
@@ -218,14 +218,14 @@ def after_random_steps(seed: int, g: Geometry, steps: int = 12, budget: int = 32
 
 
 def test_random_repeats_itself_with_its_seed() -> None:
-    g = geometry()
+    g = kv_spec()
     first, again, other = (after_random_steps(seed, g) for seed in (1, 1, 2))
     assert all(torch.equal(first.kept(layer), again.kept(layer)) for layer in range(3))
     assert not any(torch.equal(first.kept(layer), other.kept(layer)) for layer in range(3))
 
 
 def test_random_differs_across_heads_and_layers_and_draws_in_a_batch_as_alone() -> None:
-    cache = after_random_steps(0, geometry(kv_heads=4, streams=2))
+    cache = after_random_steps(0, kv_spec(kv_heads=4, streams=2))
     rows = [tuple(row) for layer in range(3) for row in cache.kept(layer)[0].tolist()]
     assert len(set(rows)) == len(rows) == 12
     assert all(torch.equal(*cache.kept(layer)) for layer in range(3))
@@ -233,7 +233,7 @@ def test_random_differs_across_heads_and_layers_and_draws_in_a_batch_as_alone() 
 
 def random_shares(steps: int) -> torch.Tensor:
     """[steps]: how much of each step is still carried after all of them, averaged over 1600 heads."""
-    cache = after_random_steps(0, geometry(layers=1, kv_heads=1600), steps=steps)
+    cache = after_random_steps(0, kv_spec(layers=1, kv_heads=1600), steps=steps)
     counts = torch.bincount(cache.kept(0).flatten() // 16, minlength=steps)
     return counts / (1600 * 16)
 
@@ -254,7 +254,7 @@ def test_evicting_moves_no_more_than_what_arrives() -> None:
     cache = carried(20)
     step(cache, 20)
     cache.make_room(3)
-    g = cache.geometry
+    g = cache.spec
     cache.update(keys(g, 0, range(20, 23)), values(g, 0, range(20, 23)), 0)
     before = held(cache, 0)
     scores = random_scores(cache, 0, 5)
@@ -264,7 +264,7 @@ def test_evicting_moves_no_more_than_what_arrives() -> None:
 
 
 def dialled(budget: int, slope: float = 0.0, decay: float = 0.0, streams: int = 1) -> CarriedCache:
-    g = geometry(streams=streams)
+    g = kv_spec(streams=streams)
     rule = Rule("attention", sinks=0, seed=0, pinned=0)
     return CarriedCache(g, budget, rule, DetailedCache(g), slope, decay)
 
@@ -279,7 +279,7 @@ def test_scores_add_up_by_hand(decay: float) -> None:
         start = cache.detailed.length
         for layer in range(3):
             new = range(start, start + tokens)
-            cache.update(keys(cache.geometry, layer, new), values(cache.geometry, layer, new), layer)
+            cache.update(keys(cache.spec, layer, new), values(cache.spec, layer, new), layer)
             scores, slots = random_scores(cache, layer, number), held(cache, layer)
             cache.evict(layer, scores)
             for s, h in [(0, 0), (0, 1), (1, 0), (1, 1)]:
@@ -289,7 +289,7 @@ def test_scores_add_up_by_hand(decay: float) -> None:
                 best = sorted(total, key=lambda token: -total[token])[:20]
                 expected[layer, s, h] = {token: total[token] for token in best}
                 length = cache.lengths[layer]
-                found = zip(held(cache, layer)[s, h].tolist(), cache.totals[layer][s, h, :length].tolist(), strict=True)
+                found = zip(held(cache, layer)[s, h].tolist(), cache.scores[layer][s, h, :length].tolist(), strict=True)
                 assert dict(found) == pytest.approx(expected[layer, s, h])
 
 
@@ -298,8 +298,8 @@ def test_scores_cost_four_bytes_a_slot_and_nothing_without_decay() -> None:
     for cache in (plain, adding):
         for _ in range(4):
             step(cache, 9)
-    assert plain.totals == []
-    assert adding.nbytes - plain.nbytes == 4 * sum(adding.slots) * adding.geometry.kv_heads
+    assert plain.scores == []
+    assert adding.nbytes - plain.nbytes == 4 * sum(adding.slots) * adding.spec.kv_heads
 
 
 @pytest.mark.parametrize("slope", [0.5, -0.5, 0.31])
@@ -314,8 +314,8 @@ def test_layers_keep_what_their_budgets_say_and_sum_to_the_flat_total(slope: flo
         for layer in range(3):
             held(cache, layer)  # whole
     assert all(slots <= budget + 9 for slots, budget in zip(cache.slots, cache.budgets, strict=True))
-    births = 4 * cache.geometry.kv_heads
-    per_slot = cache.geometry.bytes_per_token // 3 + births
+    births = 4 * cache.spec.kv_heads
+    per_slot = cache.spec.bytes_per_token // 3 + births
     assert cache.nbytes == sum(cache.slots) * per_slot
 
 
@@ -328,8 +328,8 @@ def test_a_peek_leaves_layers_of_any_budget_as_they_were(filled: int) -> None:
         step(twin, 6, seed=number)
     length, tokens = cache.length, cache.detailed.length
     step(cache, 17, evict=False)
-    cache.crop(length)
-    cache.detailed.crop(tokens)
+    cache.truncate(length)
+    cache.detailed.truncate(tokens)
     assert cache.lengths == twin.lengths
     for number in range(3):
         step(cache, 6, seed=50 + number)
@@ -337,14 +337,14 @@ def test_a_peek_leaves_layers_of_any_budget_as_they_were(filled: int) -> None:
         for layer in range(3):
             assert torch.equal(cache.kept(layer), twin.kept(layer))
             length = cache.lengths[layer]
-            assert torch.equal(cache.totals[layer][..., :length], twin.totals[layer][..., :length])
+            assert torch.equal(cache.scores[layer][..., :length], twin.scores[layer][..., :length])
 
 
 def test_a_step_is_judged_where_it_overflows_or_scores_add_up() -> None:
     flat, layered, adding = dialled(20), dialled(20, 0.5), dialled(20, decay=0.1)
-    assert [flat.judges(20), flat.judges(21)] == [False, True]
-    assert [layered.judges(10), layered.judges(11)] == [False, True]
-    assert adding.judges(1)
+    assert [flat.must_evict(20), flat.must_evict(21)] == [False, True]
+    assert [layered.must_evict(10), layered.must_evict(11)] == [False, True]
+    assert adding.must_evict(1)
 
 
 def test_pinning_the_newest_moves_on_in_place() -> None:
@@ -361,16 +361,16 @@ def test_pinning_the_newest_moves_on_in_place() -> None:
 
 def test_carried_keys_turn_by_what_their_tokens_move() -> None:
     """Each head holds other tokens; those before the first moved one keep their bits, like all values."""
-    cache = carried(20, g=geometry(streams=2))
+    cache = carried(20, g=kv_spec(streams=2))
     for number in range(12):
         step(cache, 7, seed=number)
     first, before = 30, [buffer.clone() for buffer in cache.buffers]
     by = -(1 + torch.arange(84 - first) // 5)
-    cache.turn(Moves(range(first, first + len(by)), by.tolist()), quarter_turns)
+    cache.rotate(PositionShift(range(first, first + len(by)), by.tolist()), quarter_turns)
     for layer, buffer in enumerate(before):
-        born = cache.born[layer][..., :20].long()
+        token_ids = cache.token_ids[layer][..., :20].long()
         for s, h, slot in itertools.product(range(2), range(2), range(20)):
-            token, (key, value) = int(born[s, h, slot]), buffer[:, s, h, slot]
+            token, (key, value) = int(token_ids[s, h, slot]), buffer[:, s, h, slot]
             far = int(by[token - first]) if token >= first else 0
             expected = rotate(key, *(part[0, 0] for part in quarter_turns(torch.tensor([far]))))
             assert torch.equal(cache.buffers[layer][0, s, h, slot], expected if far else key)
@@ -385,7 +385,7 @@ def quarter_turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def remembering(budget: int = 20, decay: float = 0.0, remembers: bool = True, carry: str = "attention") -> CarriedCache:
-    g = geometry(streams=2)
+    g = kv_spec(streams=2)
     rule = Rule(carry, sinks=0, seed=0, pinned=0)
     return CarriedCache(g, budget, rule, DetailedCache(g), decay=decay, remembers=remembers)
 
@@ -399,11 +399,11 @@ def test_a_segments_worth_is_that_of_its_slots(starts: list[int], decay: float) 
         expected: dict[int, tuple[float, int]] = {}
         for layer, s, h in itertools.product(range(3), range(2), range(2)):
             for slot in range(cache.lengths[layer]):
-                before = [start for start in starts if start <= int(cache.born[layer][s, h, slot])]
+                before = [start for start in starts if start <= int(cache.token_ids[layer][s, h, slot])]
                 if before:
                     score, count = expected.get(before[-1], (0.0, 0))
-                    expected[before[-1]] = score + float(cache.totals[layer][s, h, slot]), count + 1
-        found = cache.worths(starts)
+                    expected[before[-1]] = score + float(cache.scores[layer][s, h, slot]), count + 1
+        found = cache.importance(starts)
         assert found.keys() == expected.keys()
         for start, (score, count) in expected.items():
             assert found[start][0] == pytest.approx(score, rel=1e-12)
@@ -416,20 +416,20 @@ def test_a_worth_is_that_of_the_newest_step_that_was_judged() -> None:
     cache = remembering()
     step(cache, 12, evict=False)
     step(cache, 8, evict=False)
-    assert not cache.judges(0)
-    assert cache.worths([0, 12]) == {0: (0.0, 12 * 12), 12: (0.0, 8 * 12)}
+    assert not cache.must_evict(0)
+    assert cache.importance([0, 12]) == {0: (0.0, 12 * 12), 12: (0.0, 8 * 12)}
     cache.make_room(5)
     expected = [0.0, 0.0, 0.0]
     for layer in range(3):
         own = range(20, 25)
-        cache.update(keys(cache.geometry, layer, own), values(cache.geometry, layer, own), layer)
+        cache.update(keys(cache.spec, layer, own), values(cache.spec, layer, own), layer)
         scores, slots = random_scores(cache, layer, 2), held(cache, layer)
         for s, h in itertools.product(range(2), range(2)):
             best = sorted(zip(scores[s, h].tolist(), slots[s, h].tolist(), strict=True), reverse=True)[:20]
             for score, token in best:
                 expected[(token >= 12) + (token >= 20)] += score
         cache.evict(layer, scores)
-    found = cache.worths([0, 12, 20])
+    found = cache.importance([0, 12, 20])
     assert [found[start][0] for start in (0, 12, 20)] == pytest.approx(expected)
 
 
@@ -440,11 +440,11 @@ def test_remembering_scores_changes_nothing_else(carry: str) -> None:
         for each in (cache, plain):
             step(each, tokens, seed=number)
         assert cache.lengths == plain.lengths
-        assert cache.judges(tokens) == plain.judges(tokens)
+        assert cache.must_evict(tokens) == plain.must_evict(tokens)
         for layer in range(3):
             assert torch.equal(held(cache, layer), held(plain, layer))  # slot by slot
-            assert torch.equal(cache.born[layer][..., : cache.lengths[layer]], held(plain, layer))
-    assert plain.totals == []
+            assert torch.equal(cache.token_ids[layer][..., : cache.lengths[layer]], held(plain, layer))
+    assert plain.scores == []
     assert cache.nbytes - plain.nbytes == 4 * sum(cache.slots) * 2 * 2
 
 
@@ -452,8 +452,8 @@ def test_a_fork_remembers_too() -> None:
     cache = remembering()
     for number in range(5):
         step(cache, 9, seed=number)
-    other = cache.fork(DetailedCache(cache.geometry))
-    assert other.worths([0, 20]) == cache.worths([0, 20])
-    before = other.worths([0, 20])
+    other = cache.fork(DetailedCache(cache.spec))
+    assert other.importance([0, 20]) == cache.importance([0, 20])
+    before = other.importance([0, 20])
     step(cache, 9, seed=9)
-    assert other.worths([0, 20]) == before != cache.worths([0, 20])
+    assert other.importance([0, 20]) == before != cache.importance([0, 20])

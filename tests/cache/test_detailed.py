@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.spec import Geometry, Moves, numbers_in
+from statekv.cache.spec import KVSpec, PositionShift, numbers_in
 from statekv.ops.rope import rotate
-from tests.cache.tokens import check_whole, geometry, keys, values
+from tests.cache.tokens import check_whole, keys, kv_spec, values
 
 
 def feed(cache: DetailedCache, tokens: int) -> list[list[int]]:
     """Let tokens enter all layers; returns which ones each layer hands out."""
-    g, start = cache.geometry, cache.length
+    g, start = cache.spec, cache.length
     new = range(start, start + tokens)
     seen = []
     for layer in range(g.layers):
@@ -31,8 +31,8 @@ def addresses(cache: DetailedCache) -> list[int]:
     return [buffer.data_ptr() for buffer in cache.buffers]
 
 
-@pytest.mark.parametrize("g", [geometry(), geometry(layers=1, kv_heads=1), geometry(streams=2)], ids=str)
-def test_holds_every_token_in_order(g: Geometry) -> None:
+@pytest.mark.parametrize("g", [kv_spec(), kv_spec(layers=1, kv_heads=1), kv_spec(streams=2)], ids=str)
+def test_holds_every_token_in_order(g: KVSpec) -> None:
     cache = DetailedCache(g)
     total = 0
     for tokens in (1, 255, 1, 3, 700, 40):
@@ -45,8 +45,8 @@ def test_holds_every_token_in_order(g: Geometry) -> None:
 
 
 def test_hands_out_views() -> None:
-    cache = DetailedCache(geometry())
-    g = cache.geometry
+    cache = DetailedCache(kv_spec())
+    g = cache.spec
     key, value = cache.update(keys(g, 1, range(5)), values(g, 1, range(5)), 1)
     assert key.untyped_storage().data_ptr() == cache.buffers[1].untyped_storage().data_ptr()
     assert value.untyped_storage().data_ptr() == cache.buffers[1].untyped_storage().data_ptr()
@@ -54,7 +54,7 @@ def test_hands_out_views() -> None:
 
 
 def test_growing_copies_a_linear_number_of_tokens() -> None:
-    cache = DetailedCache(geometry(layers=2))
+    cache = DetailedCache(kv_spec(layers=2))
     steps, tokens, changes, copied = 600, 13, 0, 0
     for _ in range(steps):
         before, length = cache.buffers[0], cache.length  # kept alive, so that its address is not given out again
@@ -70,7 +70,7 @@ def test_growing_copies_a_linear_number_of_tokens() -> None:
 
 
 def test_nothing_moves_after_reserve() -> None:
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 10)
     cache.reserve(5000)
     before, grown = addresses(cache), cache.grown
@@ -84,7 +84,7 @@ def test_nothing_moves_after_reserve() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 3, 256])
 def test_reserving_less_changes_nothing(tokens: int) -> None:
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 10)
     before = addresses(cache)
     cache.reserve(tokens)
@@ -93,31 +93,31 @@ def test_reserving_less_changes_nothing(tokens: int) -> None:
 
 
 def test_crop_copies_nothing_and_is_overwritten() -> None:
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 50)
     before = addresses(cache)
-    cache.crop(20)
+    cache.truncate(20)
     assert cache.length == 20
     assert feed(cache, 10)[0] == list(range(30))
     assert addresses(cache) == before
-    cache.crop(1000)
+    cache.truncate(1000)
     assert cache.length == 30
 
 
 def test_crop_mends_a_pass_that_broke_off_between_layers() -> None:
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 20)
-    g = cache.geometry
+    g = cache.spec
     cache.update(keys(g, 0, range(20, 25)), values(g, 0, range(20, 25)), 0)
     assert cache.length == 20
-    cache.crop(20)
+    cache.truncate(20)
     assert feed(cache, 3) == [list(range(23))] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("streams", [1, 3])
 def test_bytes_are_the_formula(dtype: torch.dtype, streams: int) -> None:
-    g = geometry(streams=streams, dtype=dtype)
+    g = kv_spec(streams=streams, dtype=dtype)
     cache = DetailedCache(g)
     assert cache.nbytes == 0
     cache.reserve(1000)
@@ -140,7 +140,7 @@ def recalled(recall: str, window: int, sinks: int, asked_at: int, length: int) -
 @pytest.mark.parametrize(("window", "sinks"), [(10, 4), (10, 0), (10, 9), (1, 0), (1000, 4)])
 @pytest.mark.parametrize("recall", ["all", "recent", "sink_recent"])
 def test_an_answer_sees_its_window(recall: str, window: int, sinks: int, video: int) -> None:
-    cache = DetailedCache(geometry(), recall, window, sinks)
+    cache = DetailedCache(kv_spec(), recall, window, sinks)
     for step in range(0, video, 6):
         assert feed(cache, min(6, video - step))[0] == list(range(cache.length))  # steps see everything
     cache.begin_answer()
@@ -150,21 +150,21 @@ def test_an_answer_sees_its_window(recall: str, window: int, sinks: int, video: 
 
 @pytest.mark.parametrize("recall", ["recent", "sink_recent"])
 def test_crop_ends_the_answer(recall: str) -> None:
-    cache = DetailedCache(geometry(), recall, 10, 4)
+    cache = DetailedCache(kv_spec(), recall, 10, 4)
     feed(cache, 40)
     cache.begin_answer()
     assert len(feed(cache, 5)[0]) == 15
-    cache.crop(40)
+    cache.truncate(40)
     assert feed(cache, 6)[0] == list(range(46))
     cache.begin_answer()
     assert feed(cache, 1)[0] == recalled(recall, 10, 4, 46, 47)
 
 
 def test_a_window_copies_no_more_than_itself() -> None:
-    cache = DetailedCache(geometry(), "recent", 10)
+    cache = DetailedCache(kv_spec(), "recent", 10)
     feed(cache, 500)
     cache.begin_answer()
-    key, _ = cache.update(keys(cache.geometry, 0, range(500, 501)), values(cache.geometry, 0, range(500, 501)), 0)
+    key, _ = cache.update(keys(cache.spec, 0, range(500, 501)), values(cache.spec, 0, range(500, 501)), 0)
     assert key.untyped_storage().data_ptr() == cache.buffers[0].untyped_storage().data_ptr()
     assert key.shape[-2] == 11
 
@@ -175,17 +175,15 @@ def turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-@pytest.mark.parametrize(
-    "g", [geometry(layers=2), geometry(layers=1, streams=2), geometry(dtype=torch.bfloat16)], ids=str
-)
-def test_keys_turn_in_place_from_a_token_on(g: Geometry) -> None:
+@pytest.mark.parametrize("g", [kv_spec(layers=2), kv_spec(layers=1, streams=2), kv_spec(dtype=torch.bfloat16)], ids=str)
+def test_keys_turn_in_place_from_a_token_on(g: KVSpec) -> None:
     """More of them than are turned at once; what lies before, and all values, keep their bits."""
     cache = DetailedCache(g)
     feed(cache, 9000)
     at, first = addresses(cache), 300
     before = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(g.layers)]
     by = -(torch.arange(9000 - first) // 7)
-    cache.turn(Moves(range(first, first + len(by)), by.tolist()), turns)
+    cache.rotate(PositionShift(range(first, first + len(by)), by.tolist()), turns)
     cos, sin = turns(by)
     for layer, (key, value) in enumerate(before):
         assert torch.equal(cache.values(layer), value)
@@ -198,8 +196,8 @@ def test_keys_turn_in_place_from_a_token_on(g: Geometry) -> None:
 # What tiers and retrieval read
 
 
-@pytest.mark.parametrize("g", [geometry(), geometry(streams=2, dtype=torch.bfloat16)], ids=["one", "streams"])
-def test_gathered_segments_are_copies_in_order(g: Geometry) -> None:
+@pytest.mark.parametrize("g", [kv_spec(), kv_spec(streams=2, dtype=torch.bfloat16)], ids=["one", "streams"])
+def test_gathered_segments_are_copies_in_order(g: KVSpec) -> None:
     cache = DetailedCache(g)
     feed(cache, 50)
     starts, stops = [0, 9, 40], [4, 30, 50]
@@ -213,23 +211,23 @@ def test_gathered_segments_are_copies_in_order(g: Geometry) -> None:
 
 
 def test_the_newest_keys_are_a_view_of_the_last() -> None:
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 20)
     for layer in range(3):
         found = cache.newest(layer, 6)
-        assert torch.equal(found, keys(cache.geometry, layer, range(14, 20)))
+        assert torch.equal(found, keys(cache.spec, layer, range(14, 20)))
         assert found.untyped_storage().data_ptr() == cache.buffers[layer].untyped_storage().data_ptr()
     assert cache.newest(0, 0).shape[-2] == 0
 
 
 def test_what_has_left_the_buffers_still_counts() -> None:
     """Tokens keep their numbers, by which streams are cropped."""
-    cache = DetailedCache(geometry())
+    cache = DetailedCache(kv_spec())
     feed(cache, 20)
     cache.away = 100
     assert (cache.length, cache.number(0), cache.get_seq_length()) == (120, 120, 20)
-    g = cache.geometry
+    g = cache.spec
     cache.update(keys(g, 0, range(20, 25)), values(g, 0, range(20, 25)), 0)
     assert [cache.number(layer) for layer in range(3)] == [125, 120, 120]
-    cache.crop(117)
+    cache.truncate(117)
     assert (cache.length, cache.lengths) == (117, [17] * 3)

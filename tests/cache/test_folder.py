@@ -342,7 +342,7 @@ PART_TOKENS = 20
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 20 tokens of the tiny models, which are all of one size."""
-    monkeypatch.setattr(subject, "PART_BYTES", PART_TOKENS * shared_engine("internvl").model.geometry().bytes_per_token)
+    monkeypatch.setattr(subject, "PART_BYTES", PART_TOKENS * shared_engine("internvl").model.kv_spec().bytes_per_token)
 
 
 def frames(count: int = STEPS) -> Sequence[Any]:
@@ -363,7 +363,7 @@ def save(state: StreamState, folder: Path) -> tuple[int, int]:
 
 def assert_holds(folder: Path, session: Session) -> None:
     """The folder's stream is the session's, bit for bit."""
-    loaded = Session(session.stepper, load_stream(folder, session.state.geometry))
+    loaded = Session(session.runner, load_stream(folder, session.state.spec))
     assert loaded.state.spans == session.state.spans
     assert_same_memory(memory(loaded), memory(session))
 
@@ -394,7 +394,7 @@ def test_what_changes_is_known_no_longer() -> None:
 def test_a_save_writes_what_is_new_and_one_open_part(family: str, tmp_path: Path) -> None:
     """Over a stream of any length, so that its cost does not grow."""
     session = shared_engine(family).open(budget=30)
-    per_token, tokens = session.state.geometry.bytes_per_token, 0
+    per_token, tokens = session.state.spec.bytes_per_token, 0
     for frame in frames():
         session.push([frame])
         files, written = save(session.state, tmp_path)
@@ -422,7 +422,7 @@ def test_a_restored_stream_goes_on_where_its_folder_stands(family: str, tmp_path
     session = shared_engine(family).open(budget=30)
     session.push(frames(16))
     whole = save(session.state, tmp_path)[1]
-    restored = Session(session.stepper, load_stream(tmp_path, session.state.geometry))
+    restored = Session(session.runner, load_stream(tmp_path, session.state.spec))
     restored.push(frames()[16:18])
     files, written = save(restored.state, tmp_path)
     assert files <= 3
@@ -469,7 +469,7 @@ def test_two_sessions_restored_from_one_folder_do_not_take_each_others_tokens(tm
     session = shared_engine("internvl").open(budget=30)
     session.push(frames(8))
     save(session.state, tmp_path)
-    first, second = (Session(session.stepper, load_stream(tmp_path, session.state.geometry)) for _ in range(2))
+    first, second = (Session(session.runner, load_stream(tmp_path, session.state.spec)) for _ in range(2))
     first.push(some_frames(9, seed=1))
     second.push(some_frames(9, seed=2))
     assert first.state.tokens == second.state.tokens

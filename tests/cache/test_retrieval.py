@@ -10,16 +10,16 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.retrieval import Block, Blocks, Retrieved
-from statekv.cache.spec import Geometry
+from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
+from statekv.cache.spec import KVSpec
 from statekv.config import Config
 from statekv.ops.rope import rotate
 
 HEADS, GROUP, DIM = 2, 3, 8
 
 
-def geometry(layers: int = 2, dtype: torch.dtype = torch.float32) -> Geometry:
-    return Geometry(HEADS, DIM, dtype, (torch.device("cpu"),) * layers)
+def kv_spec(layers: int = 2, dtype: torch.dtype = torch.float32) -> KVSpec:
+    return KVSpec(HEADS, DIM, dtype, (torch.device("cpu"),) * layers)
 
 
 def angles(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,16 +37,16 @@ def feed(detailed: DetailedCache, raw: torch.Tensor, start: int) -> tuple[torch.
     return cos, sin
 
 
-def filled(steps: int, dtype: torch.dtype = torch.float32) -> tuple[Blocks, DetailedCache, list[torch.Tensor]]:
+def filled(steps: int, dtype: torch.dtype = torch.float32) -> tuple[StepIndex, DetailedCache, list[torch.Tensor]]:
     """Steps of growing length behind three tokens of text, and their keys before rotation."""
-    g, generator = geometry(dtype=dtype), torch.Generator().manual_seed(0)
-    detailed, blocks, entered = DetailedCache(g), Blocks(g), []
+    g, generator = kv_spec(dtype=dtype), torch.Generator().manual_seed(0)
+    detailed, blocks, entered = DetailedCache(g), StepIndex(g), []
     feed(detailed, torch.randn(2, HEADS, 3, DIM, generator=generator), 0)
     for step in range(steps):
         raw = torch.randn(2, HEADS, 4 + step % 3, DIM, generator=generator)
         start = detailed.length
         turn = feed(detailed, raw, 7 * start)  # positions run ahead of tokens
-        blocks.add(detailed, Block(start, detailed.length, 5), *turn)
+        blocks.add(detailed, StepIndexEntry(start, detailed.length, 5), *turn)
         entered.append(raw)
     return blocks, detailed, entered
 
@@ -73,15 +73,15 @@ def test_a_score_is_the_sum_over_all_heads() -> None:
 
 @pytest.mark.parametrize("planted", [0, 3, 6])
 def test_a_planted_step_scores_highest(planted: int) -> None:
-    g, query = geometry(), torch.randn(1, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1))
-    detailed, blocks = DetailedCache(g), Blocks(g)
+    g, query = kv_spec(), torch.randn(1, HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(1))
+    detailed, blocks = DetailedCache(g), StepIndex(g)
     wanted = query.view(HEADS, GROUP, DIM).sum(1)
     for step in range(7):
         raw = 0.1 * torch.randn(2, HEADS, 6, DIM, generator=torch.Generator().manual_seed(step))
         if step == planted:
             raw[:, :, 2] += wanted
         turn = feed(detailed, raw, 1000 * step)
-        blocks.add(detailed, Block(6 * step, 6 * step + 6, 6), *turn)
+        blocks.add(detailed, StepIndexEntry(6 * step, 6 * step + 6, 6), *turn)
     for layer in range(2):
         assert int(blocks.scores(layer, query).argmax()) == planted
 
@@ -92,7 +92,7 @@ def test_entering_never_touches_older_representatives() -> None:
     with torch.inference_mode():
         detailed.keys(0)[:] = float("nan")  # nothing old is read again
     turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
-    blocks.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+    blocks.add(detailed, StepIndexEntry(detailed.length - 4, detailed.length, 4), *turn)
     assert torch.equal(blocks.means[0][:, :, :3], before)
     assert blocks.means[0].data_ptr() == address
 
@@ -104,7 +104,7 @@ def test_growing_keeps_what_was_there() -> None:
 
 
 def test_bytes_are_the_formula() -> None:
-    assert Blocks(geometry()).nbytes == 0
+    assert StepIndex(kv_spec()).nbytes == 0
     for steps, capacity in ((1, 64), (64, 64), (65, 128)):
         assert filled(steps)[0].nbytes == 2 * HEADS * DIM * 4 * capacity
 
@@ -113,18 +113,18 @@ def test_crop_forgets_what_does_not_lie_within() -> None:
     blocks, _, _ = filled(4)
     stops = [block.stop for block in blocks.spots]
     for tokens, left in ((stops[3], 4), (stops[3] - 1, 3), (stops[1], 2), (stops[0] - 1, 0), (0, 0)):
-        blocks.crop(tokens)
+        blocks.truncate(tokens)
         assert len(blocks) == left
     assert blocks.scores(0, torch.zeros(1, HEADS, DIM)).shape == (1, 0)
 
 
 def test_restored_blocks_score_the_same_and_go_on() -> None:
     blocks, detailed, _ = filled(3)
-    other, query = Blocks(blocks.geometry), torch.randn(1, HEADS, DIM)
+    other, query = StepIndex(blocks.spec), torch.randn(1, HEADS, DIM)
     other.restore(list(blocks.spots), [means[:, :, :3].clone() for means in blocks.means])
     turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
     for each in (blocks, other):
-        each.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+        each.add(detailed, StepIndexEntry(detailed.length - 4, detailed.length, 4), *turn)
     assert other.spots == blocks.spots
     assert torch.equal(other.scores(1, query), blocks.scores(1, query))
 
@@ -132,7 +132,7 @@ def test_restored_blocks_score_the_same_and_go_on() -> None:
 # Forgetting
 
 
-def starts_of(blocks: Blocks) -> list[int]:
+def starts_of(blocks: StepIndex) -> list[int]:
     return [block.start for block in blocks.spots]
 
 
@@ -146,7 +146,7 @@ def test_those_that_stay_score_as_before(forgotten: list[int]) -> None:
     assert starts_of(blocks) == [starts[number] for number in stay]
     assert all(torch.equal(blocks.scores(layer, query), scores[layer]) for layer in range(2))
     turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
-    blocks.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+    blocks.add(detailed, StepIndexEntry(detailed.length - 4, detailed.length, 4), *turn)
     assert len(blocks) == len(stay) + 1
     assert torch.equal(blocks.scores(1, query)[:, :-1], scores[1])
 
@@ -174,13 +174,13 @@ def test_respacing_leaves_what_is_lost() -> None:
     assert [(block.positions, block.lost) for block in blocks.spots] == [(1, 0), (2, 5), (3, 0)]
 
 
-def with_text() -> tuple[Blocks, DetailedCache]:
+def with_text() -> tuple[StepIndex, DetailedCache]:
     """Three tokens of text, steps of 4, 5, 6, two tokens of text, and steps of 4 and 5."""
     blocks, detailed, _ = filled(3)
     feed(detailed, torch.ones(2, HEADS, 2, DIM), 0)
     for length in (4, 5):
         turn = feed(detailed, torch.ones(2, HEADS, length, DIM), 0)
-        blocks.add(detailed, Block(detailed.length - length, detailed.length, length), *turn)
+        blocks.add(detailed, StepIndexEntry(detailed.length - length, detailed.length, length), *turn)
     return blocks, detailed
 
 
@@ -197,7 +197,7 @@ def test_forgotten_steps_are_no_text(forgotten: list[int]) -> None:
         assert each.text_behind(detailed.length + 6) == [(29, 35)]
     for each in (blocks.fork(), blocks):
         turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
-        each.add(detailed, Block(detailed.length - 4, detailed.length, 4), *turn)
+        each.add(detailed, StepIndexEntry(detailed.length - 4, detailed.length, 4), *turn)
         behind = [(29, detailed.length - 4)] if detailed.length > 33 else []
         assert each.texts == [(0, 3), (18, 20), *behind]
 
@@ -210,7 +210,7 @@ def test_crop_goes_back_to_before_a_text() -> None:
         (19, [3], [(0, 3)], [(18, 19)]),
         (18, [3], [(0, 3)], []),
     ):
-        blocks.crop(tokens)
+        blocks.truncate(tokens)
         assert (starts_of(blocks), blocks.texts, blocks.text_behind(tokens)) == (starts, texts, behind)
 
 
@@ -227,10 +227,10 @@ def test_a_fork_forgets_alone() -> None:
 def test_never_more_room_than_for_the_most() -> None:
     blocks, _, _ = filled(60)
     blocks.most = 70
-    detailed = DetailedCache(blocks.geometry)
+    detailed = DetailedCache(blocks.spec)
     for _ in range(30):
         turn = feed(detailed, torch.ones(2, HEADS, 4, DIM), 0)
-        blocks.add(detailed, Block(detailed.length - 4 + 1000, detailed.length + 1000, 4), *turn)
+        blocks.add(detailed, StepIndexEntry(detailed.length - 4 + 1000, detailed.length + 1000, 4), *turn)
         if len(blocks) == 70:
             blocks.forget(starts_of(blocks)[:5])
     assert blocks.nbytes == 2 * HEADS * DIM * 4 * 70
@@ -239,9 +239,9 @@ def test_never_more_room_than_for_the_most() -> None:
 @pytest.mark.parametrize("forgotten", [range(0, 1500, 3), range(600), range(900, 1499)], ids=str)
 def test_many_move_up_part_by_part(forgotten: range) -> None:
     """More of them than move at once."""
-    blocks = Blocks(geometry())
+    blocks = StepIndex(kv_spec())
     means = [torch.randn(1, HEADS, 1500, DIM) for _ in range(2)]
-    blocks.restore([Block(5 * number, 5 * number + 5, 5) for number in range(1500)], means)
+    blocks.restore([StepIndexEntry(5 * number, 5 * number + 5, 5) for number in range(1500)], means)
     stay = [number for number in range(1500) if number not in forgotten]
     blocks.forget([5 * number for number in forgotten])
     assert starts_of(blocks) == [5 * number for number in stay]
@@ -250,11 +250,11 @@ def test_many_move_up_part_by_part(forgotten: range) -> None:
 
 
 def test_with_a_limit_the_memory_is_taken_once() -> None:
-    blocks, detailed = Blocks(geometry(), most=300), DetailedCache(geometry())
+    blocks, detailed = StepIndex(kv_spec(), most=300), DetailedCache(kv_spec())
     turn = feed(detailed, torch.ones(2, HEADS, 5, DIM), 0)
     found = set()
     for number in range(300):
-        blocks.add(detailed, Block(5 * number, 5 * number + 5, 5), *turn)
+        blocks.add(detailed, StepIndexEntry(5 * number, 5 * number + 5, 5), *turn)
         found.add(tuple(means.data_ptr() for means in blocks.means))
     assert len(found) == 1
     assert blocks.nbytes == 2 * HEADS * DIM * 4 * 300
@@ -268,8 +268,8 @@ class Stream:
     """A stream of steps and texts whose keys before rotation are known; each token takes two positions."""
 
     def __init__(self, planted: tuple[int, ...] = (), budget: int = 6) -> None:
-        g, generator = geometry(), torch.Generator().manual_seed(0)
-        self.detailed, self.blocks = DetailedCache(g), Blocks(g)
+        g, generator = kv_spec(), torch.Generator().manual_seed(0)
+        self.detailed, self.blocks = DetailedCache(g), StepIndex(g)
         self.carried = CarriedCache(g, budget, Rule("random", sinks=0, seed=0, pinned=0), self.detailed)
         self.query = torch.randn(1, HEADS * GROUP, DIM, generator=generator)
         self.raw = torch.empty(2, HEADS, 0, DIM)
@@ -280,7 +280,7 @@ class Stream:
                 raw += self.query.view(HEADS, GROUP, DIM).sum(1)[:, None] * (1 + step)
             start = self.detailed.length
             turn = self.enter(raw)
-            self.blocks.add(self.detailed, Block(start, start + length, 2 * length), *turn)
+            self.blocks.add(self.detailed, StepIndexEntry(start, start + length, 2 * length), *turn)
 
     def enter(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first = self.detailed.length
@@ -293,17 +293,17 @@ class Stream:
         self.raw = torch.cat([self.raw, raw], dim=2)
         return cos, sin
 
-    def ask(self, tokens: int = 3, carried: bool = False, **dials: Any) -> Retrieved:
+    def ask(self, tokens: int = 3, carried: bool = False, **dials: Any) -> RetrievedView:
         here = 2 * self.detailed.length + torch.arange(tokens)[None]
         config = Config(recall="retrieve", **dials)
-        return Retrieved(self.detailed, self.blocks, self.carried if carried else None, config, angles, here)
+        return RetrievedView(self.detailed, self.blocks, self.carried if carried else None, config, angles, here)
 
 
 def own(tokens: int) -> torch.Tensor:
     return torch.full((1, HEADS, tokens, DIM), 7.0)
 
 
-def question(stream: Stream, seen: Retrieved, layer: int, tokens: int = 3) -> tuple[Any, ...]:
+def question(stream: Stream, seen: RetrievedView, layer: int, tokens: int = 3) -> tuple[Any, ...]:
     """Keys, values and what is hidden, as the hook gets them for the planted query at the question's positions."""
     cos, sin = angles(2 * stream.detailed.lengths[layer] + torch.arange(tokens)[None])
     queries = rotate(stream.query[:, :, None].expand(-1, -1, tokens, -1), cos[:, None], sin[:, None])
@@ -436,8 +436,8 @@ def test_carried_keys_are_seen_once() -> None:
         assert hidden.shape == (1, HEADS, past + 10)
         assert not hidden[..., :past].any()
         for head in range(HEADS):
-            born = stream.carried.born[layer][0, head, :10].tolist()
-            assert hidden[0, head, past:].tolist() == [token in tokens_of(1) for token in born]
+            token_ids = stream.carried.token_ids[layer][0, head, :10].tolist()
+            assert hidden[0, head, past:].tolist() == [token in tokens_of(1) for token in token_ids]
         assert hidden.any()
         assert not hidden.all()
         assert stream.carried.lengths[layer] == 10

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from statekv.cache.spec import Geometry, Moves, layer_budgets, numbers_in, one_block
+from statekv.cache.spec import KVSpec, PositionShift, layer_budgets, numbers_in, one_block
 
 CPU = torch.device("cpu")
 
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
     [(24, 2, 64, 12), (28, 2, 128, 28), (28, 4, 128, 56), (28, 8, 128, 112), (36, 8, 128, 144)],
 )
 def test_bytes_per_token(layers: int, kv_heads: int, head_dim: int, kib: int) -> None:
-    assert Geometry(kv_heads, head_dim, torch.bfloat16, (CPU,) * layers).bytes_per_token == kib * 1024
-    assert Geometry(kv_heads, head_dim, torch.float32, (CPU,) * layers).bytes_per_token == 2 * kib * 1024
+    assert KVSpec(kv_heads, head_dim, torch.bfloat16, (CPU,) * layers).bytes_per_token == kib * 1024
+    assert KVSpec(kv_heads, head_dim, torch.float32, (CPU,) * layers).bytes_per_token == 2 * kib * 1024
 
 
 CPU_SLOTS, META = torch.device("cpu"), torch.device("meta")
@@ -43,7 +43,7 @@ def test_each_device_has_its_own_block() -> None:
     assert tensors[1].untyped_storage().nbytes() == 12
 
 
-def by_hand(moves: Moves, token: int) -> int:
+def by_hand(moves: PositionShift, token: int) -> int:
     found = 0
     for start, by in zip(moves.starts, moves.by, strict=True):
         if start <= token:
@@ -55,7 +55,7 @@ def by_hand(moves: Moves, token: int) -> int:
 def test_tokens_move_as_far_as_the_last_step_that_begins_before_them(seed: int) -> None:
     draw = random.Random(seed)
     starts = sorted(draw.sample(range(7, 300), draw.choice((1, 2, 40))))
-    moves = Moves(starts, [draw.randint(-50, 0) for _ in starts])
+    moves = PositionShift(starts, [draw.randint(-50, 0) for _ in starts])
     tokens = torch.arange(310)
     found = moves.of(tokens)
     assert found.dtype == torch.int64
@@ -64,9 +64,11 @@ def test_tokens_move_as_far_as_the_last_step_that_begins_before_them(seed: int) 
 
 
 def test_any_shape_and_order_of_tokens() -> None:
-    moves = Moves((10, 20), (-3, -8))
-    born = torch.tensor([[[25, 3], [9, 10]], [[20, 19], [11, 1000]]], dtype=torch.int32)  # as the carried cache has it
-    assert moves.of(born).tolist() == [[[-8, 0], [0, -3]], [[-8, -3], [-3, -8]]]
+    moves = PositionShift((10, 20), (-3, -8))
+    token_ids = torch.tensor(
+        [[[25, 3], [9, 10]], [[20, 19], [11, 1000]]], dtype=torch.int32
+    )  # as the carried cache has it
+    assert moves.of(token_ids).tolist() == [[[-8, 0], [0, -3]], [[-8, -3], [-3, -8]]]
     assert moves.of(torch.empty(0, dtype=torch.int64)).tolist() == []
 
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from statekv.cache.carried import CarriedCache
-from statekv.cache.retrieval import Block, Retrieved
+from statekv.cache.retrieval import RetrievedView, StepIndexEntry
 from statekv.cache.spec import Span
 from statekv.cache.stream import Compaction, StreamState
 from statekv.config import METHODS, Config
 from statekv.errors import ConfigError
-from tests.cache.tokens import check_whole, geometry, keys, values
+from tests.cache.tokens import check_whole, keys, kv_spec, values
 
 
 def stream(method: str = "statekv", **settings: Any) -> StreamState:
-    return StreamState(geometry(), Config.of(method, **settings), horizon=1000)
+    return StreamState(kv_spec(), Config.of(method, **settings), horizon=1000)
 
 
 def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_seconds: float | None = None) -> None:
     """Run a segment as the stepper does, with scores that prefer even tokens."""
-    g, new = state.geometry, range(state.tokens, state.tokens + tokens)
+    g, new = state.spec, range(state.tokens, state.tokens + tokens)
     cache = state.detailed if mode == "answer" else state.carried
     if mode == "carry":
         state.expect_newest(kind, tokens)
@@ -45,7 +45,7 @@ def carried_tokens(state: StreamState) -> list[list[int]]:
         return [list(range(cache.length)) for _ in range(3)]
     for layer in range(3):
         key, value = cache.buffers[layer][..., : cache.lengths[layer], :]
-        assert torch.equal(check_whole(state.geometry, layer, key, value).sort(-1).values, cache.kept(layer))
+        assert torch.equal(check_whole(state.spec, layer, key, value).sort(-1).values, cache.kept(layer))
     return [cache.kept(layer)[0, 0].tolist() for layer in range(3)]
 
 
@@ -128,7 +128,7 @@ def test_bytes_of_both_memories() -> None:
     assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
     enter(state, "step", 20)
     state.detailed.reserve(1000)
-    g = state.geometry
+    g = state.spec
     slots = 20  # the longest step alone needs more room than the budget
     assert state.nbytes == {
         "carried": slots * (g.bytes_per_token + 4 * g.layers * g.kv_heads),
@@ -151,7 +151,7 @@ def test_recall_uses_the_budget_as_its_window(recall: str, expected: int) -> Non
     state = stream(budget=8, recall=recall, sinks=2)
     enter(state, "step", 30)
     state.detailed.begin_answer()
-    key, _ = state.detailed.update(keys(state.geometry, 0, range(30, 31)), values(state.geometry, 0, range(30, 31)), 0)
+    key, _ = state.detailed.update(keys(state.spec, 0, range(30, 31)), values(state.spec, 0, range(30, 31)), 0)
     assert key.shape[-2] == expected
 
 
@@ -168,12 +168,14 @@ def test_only_a_choice_among_steps_is_more_than_a_view(recall: str) -> None:
     for steps in range(5):
         mark = state.mark()
         state.begin_answer(question, nothing_turns, nothing_turns)
-        assert isinstance(state.recalled, Retrieved) == (recall == "retrieve" and steps > 3)
+        assert isinstance(state.recalled, RetrievedView) == (recall == "retrieve" and steps > 3)
         state.crop_to(mark)
         assert state.recalled is state.detailed
         enter(state, "step", 5)
         if state.blocks is not None:
-            state.blocks.add(state.detailed, Block(5 * steps, 5 * steps + 5, 5), *nothing_turns(torch.zeros(1, 5)))
+            state.blocks.add(
+                state.detailed, StepIndexEntry(5 * steps, 5 * steps + 5, 5), *nothing_turns(torch.zeros(1, 5))
+            )
 
 
 @pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
@@ -256,10 +258,10 @@ def test_a_step_is_worth_what_its_own_keys_score() -> None:
     state = stream(budget=8, memory="1MiB")
     for _ in range(3):
         enter(state, "step", 5)  # of 15 tokens the 8 even ones are carried
-    before = state._worths([0, 5, 10])
+    before = state._importance([0, 5, 10])
     assert before.keys() == {0, 5, 10}
     state._forget([5])
-    assert state._worths([0, 10]) == {0: before[0], 10: before[10]}
+    assert state._importance([0, 10]) == {0: before[0], 10: before[10]}
     assert [span.start for span in state.spans] == [0, 5, 10]  # its keys would have to move with it
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 
 CPU = torch.device("cpu")
 
 
-def geometry(layers: int = 3, kv_heads: int = 2, streams: int = 1, dtype: torch.dtype = torch.float32) -> Geometry:
-    return Geometry(kv_heads, head_dim=4, dtype=dtype, devices=(CPU,) * layers, streams=streams)
+def kv_spec(layers: int = 3, kv_heads: int = 2, streams: int = 1, dtype: torch.dtype = torch.float32) -> KVSpec:
+    return KVSpec(kv_heads, head_dim=4, dtype=dtype, devices=(CPU,) * layers, streams=streams)
 
 
-def keys(g: Geometry, layer: int, tokens: range) -> torch.Tensor:
+def keys(g: KVSpec, layer: int, tokens: range) -> torch.Tensor:
     """[streams, kv_heads, T, 4]: token, layer, stream and head."""
     made = torch.empty(g.streams, g.kv_heads, len(tokens), 4, dtype=g.dtype)
     made[..., 0] = torch.tensor(list(tokens), dtype=g.dtype)
@@ -23,12 +23,12 @@ def keys(g: Geometry, layer: int, tokens: range) -> torch.Tensor:
     return made
 
 
-def values(g: Geometry, layer: int, tokens: range) -> torch.Tensor:
+def values(g: KVSpec, layer: int, tokens: range) -> torch.Tensor:
     """What belongs to `keys`."""
     return -keys(g, layer, tokens) - 1
 
 
-def check_whole(g: Geometry, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def check_whole(g: KVSpec, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """[streams, kv_heads, T] token numbers of keys and values that a layer holds, which must belong together."""
     token = key[..., 0]
     for s in range(g.streams):

@@ -242,9 +242,9 @@ def test_models_lists_every_family_and_the_demo() -> None:
 
 def test_models_tells_the_demo_as_it_is() -> None:
     engine = statekv.load("demo")
-    geometry = engine.model.geometry()
+    spec = engine.model.kv_spec()
     (line,) = [line for line in succeed("models").splitlines() if line.split()[:1] == ["demo"]]
-    per_token = geometry.bytes_per_token * 2 / geometry.dtype.itemsize
+    per_token = spec.bytes_per_token * 2 / spec.dtype.itemsize
     assert float(line.split()[3]) * 1024 == per_token
     assert float(line.split()[1]) * 1e9 == pytest.approx(
         sum(p.numel() for p in engine.model.model.parameters()), rel=0.05

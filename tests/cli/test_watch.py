@@ -18,7 +18,7 @@ import pytest
 
 from statekv.cli.options import clock, seconds_of
 from statekv.cli.terminal import Line, Questions
-from statekv.cli.watch import Standing
+from statekv.cli.watch import SessionSnapshot
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
@@ -274,7 +274,7 @@ def test_questions_wait_in_order() -> None:
 
 
 def test_a_standing_question_makes_up_for_nothing() -> None:
-    standing = Standing(10.0, "what?")
+    standing = SessionSnapshot(10.0, "what?")
     assert [pts for pts in (3.0, 12.9, 13.0, 14.0, 47.0, 48.0, 53.0) if standing.due(pts)] == [13.0, 47.0, 53.0]
 
 

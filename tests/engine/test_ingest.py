@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from statekv.config import Config
-from statekv.engine.ingest import Ahead
+from statekv.engine.ingest import VisionPrefetch
 from statekv.engine.progress import Seconds
 from statekv.engine.session import Session
 from statekv.errors import VideoError
-from statekv.models.adapter import Seen
+from statekv.models.adapter import EncodedStep
 from statekv.video.frame import Frame
 from tests.talk import assert_same_stream, shared_engine, some_frames
 from tests.tiny import FAMILIES
@@ -33,7 +33,7 @@ def test_batches_change_no_more_than_rounding(family: str, vision_batch: int) ->
     one, many = watched(family, 15, 1), watched(family, 15, vision_batch)
     assert many.frames == one.frames == 15
     assert many.state.spans == one.state.spans
-    for layer in range(one.state.geometry.layers):
+    for layer in range(one.state.spec.layers):
         found, expected = many.state.detailed.keys(layer), one.state.detailed.keys(layer)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -42,13 +42,13 @@ def test_batches_change_no_more_than_rounding(family: str, vision_batch: int) ->
 def test_pictures_pass_the_vision_tower_once_and_by_the_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_engine(family).model
     looked: list[int] = []
-    look = model.look
+    look = model.encode
 
-    def counted(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def counted(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         looked.append(len(steps))
         return look(steps, frames_expected)
 
-    monkeypatch.setattr(model, "look", counted)
+    monkeypatch.setattr(model, "encode", counted)
     per_step = model.frames_per_step
     watched(family, 11 * per_step, 4)
     assert looked == [1, 4, 4, 2]
@@ -67,7 +67,7 @@ def test_the_first_step_does_not_wait_for_a_batch(family: str) -> None:
     session.source = source()
     steps: list[int] = []
     session.watch(on_step=lambda _: steps.append(len(drawn)))
-    per_step = session.stepper.model.frames_per_step
+    per_step = session.runner.model.frames_per_step
     assert steps[:2] == [per_step, 5 * per_step]
 
 
@@ -81,7 +81,7 @@ def test_frames_pushed_in_between_come_in_between(family: str) -> None:
     mixed.watch()
     plain.push([*frames[:4], other, *frames[4:]])
     assert mixed.frames == plain.frames == 13
-    for layer in range(plain.state.geometry.layers):
+    for layer in range(plain.state.spec.layers):
         found, expected = mixed.state.detailed.keys(layer), plain.state.detailed.keys(layer)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -103,8 +103,8 @@ def test_an_error_of_the_source_comes_behind_the_frames_before_it(family: str) -
 
 def test_time_is_noted_where_it_was_spent() -> None:
     engine, seconds = shared_engine("internvl"), Seconds()
-    state = engine.stepper.open(Config())
-    ahead = Ahead(engine.model, state, seconds)
+    state = engine.runner.open(Config())
+    ahead = VisionPrefetch(engine.model, state, seconds)
     frame = ahead.draw(iter(some_frames(3)), [])
     assert frame is not None
     assert seconds.decode > 0 < seconds.vision
@@ -121,8 +121,8 @@ def test_what_another_stream_has_had_looked_at_is_taken(family: str, monkeypatch
     steps = [frames[i : i + size] for i in range(0, len(frames), size)]
     alone, offered = (engine.open(budget=20) for _ in range(2))
     alone.push(frames)
-    seen = [engine.model.look([step])[0] for step in steps]
-    monkeypatch.setattr(engine.model, "look", lambda *_: pytest.fail("looked again"))
+    seen = [engine.model.encode([step])[0] for step in steps]
+    monkeypatch.setattr(engine.model, "encode", lambda *_: pytest.fail("looked again"))
     for step, found in zip(steps, seen, strict=True):
         offered.push(step, seen=found)
     assert_same_stream(offered, alone)
@@ -130,7 +130,7 @@ def test_what_another_stream_has_had_looked_at_is_taken(family: str, monkeypatch
 
 def test_of_other_frames_it_is_not_taken() -> None:
     engine, frames = shared_engine("internvl"), some_frames(2)
-    (wrong,) = engine.model.look([[frames[1]]])
+    (wrong,) = engine.model.encode([[frames[1]]])
     alone, offered = (engine.open(budget=20) for _ in range(2))
     alone.push(frames[:1])
     offered.push(frames[:1], seen=wrong)
@@ -139,7 +139,7 @@ def test_of_other_frames_it_is_not_taken() -> None:
 
 def test_frames_let_go_are_gone() -> None:
     engine = shared_engine("internvl")
-    ahead = Ahead(engine.model, engine.stepper.open(Config()), Seconds())
+    ahead = VisionPrefetch(engine.model, engine.runner.open(Config()), Seconds())
     source = iter(some_frames(3))
     ahead.draw(source, [])
     ahead.forget()

@@ -13,10 +13,10 @@ from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError, StateKVError, VideoError
-from statekv.models.adapter import Seen, Segment
-from statekv.runner.runner import Stepper, prefill_together
+from statekv.models.adapter import EncodedStep, Segment
+from statekv.runner.runner import ModelRunner, prefill_batch
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSource, LiveStatus, NewestFrames
+from statekv.video.live import FrameBuffer, LiveSource, LiveStatus
 from tests.engine.test_session_failures import NO_MEMORY, failing
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, some_frames
@@ -27,7 +27,7 @@ class Camera(LiveSource):
     """A live source whose frames come when the test says so."""
 
     def __init__(self) -> None:
-        self._newest = NewestFrames(1000, 1000.0)
+        self._newest = FrameBuffer(1000, 1000.0)
         self._due_seconds = None
 
     @property
@@ -47,11 +47,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that are run."""
     sizes: list[int] = []
 
-    def counting(stepper: Stepper, states: Sequence[StreamState], segments: Sequence[Segment]) -> object:
+    def counting(runner: ModelRunner, states: Sequence[StreamState], segments: Sequence[Segment]) -> object:
         sizes.append(len(states))
-        return prefill_together(stepper, states, segments)
+        return prefill_batch(runner, states, segments)
 
-    monkeypatch.setattr("statekv.engine.scheduler.prefill_together", counting)
+    monkeypatch.setattr("statekv.engine.scheduler.prefill_batch", counting)
     return sizes
 
 
@@ -107,7 +107,7 @@ def test_others_go_in_turn_and_equal_those_alone_to_the_bit(batches: list[int]) 
 def test_a_fast_source_does_not_keep_slow_ones_waiting() -> None:
     """Eight cameras of three geometries, one of which always has frames: nobody steps twice before all have stepped."""
     engine, order = shared_engine("internvl"), list[Session]()
-    rounds = engine.rounds(on_step=lambda session, _: order.append(session))
+    rounds = engine.scheduler(on_step=lambda session, _: order.append(session))
     pairs = [filming(engine, budget=budget) for budget in (20, 20, 30, 20, 30, 40, 20, 40)]
     for session, _ in pairs:
         rounds.add(session)
@@ -118,7 +118,7 @@ def test_a_fast_source_does_not_keep_slow_ones_waiting() -> None:
         for _, camera in slow:
             camera.show(some_frames(1, seed=number))
         order.clear()
-        rounds.round()
+        rounds.step()
         assert sorted(map(id, order)) == sorted(map(id, [fast, *(session for session, _ in slow)]))
     assert fast.steps == 12
 
@@ -127,41 +127,41 @@ def test_the_longest_waiting_batch_goes_first() -> None:
     engine, order = shared_engine("internvl"), list[int]()
     sessions = [filming(engine, budget=budget) for budget in (20, 30, 40)]
     numbers = {session: number for number, (session, _) in enumerate(sessions)}
-    rounds = engine.rounds(on_step=lambda session, _: order.append(numbers[session]))
+    rounds = engine.scheduler(on_step=lambda session, _: order.append(numbers[session]))
     for session, _ in sessions:
         rounds.add(session)
     for shown in ((0, 1), (0,), (0, 1, 2)):
         for number in shown:
             sessions[number][1].show(some_frames(1))
-        rounds.round()
+        rounds.step()
     assert order == [0, 1, 0, 2, 1, 0]
 
 
 def test_a_camera_without_frames_keeps_nobody_waiting() -> None:
     engine = shared_engine("internvl")
     (silent, _), (seeing, camera) = filming(engine), filming(engine)
-    rounds = engine.rounds()
+    rounds = engine.scheduler()
     for session in (silent, seeing):
         rounds.add(session)
     camera.show(some_frames(3))
-    assert [rounds.round() for _ in range(4)] == [1, 1, 1, 0]
+    assert [rounds.step() for _ in range(4)] == [1, 1, 1, 0]
     assert (silent.steps, seeing.steps, len(rounds)) == (0, 3, 2)
 
 
 def test_sessions_come_and_go() -> None:
     engine = shared_engine("internvl")
     ended: list[tuple[Session, Exception | None]] = []
-    rounds = engine.rounds(on_end=lambda session, error: ended.append((session, error)))
+    rounds = engine.scheduler(on_end=lambda session, error: ended.append((session, error)))
     one, two, three = (watching(engine, some_frames(frames)) for frames in (2, 6, 6))
     rounds.add(one)
     rounds.add(one)
-    rounds.round()
+    rounds.step()
     rounds.add(two)
-    rounds.round()
-    rounds.round()
+    rounds.step()
+    rounds.step()
     assert ended == [(one, None)]
     rounds.add(three)
-    rounds.round()
+    rounds.step()
     three.close()
     rounds.remove(one)
     rounds.watch()
@@ -205,18 +205,18 @@ def test_a_batch_that_fails_leaves_its_members_as_a_failed_step_does(
     engine = shared_engine(family)
     per_step = engine.model.frames_per_step
     cameras = [filming(engine) for _ in range(3)]
-    rounds, ended = engine.rounds(on_end=lambda _, error: ended.append(type(error))), list[Any]()
+    rounds, ended = engine.scheduler(on_end=lambda _, error: ended.append(type(error))), list[Any]()
     for number, (session, camera) in enumerate(cameras):
         rounds.add(session)
         camera.show(some_frames(4 * per_step, seed=number))
     for _ in range(4):
-        rounds.round()
+        rounds.step()
     before = [(session.frames, session.ask(QUESTION), session.logits(QUESTION)) for session, _ in cameras]
     for _, camera in cameras:
         camera.show(some_frames(per_step, seed=9))
     batches.clear()
     with failing(engine.model.language_model.layers[layer].mlp, error, NO_MEMORY):
-        rounds.round()
+        rounds.step()
     assert (batches, ended, len(rounds)) == ([3], [seen_as] * 3, 0)
     for (session, _), (frames, answer, logits) in zip(cameras, before, strict=True):
         assert (session.frames, session.ask(QUESTION)) == (frames, answer)
@@ -251,26 +251,26 @@ def test_pictures_of_two_sizes_in_one_step_trouble_nobody_else() -> None:
 def test_a_session_that_is_being_asked_steps_later() -> None:
     engine = shared_engine("internvl")
     one, other = watching(engine, some_frames(4)), watching(engine, some_frames(4, seed=1))
-    rounds = engine.rounds()
+    rounds = engine.scheduler()
     for session in (one, other):
         rounds.add(session)
-    rounds.round()
+    rounds.step()
     answer = one.stream(QUESTION)
     next(answer)
-    rounds.round()
+    rounds.step()
     assert (one.steps, other.steps) == (1, 2)
     list(answer)
     holding, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with other.turns:
+        with other.lock:
             holding.set()
             done.wait(10)
 
     thread = threading.Thread(target=hold)
     thread.start()
     holding.wait(10)
-    rounds.round()
+    rounds.step()
     assert (one.steps, other.steps) == (2, 2)
     done.set()
     thread.join()
@@ -302,7 +302,7 @@ def test_pausing_and_going_on() -> None:
 
 
 def test_without_room_for_a_block_they_go_in_turn(monkeypatch: pytest.MonkeyPatch, batches: list[int]) -> None:
-    monkeypatch.setattr("statekv.engine.scheduler.gather", lambda *_: False)
+    monkeypatch.setattr("statekv.engine.scheduler.gather_batch", lambda *_: False)
     engine = shared_engine("internvl")
     sessions, alone = ([watching(engine, some_frames(6, seed)) for seed in range(2)] for _ in range(2))
     engine.watch_all(sessions)
@@ -316,20 +316,20 @@ def test_without_room_for_a_block_they_go_in_turn(monkeypatch: pytest.MonkeyPatc
 def test_cameras_that_step_together_are_looked_at_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = shared_engine(family)
     per_step, model, looks = engine.model.frames_per_step, engine.model, list[int]()
-    real = model.look
+    real = model.encode
 
-    def look(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def look(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         looks.append(len(steps))
         return real(steps, frames_expected)
 
-    monkeypatch.setattr(model, "look", look)
+    monkeypatch.setattr(model, "encode", look)
     ways: list[dict[str, Any]] = [{}, {}, {"budget": 30}, {}]
-    cameras, rounds = [filming(engine, **way) for way in ways], engine.rounds()
+    cameras, rounds = [filming(engine, **way) for way in ways], engine.scheduler()
     for number, (session, camera) in enumerate(cameras):
         rounds.add(session)
         camera.show(some_frames(6 * per_step, seed=number))
     for _ in range(6):
-        rounds.round()
+        rounds.step()
     assert looks[:4] == [1] * 4  # first steps go alone
     assert looks[4:] == [3, 1] * 5
     for number, (session, _) in enumerate(cameras):
@@ -344,15 +344,15 @@ def test_cameras_that_step_together_are_looked_at_together(family: str, monkeypa
 def test_a_picture_that_cannot_be_looked_at_troubles_its_own_session_alone() -> None:
     engine = shared_engine("qwen3_vl")
     cameras, ended = [filming(engine) for _ in range(3)], list[Any]()
-    rounds = engine.rounds(on_end=lambda session, error: ended.append((session, type(error).__name__)))
+    rounds = engine.scheduler(on_end=lambda session, error: ended.append((session, type(error).__name__)))
     for session, camera in cameras:
         rounds.add(session)
         camera.show(some_frames(4))
-    rounds.round()
-    rounds.round()
+    rounds.step()
+    rounds.step()
     for number, (_, camera) in enumerate(cameras):
         camera.show(frames_of(video(2, height=2, width=900)) if number == 1 else some_frames(2))
-    rounds.round()
+    rounds.step()
     assert ended == [(cameras[1][0], "VideoError")]
     assert [session.steps for session, _ in cameras] == [3, 2, 3]
 
@@ -365,13 +365,13 @@ def test_where_pictures_cannot_be_looked_at_together_each_session_looks(monkeypa
     cameras, alone, rounds = (
         [filming(engine) for _ in range(2)],
         [engine.open(budget=20) for _ in range(2)],
-        engine.rounds(),
+        engine.scheduler(),
     )
-    monkeypatch.setattr("statekv.engine.scheduler.look_together", refuse)
+    monkeypatch.setattr("statekv.engine.scheduler.encode_batch", refuse)
     for number, (session, camera) in enumerate(cameras):
         rounds.add(session)
         camera.show(some_frames(4, seed=number))
         alone[number].push(some_frames(4, seed=number))
-    assert [rounds.round() for _ in range(4)] == [2] * 4
+    assert [rounds.step() for _ in range(4)] == [2] * 4
     for (session, _), expected in zip(cameras, alone, strict=True):
         assert_close(session, expected)

@@ -13,7 +13,7 @@ from statekv.config import Config
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, StateKVError
-from statekv.runner.decoding import Sampling
+from statekv.runner.decoding import SamplingParams
 from statekv.video.frame import Frame
 from statekv.video.writer import write_video
 from tests.talk import (
@@ -39,7 +39,7 @@ def test_progress_is_told_after_each_step(family: str) -> None:
     session = watching(family, 6)
     told: list[Progress] = []
     session.watch(on_step=told.append)
-    per_step = session.stepper.model.frames_per_step
+    per_step = session.runner.model.frames_per_step
     assert [progress.step for progress in told] == list(range(1, 6 // per_step + 1))
     assert [progress.frames for progress in told] == list(range(per_step, 7, per_step))
     assert [progress.pts_seconds for progress in told] == [frames - 1.0 for frames in range(per_step, 7, per_step)]
@@ -132,10 +132,10 @@ def test_an_answer_ends_at_the_horizon_and_leaves_no_trace(family: str) -> None:
     session, other = (shared_engine(family).open(horizon=160, budget=20) for _ in range(2))
     for stream in (session, other):
         stream.push(some_frames(4))
-    question = session.stepper.model.question(QUESTION, session.state)
-    sampling = Sampling(max_new_tokens=500)
+    question = session.runner.model.question(QUESTION, session.state)
+    sampling = SamplingParams(max_new_tokens=500)
     mark = session.state.mark()
-    tokens = [token for token, _ in session.stepper.answer(session.state, question, sampling)]
+    tokens = [token for token, _ in session.runner.answer(session.state, question, sampling)]
     # The last token is chosen at the horizon, but has no position of its own.
     assert len(tokens) == 160 - question.next_position + 1
     session.state.crop_to(mark)
@@ -158,7 +158,7 @@ def test_the_longest_answer_is_the_questions_or_the_settings(family: str) -> Non
     session = shared_engine(family).open(max_new_tokens=9)
     session.push(some_frames(4))
     assert len(session_answer(session, max_new_tokens=3).tokens) == 3
-    decode = session.stepper.model.tokenizer.decode
+    decode = session.runner.model.tokenizer.decode
     longest = session_answer(session, max_new_tokens=9).tokens
     assert session.ask(QUESTION) == decode(longest, skip_special_tokens=True)
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
@@ -170,9 +170,9 @@ def test_an_end_token_ends_the_answer_and_is_not_said(family: str, monkeypatch: 
     session = shared_engine(family).open(max_new_tokens=9)
     session.push(some_frames(4))
     tokens = session_answer(session, max_new_tokens=9).tokens
-    monkeypatch.setattr(session.stepper.model.model.generation_config, "eos_token_id", [tokens[2]])
+    monkeypatch.setattr(session.runner.model.model.generation_config, "eos_token_id", [tokens[2]])
     end = tokens.index(tokens[2])
-    assert session.ask(QUESTION) == session.stepper.model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    assert session.ask(QUESTION) == session.runner.model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
 
 @EVERY_FAMILY
@@ -272,17 +272,17 @@ def test_a_video_of_known_length_gets_its_memory_at_once(
         assert session.frames == 60
         assert state.tokens > 200
         assert session.ask(QUESTION)
-        assert not fits or state.detailed.grown == state.geometry.layers
+        assert not fits or state.detailed.grown == state.spec.layers
 
 
 @EVERY_FAMILY
 def test_without_reserve_the_detailed_cache_moves_seldom(family: str) -> None:
     session = shared_engine(family).open(budget=20)
     session.push(some_frames(60))
-    geometry = session.state.geometry
+    spec = session.state.spec
     assert session.state.tokens > 200
-    assert session.state.detailed.grown <= 2 * geometry.layers
-    assert session.state.nbytes["detailed"] == session.state.detailed.capacity * geometry.bytes_per_token
+    assert session.state.detailed.grown <= 2 * spec.layers
+    assert session.state.nbytes["detailed"] == session.state.detailed.capacity * spec.bytes_per_token
 
 
 def test_settings_of_a_session_are_its_engines_unless_said_otherwise() -> None:

@@ -78,7 +78,7 @@ def test_after_a_failed_step_what_was_seen_can_be_asked(
     session = shared_engine(family).open(budget=20)
     session.push(some_frames(6))
     before = session_answer(session)
-    with failing(session.stepper.model.language_model.layers[layer].mlp, error, NO_MEMORY), pytest.raises(seen_as):
+    with failing(session.runner.model.language_model.layers[layer].mlp, error, NO_MEMORY), pytest.raises(seen_as):
         session.push(some_frames(2, seed=7))
     assert session.frames == 6
     after = session_answer(session)
@@ -95,7 +95,7 @@ def test_out_of_memory_in_the_vision_tower_is_told_as_such(family: str) -> None:
     session = shared_engine(family).open(budget=20)
     session.push(some_frames(4))
     expected = session.ask(QUESTION)
-    model = session.stepper.model.model.model
+    model = session.runner.model.model.model
     tower = getattr(model, "visual", None) or model.vision_tower
     with failing(tower, RuntimeError, NO_MEMORY), pytest.raises(MemoryLimitError):
         session.push(some_frames(2))
@@ -123,7 +123,7 @@ def test_out_of_memory_while_a_cache_grows_is_told_as_such(family: str, monkeypa
 @EVERY_FAMILY
 def test_a_first_step_that_fails_leaves_nothing_seen(family: str) -> None:
     session = shared_engine(family).open(budget=20)
-    layers = session.stepper.model.language_model.layers
+    layers = session.runner.model.language_model.layers
     with failing(layers[1], ZeroDivisionError), pytest.raises(ZeroDivisionError):
         session.push(some_frames(2))
     assert (session.state.tokens, session.state.position, session.state.spans) == (0, 0, [])
@@ -162,8 +162,8 @@ def test_a_failing_on_step_leaves_a_whole_stream(family: str) -> None:
 @pytest.mark.parametrize("where", ["on_step", "vision", "first layer", "last layer"])
 def test_ctrl_c_stops_between_steps_and_watching_can_go_on(family: str, where: str) -> None:
     session, other = watching(family, vision_batch=1), watching(family, vision_batch=1)
-    language_model = session.stepper.model.language_model
-    model = session.stepper.model.model.model
+    language_model = session.runner.model.language_model
+    model = session.runner.model.model.model
     modules = {
         "vision": getattr(model, "visual", None) or model.vision_tower,
         "first layer": language_model.layers[0],
@@ -176,7 +176,7 @@ def test_ctrl_c_stops_between_steps_and_watching_can_go_on(family: str, where: s
     else:
         with interrupting(modules[where]), pytest.raises(KeyboardInterrupt):
             session.watch()
-    assert session.frames == (2 if where == "vision" else 2 + session.stepper.model.frames_per_step)
+    assert session.frames == (2 if where == "vision" else 2 + session.runner.model.frames_per_step)
     assert session.ask(QUESTION)
     session.watch()
     other.watch()
@@ -213,7 +213,7 @@ def test_ctrl_c_while_a_frame_is_decoded_never_passes_for_the_end_of_the_video(f
 def test_ctrl_c_on_a_real_file(family: str, tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4", video(8), fps=1)
     session, other = (shared_engine(family).open(tmp_path / "clip.mp4", budget=20) for _ in range(2))
-    with interrupting(session.stepper.model.language_model.layers[1]), pytest.raises(KeyboardInterrupt):
+    with interrupting(session.runner.model.language_model.layers[1]), pytest.raises(KeyboardInterrupt):
         session.watch()
     assert session.ask(QUESTION)
     session.watch()
@@ -228,7 +228,7 @@ def test_ctrl_c_in_an_answer_leaves_the_stream_whole(family: str) -> None:
     session, other = shared_engine(family).open(budget=20), shared_engine(family).open(budget=20)
     for stream in (session, other):
         stream.push(some_frames(5))
-    with interrupting(session.stepper.model.language_model.layers[1]), pytest.raises(KeyboardInterrupt):
+    with interrupting(session.runner.model.language_model.layers[1]), pytest.raises(KeyboardInterrupt):
         session.ask(QUESTION)
     assert_same_stream(session, other)
     assert session.ask(QUESTION) == other.ask(QUESTION)

@@ -60,10 +60,10 @@ def assert_same_session(found: Session, expected: Session) -> None:
     if a.config.carry != "all":
         for layer, length in enumerate(b.carried.lengths):
             assert a.carried.lengths[layer] == length
-            born = [state.carried.born[layer][..., :length] for state in (a, b)]  # type: ignore[union-attr]
-            assert torch.equal(*born)
+            token_ids = [state.carried.token_ids[layer][..., :length] for state in (a, b)]  # type: ignore[union-attr]
+            assert torch.equal(*token_ids)
     assert found.steps == expected.steps
-    assert len(found.feed.waiting) == len(expected.feed.waiting)
+    assert len(found.queue.waiting) == len(expected.queue.waiting)
     if found.frames:
         assert torch.equal(found.logits(QUESTION), expected.logits(QUESTION))
         assert found.ask(QUESTION) == expected.ask(QUESTION)
@@ -143,7 +143,7 @@ def test_steps_on_packed_weights(tmp_path: Path) -> None:
     """Packing depends on the steps before: a restored stream packs at once where it would have been packed."""
     engine, frames = fresh_engine("internvl"), some_frames(9)
     products = Watched(engine.model.language_model.layers, after=3, worth=1)
-    engine.stepper.products = products
+    engine.runner.products = products
     never, going = engine.open(), engine.open()
     never.push(frames)
     going.push(frames[:6])
@@ -203,7 +203,7 @@ def test_a_session_that_broke_stays_broken_and_can_be_asked(tmp_path: Path, monk
     going = engine.open(budget=30)
     going.push(some_frames(5))
     with monkeypatch.context() as patch:
-        patch.setattr(engine.stepper, "prefill", lambda *_, **__: 1 / 0)
+        patch.setattr(engine.runner, "prefill", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             going.push(some_frames(1))
     going.save(tmp_path / "saved")

@@ -17,9 +17,9 @@ from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.evals import runner
 from statekv.evals.results import Results, Shard, read
-from statekv.evals.runner import Feed, Stream, evaluate, watch
+from statekv.evals.runner import FrameQueue, Stream, evaluate, watch
 from statekv.evals.task import Broken, EvalVideo
-from statekv.models.adapter import Seen
+from statekv.models.adapter import EncodedStep
 from statekv.models.flops import Widths, step_flops
 from statekv.video.frame import Frame
 from tests.evals.small import SETTINGS, Small, question, videos_of, write_clips
@@ -86,13 +86,13 @@ def test_side_by_side_is_as_alone(family: str, until: float | None, clips: list[
 def test_frames_are_decoded_and_looked_at_once(clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = shared_engine("internvl")
     looked: list[Sequence[Frame]] = []
-    look = engine.model.look
+    look = engine.model.encode
 
-    def noted(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def noted(steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         looked.extend(steps)
         return look(steps, frames_expected)
 
-    monkeypatch.setattr(engine.model, "look", noted)
+    monkeypatch.setattr(engine.model, "encode", noted)
     asked = (question("a", 4.0), question("b"))
     watch(engine, Small([]), EvalVideo("v", clips[0], asked), {name: CONFIGS[name] for name in ("full", "statekv")})
     assert [step[0].pts_seconds for step in looked] == list(range(11))
@@ -200,14 +200,14 @@ def test_a_video_that_cannot_be_read_on_fails_alone(
     clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shared_engine("internvl").model
-    look, calls = model.look, iter(range(100))
+    look, calls = model.encode, iter(range(100))
 
     def look_until_memory_ends(*args: Any) -> Any:
         if next(calls) == 1:
             raise MemoryError
         return look(*args)
 
-    monkeypatch.setattr(model, "look", look_until_memory_ends)
+    monkeypatch.setattr(model, "encode", look_until_memory_ends)
     found = run(tmp_path, Small(videos_of(clips[:2])))
     for results in found.values():
         assert "out of memory" in results.failed["v0"]
@@ -269,7 +269,7 @@ def widths() -> Widths:
 )
 def test_flops_are_those_of_the_steps(clip: Path, method: str, budget: int | None, products: int) -> None:
     stream = stream_of(clip, method, budget=budget or 4096)
-    Feed([stream]).advance(None)
+    FrameQueue([stream]).advance(None)
     lengths = [span.length for span in stream.session.state.spans]
     stream.ask("What happens?")
     stream.close()
@@ -290,7 +290,7 @@ def test_uniform_pays_for_every_time_it_reads(clip: Path) -> None:
 
 def test_the_newest_frames_are_paid_for_at_every_question(clip: Path) -> None:
     engine, stream = shared_engine("internvl"), stream_of(clip, "last_frames", last_frames=3)
-    Feed([stream]).advance(6.0)
+    FrameQueue([stream]).advance(6.0)
     stream.ask("What happens?")
     once = stream.flops
     stream.ask("And now?")
@@ -306,7 +306,7 @@ def test_the_newest_frames_are_paid_for_at_every_question(clip: Path) -> None:
 
 def test_a_closed_stream_holds_nothing(clip: Path) -> None:
     stream = stream_of(clip, "full")
-    Feed([stream]).advance(None)
+    FrameQueue([stream]).advance(None)
     assert stream.session.state.nbytes["detailed"] > 0
     stream.close()
     assert stream.session.state.nbytes["detailed"] == 0

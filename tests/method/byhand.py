@@ -21,23 +21,23 @@ from tests.tiny import Tiny
 Keep = Callable[[torch.Tensor, list[int], int], list[int]]
 
 
-def best(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
+def best(scores: torch.Tensor, token_ids: list[int], budget: int) -> list[int]:
     """The keys with the highest scores."""
-    return sorted(range(len(born)), key=lambda j: -float(scores[j]))[:budget]
+    return sorted(range(len(token_ids)), key=lambda j: -float(scores[j]))[:budget]
 
 
-def newest(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
+def newest(scores: torch.Tensor, token_ids: list[int], budget: int) -> list[int]:
     """The newest keys."""
-    return sorted(range(len(born)), key=lambda j: -born[j])[:budget]
+    return sorted(range(len(token_ids)), key=lambda j: -token_ids[j])[:budget]
 
 
 def always(first: int, rule: Keep) -> Keep:
     """Tokens born before `first` stay; `rule` chooses among the others."""
 
-    def keep(scores: torch.Tensor, born: list[int], budget: int) -> list[int]:
-        fixed = [j for j, token in enumerate(born) if token < first]
-        free = [j for j, token in enumerate(born) if token >= first]
-        chosen = rule(scores[free], [born[j] for j in free], budget - len(fixed))
+    def keep(scores: torch.Tensor, token_ids: list[int], budget: int) -> list[int]:
+        fixed = [j for j, token in enumerate(token_ids) if token < first]
+        free = [j for j, token in enumerate(token_ids) if token >= first]
+        chosen = rule(scores[free], [token_ids[j] for j in free], budget - len(fixed))
         return fixed + [free[i] for i in chosen]
 
     return keep
@@ -58,7 +58,7 @@ class Head:
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
-    born: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     all_keys: list[torch.Tensor] = field(default_factory=list)
     all_values: list[torch.Tensor] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ class Head:
         """Carry these keys alone, told by their place."""
         self.keys = [self.keys[j] for j in stay]
         self.values = [self.values[j] for j in stay]
-        self.born = [self.born[j] for j in stay]
+        self.token_ids = [self.token_ids[j] for j in stay]
 
 
 class ByHand:
@@ -104,7 +104,7 @@ class ByHand:
 
     def kept(self, layer: int) -> torch.Tensor:
         """[1, kv_heads, length], ascending."""
-        return torch.tensor([[sorted(head.born) for head in self.memory[layer]]], dtype=torch.int32)
+        return torch.tensor([[sorted(head.token_ids) for head in self.memory[layer]]], dtype=torch.int32)
 
     def detailed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every token, each [1, kv_heads, tokens, head_dim]."""
@@ -120,7 +120,7 @@ class ByHand:
         mixed = torch.empty(self.heads, own, self.dim, dtype=torch.float64)
         for h, head in enumerate(heads):
             past = len(head.keys)
-            head.born.extend(range(len(head.all_keys), len(head.all_keys) + own))
+            head.token_ids.extend(range(len(head.all_keys), len(head.all_keys) + own))
             for mine, fresh in ((head.keys, keys[h]), (head.values, values[h])):
                 mine.extend(fresh)
             head.all_keys.extend(keys[h])
@@ -140,8 +140,8 @@ class ByHand:
 
     def _evict(self, layer: int, h: int, scores: torch.Tensor) -> None:
         head = self.memory[layer][h]
-        if len(head.born) > self.budget:
-            head.keep_only(self.keep(scores, head.born, self.budget))
+        if len(head.token_ids) > self.budget:
+            head.keep_only(self.keep(scores, head.token_ids, self.budget))
 
     def _project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
         projected = self._linear(x, f"layers.{layer}.self_attn.{name}_proj")
@@ -292,7 +292,7 @@ class ByHandDials(ByHand):
         assert line == pytest.approx(self.budgets)
         self.pin_newest, self.coverage, self.seed = pin_newest, coverage, seed
         self.starts: list[int] = []  # first token of each step
-        self.totals: dict[tuple[int, int], dict[int, float]] = {}  # of each layer and head, by token
+        self.scores: dict[tuple[int, int], dict[int, float]] = {}  # of each layer and head, by token
 
     def step(self, piece: Piece) -> torch.Tensor:
         seen = len(self.memory[0][0].all_keys)
@@ -302,20 +302,20 @@ class ByHandDials(ByHand):
 
     def _evict(self, layer: int, h: int, scores: torch.Tensor) -> None:
         head, budget = self.memory[layer][h], self.budgets[layer]
-        former = self.totals.get((layer, h), {})
-        now = zip(head.born, scores.tolist(), strict=True)
+        former = self.scores.get((layer, h), {})
+        now = zip(head.token_ids, scores.tolist(), strict=True)
         total = {token: score + self.decay * former.get(token, 0.0) for token, score in now}
-        if len(head.born) > budget:
+        if len(head.token_ids) > budget:
             worth = dict(total)
             if self.value_norms:
-                for token, value in zip(head.born, head.values, strict=True):
+                for token, value in zip(head.token_ids, head.values, strict=True):
                     worth[token] *= math.sqrt(sum(x * x for x in value.tolist()))
             sure = self._sample(layer, h, round(self.coverage * budget)) | self._newest(layer)
-            assert sure <= set(head.born)
-            free = sorted(set(head.born) - sure, key=lambda token: -worth[token])
+            assert sure <= set(head.token_ids)
+            free = sorted(set(head.token_ids) - sure, key=lambda token: -worth[token])
             kept = sure | set(free[: budget - len(sure)])
-            head.keep_only([j for j, token in enumerate(head.born) if token in kept])
-        self.totals[layer, h] = {token: total[token] for token in head.born}
+            head.keep_only([j for j, token in enumerate(head.token_ids) if token in kept])
+        self.scores[layer, h] = {token: total[token] for token in head.token_ids}
 
     def _newest(self, layer: int) -> set[int]:
         """Tokens of the newest steps, the one that has just been attended among them."""

@@ -34,7 +34,7 @@ def clip_of(family: str, start: int, stop: int) -> Session:
     """A stream of full attention that has seen nothing but these frames, and knows how many they are."""
     engine = shared_engine(family)
     config = Config.of("full", max_new_tokens=6)
-    session = Session(engine.stepper, engine.stepper.open(config, frames_expected=stop - start))
+    session = Session(engine.runner, engine.runner.open(config, frames_expected=stop - start))
     session.push(some_frames(12)[start:stop])
     return session
 
@@ -69,7 +69,7 @@ def test_nothing_enters_and_asking_changes_nothing(family: str) -> None:
         assert asked.frames == number
     assert_same_stream(asked, never)
     assert_same_answer(session_answer(asked), session_answer(never))
-    per_step = asked.stepper.model.frames_per_step
+    per_step = asked.runner.model.frames_per_step
     assert [progress.frames for progress in told] == list(range(per_step, 13, per_step))
     assert asked.steps == 12 // per_step
 
@@ -92,13 +92,13 @@ def test_a_file_is_sized_by_the_frames_that_are_shown(
     write_video(tmp_path / "clip.mp4", video(40), fps=1)
     looked: list[int] = []
     engine = shared_engine(family, 64 if family == "internvl" else 4096)
-    original = engine.model.look
+    original = engine.model.encode
 
     def look(steps: Any, *arguments: Any) -> Any:
         looked.append(sum(len(step) for step in steps))
         return original(steps, *arguments)
 
-    monkeypatch.setattr(engine.model, "look", look)
+    monkeypatch.setattr(engine.model, "encode", look)
     with engine.open(tmp_path / "clip.mp4", method="last_frames", max_new_tokens=4) as session:
         session.watch()
         assert looked == []

@@ -15,7 +15,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.config import Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHandDials
 from tests.method.test_method import compare
 from tests.runner.test_cuda_graph import Tape
@@ -57,14 +57,16 @@ def carried(session: Session) -> CarriedCache:
 
 
 def kept(session: Session) -> list[torch.Tensor]:
-    return [carried(session).kept(layer) for layer in range(session.state.geometry.layers)]
+    return [carried(session).kept(layer) for layer in range(session.state.spec.layers)]
 
 
 def everything(session: Session) -> list[torch.Tensor]:
     """Both memories, and the accumulated scores in the order of their tokens."""
     cache = carried(session)
-    orders = [born[..., :length].argsort(-1) for born, length in zip(cache.born, cache.lengths, strict=True)]
-    return memory(session) + [t[..., : o.shape[-1]].gather(-1, o) for t, o in zip(cache.totals, orders, strict=False)]
+    orders = [
+        token_ids[..., :length].argsort(-1) for token_ids, length in zip(cache.token_ids, cache.lengths, strict=True)
+    ]
+    return memory(session) + [t[..., : o.shape[-1]].gather(-1, o) for t, o in zip(cache.scores, orders, strict=False)]
 
 
 @EVERY_DIAL
@@ -118,7 +120,7 @@ def test_asking_changes_nothing_and_neither_does_a_peek(family: str, dials: dict
 def test_a_loaded_stream_goes_on_as_if_nothing_had_happened(family: str, dials: dict[str, Any], tmp_path: Path) -> None:
     going = watched(family, 6, **dials)
     save_stream(going.state, tmp_path / "saved")
-    loaded = Session(going.stepper, load_stream(tmp_path / "saved", going.state.geometry))
+    loaded = Session(going.runner, load_stream(tmp_path / "saved", going.state.spec))
     assert_same_memory(everything(loaded), everything(going))
     for each in (loaded, going):
         each.push(some_frames(6, seed=4))
@@ -130,7 +132,7 @@ def test_a_loaded_stream_goes_on_as_if_nothing_had_happened(family: str, dials: 
 def test_replayed_steps_equal_plain_ones(family: str, dials: dict[str, Any]) -> None:
     tape, model = Tape(), shared_engine(family).model
     config = Config(budget=BUDGET, **dials)
-    mine, other = (Session(s, s.open(config)) for s in (Stepper(model, tape.graphs), Stepper(model)))
+    mine, other = (Session(s, s.open(config)) for s in (ModelRunner(model, tape.graphs), ModelRunner(model)))
     for each in (mine, other):
         each.push(some_frames(30))
     assert_same_memory(everything(mine), everything(other))
@@ -141,7 +143,7 @@ def test_the_layers_share_one_total() -> None:
     for budget, slope in itertools.product((13, 40), (-0.6, 0.0, 0.35)):
         cache = carried(watched(budget=budget, layer_slope=slope))
         assert cache.full
-        assert sum(cache.lengths) == budget * cache.geometry.layers
+        assert sum(cache.lengths) == budget * cache.spec.layers
         assert [layer.shape[-1] for layer in kept(watched(budget=budget, layer_slope=slope))] == cache.budgets
 
 
@@ -149,7 +151,7 @@ def test_a_layered_stream_takes_no_more_memory_than_a_flat_one() -> None:
     longest = max(span.length for span in watched().state.spans)
     for slope in (0.0, 0.6):
         cache = carried(watched(layer_slope=slope))
-        assert sum(cache.slots) <= cache.geometry.layers * (BUDGET + longest)
+        assert sum(cache.slots) <= cache.spec.layers * (BUDGET + longest)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_question_that_fails_leaves_the_stream_as_it_was(family: str) -> None:
     session, silent = shared_engine(family).open(budget=20), shared_engine(family).open(budget=20)
     for stream in (session, silent):
         stream.push(some_frames(5))
-    hook = session.stepper.model.language_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = session.runner.model.language_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     try:
         for fails in (session.ask, session.logits):
             with pytest.raises(ZeroDivisionError):

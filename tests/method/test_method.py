@@ -12,7 +12,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
 from statekv.models.adapter import Segment
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHand, Keep, always, best, newest, pieces_of
 from tests.talk import QUESTION, frames_of, inputs_of, session_answer, shared_engine, stock_model
 from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video
@@ -26,7 +26,7 @@ PREFIX = {
 }
 
 
-class Watcher(Stepper):
+class Watcher(ModelRunner):
     """Keeps what every segment came out as."""
 
     def __init__(self, *args: Any) -> None:
@@ -55,7 +55,7 @@ def compare(
     pieces = pieces_of(made, inputs_of(made, pictures, QUESTION), prefix)
     hand = by_hand(made, settings["budget"], keep, horizon)
     session = engine.open(**settings, horizon=horizon or None)
-    watcher = session.stepper = Watcher(engine.model)
+    watcher = session.runner = Watcher(engine.model)
     per_step = engine.model.frames_per_step
     expected = [hand.step(pieces[0])]
     for step, piece in enumerate(pieces[1:-1]):
@@ -75,7 +75,7 @@ def prefix_of(made: Tiny) -> int:
 def assert_same(session: Session, hand: ByHand) -> None:
     carried = session.state.carried
     assert isinstance(carried, CarriedCache)
-    for layer in range(session.state.geometry.layers):
+    for layer in range(session.state.spec.layers):
         assert torch.equal(carried.kept(layer), hand.kept(layer))
         keys, values = hand.detailed(layer)
         assert_close(session.state.detailed.keys(layer), keys)
@@ -128,7 +128,7 @@ def test_random_keeps_as_many_and_the_same_for_the_same_seed(family: str) -> Non
         session.push(frames_of(video(6)))
         carried = session.state.carried
         assert isinstance(carried, CarriedCache)
-        return [carried.kept(layer) for layer in range(session.state.geometry.layers)]
+        return [carried.kept(layer) for layer in range(session.state.spec.layers)]
 
     first, again, other = kept(1), kept(1), kept(2)
     assert all(layer.shape == (1, 2, 20) for layer in first)
@@ -146,7 +146,7 @@ def test_an_answer_sees_what_recall_says(family: str, recall: str) -> None:
     before = session_answer(session)
     detailed = session.state.detailed
     first, window = (4, 12) if recall == "sink_recent" else (0, 16)
-    layers = range(session.state.geometry.layers)
+    layers = range(session.state.spec.layers)
     with torch.inference_mode():
         for held in (cache(layer) for layer in layers for cache in (detailed.keys, detailed.values)):
             held[..., first : detailed.length - window, :] = float("nan")

@@ -16,7 +16,7 @@ from statekv.engine.session import Session
 from statekv.errors import HorizonError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.ops.rope import rotate
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.talk import (
     QUESTION,
     assert_same_answer,
@@ -55,7 +55,7 @@ def opened(family: str, horizon: int = SHORT, **settings: Any) -> Session:
     return shared_engine(family).open(**{"budget": 40, "horizon": horizon, "max_new_tokens": 6, **settings})
 
 
-class Unrotated(Stepper):
+class Unrotated(ModelRunner):
     """Remembers the keys of every step as they were before rotation, and where they were rotated to."""
 
     def __init__(self, model: VideoModel) -> None:
@@ -95,7 +95,7 @@ def rotated_anew(seen: Unrotated, session: Session) -> torch.Tensor:
 def test_keys_stand_where_they_would_have_been_computed(family: str, settings: dict[str, Any]) -> None:
     """In both memories: turned further is the same as turned once, from the key as it was before any rotation."""
     session = opened(family, **settings)
-    session.stepper = seen = Unrotated(session.stepper.model)
+    session.runner = seen = Unrotated(session.runner.model)
     session.push(pictures(family))
     state = session.state
     assert state.compaction.factor >= 4
@@ -105,9 +105,9 @@ def test_keys_stand_where_they_would_have_been_computed(family: str, settings: d
     if isinstance(state.carried, DetailedCache):
         return
     for layer, length in enumerate(state.carried.lengths):
-        born = state.carried.born[layer][0, :, :length].long()  # [kv_heads, length]
+        token_ids = state.carried.token_ids[layer][0, :, :length].long()  # [kv_heads, length]
         carried = state.carried.buffers[layer][0, 0, :, :length].double()
-        there = expected[layer].gather(1, born.unsqueeze(-1).expand_as(carried))
+        there = expected[layer].gather(1, token_ids.unsqueeze(-1).expand_as(carried))
         torch.testing.assert_close(carried, there, atol=2e-5, rtol=2e-5)
 
 
@@ -142,7 +142,7 @@ def test_compacting_with_nothing_to_move_changes_no_bit(family: str, settings: d
     session.push(pictures(family, 24))
     state = session.state
     before, position, blocks = memory(session), state.position, state.blocks and list(state.blocks.spots)
-    state.compact(state.compaction, session.stepper.model.rope.rotary, session.stepper.model.own_time)
+    state.compact(state.compaction, session.runner.model.rope.rotary, session.runner.model.own_time)
     assert_same_memory(memory(session), before)
     assert (state.position, state.blocks and state.blocks.spots) == (position, blocks)
 
@@ -168,7 +168,7 @@ def test_saved_streams_keep_it(family: str, settings: dict[str, Any], tmp_path: 
     going.push(frames[:24])
     assert going.state.compaction.factor > 1
     save_stream(going.state, tmp_path / "saved")
-    loaded = Session(going.stepper, load_stream(tmp_path / "saved", going.state.geometry))
+    loaded = Session(going.runner, load_stream(tmp_path / "saved", going.state.spec))
     for session in (going, loaded):
         session.push(frames[24:])
     assert loaded.state.compaction == going.state.compaction
@@ -201,7 +201,7 @@ def test_a_range_that_holds_no_step_is_refused_and_loses_nothing(family: str) ->
     A step of Qwen2.5-VL takes a single position, for which there is always room.
     """
     session, frames = opened(family), pictures(family, 6)
-    one = session.stepper.model.frames_per_step
+    one = session.runner.model.frames_per_step
     session.push(frames[:one])
     state, before, answer = session.state, memory(session), session.ask(QUESTION)
     reach, state.horizon = state.horizon, state.position + state.room  # no room for another step
@@ -211,7 +211,7 @@ def test_a_range_that_holds_no_step_is_refused_and_loses_nothing(family: str) ->
     assert "horizon above" in told.value.hint
     state.horizon = reach
     assert_same_memory(memory(session), before)
-    session.feed.waiting.clear()  # a frame of Qwen-VL still waits for its partner
+    session.queue.waiting.clear()  # a frame of Qwen-VL still waits for its partner
     assert session.ask(QUESTION) == answer
     session.push(frames[one:])
     assert session.frames == 6
@@ -221,16 +221,16 @@ def test_roundings_do_not_pile_up() -> None:
     """A bfloat16 key that moves through a stream of 50 times its range stays as near as a few roundings allow."""
     rope = shared_engine("internvl").model.rope
     raw = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(0))
-    compaction, position, born, moves = Compaction(), 0, 900, 0
-    held = rotate(raw, *rope.angles(torch.tensor([[born]]), 2000)).bfloat16()
+    compaction, position, token_ids, moves = Compaction(), 0, 900, 0
+    held = rotate(raw, *rope.angles(torch.tensor([[token_ids]]), 2000)).bfloat16()
     while position < 50 * 2000:
         if compaction.place(position) + 9 > 2000:
             before, compaction = compaction, compaction.next(position, 0, 2000)
-            by = compaction.place(born) - before.place(born)
-            if by and position > born:
+            by = compaction.place(token_ids) - before.place(token_ids)
+            if by and position > token_ids:
                 held, moves = rotate(held.float(), *rope.angles(torch.tensor([[by]]), 2000)).bfloat16(), moves + 1
         position += 9
-    exact = rotate(raw, *rope.angles(torch.tensor([[compaction.place(born)]]), 2000))
+    exact = rotate(raw, *rope.angles(torch.tensor([[compaction.place(token_ids)]]), 2000))
     once = (exact.bfloat16() - exact).norm() / exact.norm()
     assert 4 < moves <= 10
     assert (held - exact).norm() / exact.norm() < (1 + moves) ** 0.5 * 1.2 * once

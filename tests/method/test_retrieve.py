@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.cache.retrieval import Blocks, Retrieved
+from statekv.cache.retrieval import RetrievedView, StepIndex
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.models.adapter import Segment
 from statekv.models.hooks import Observer
-from statekv.runner.runner import Mode, Stepper
+from statekv.runner.runner import Mode, ModelRunner
 from tests.method.byhand import ByHand, Keep, Piece, always, best, newest, pieces_of
 from tests.method.test_method import PREFIX, assert_close
 from tests.talk import (
@@ -45,7 +45,7 @@ class Told:
     chosen: list[list[int]] = field(default_factory=list)
 
 
-class Listener(Stepper):
+class Listener(ModelRunner):
     """Keeps what the last answer was made of."""
 
     told: Told
@@ -56,7 +56,7 @@ class Listener(Stepper):
         hidden = super().prefill(state, segment, mode, observer)
         if segment.kind == "question":
             self.told = Told()
-            if isinstance(state.recalled, Retrieved):
+            if isinstance(state.recalled, RetrievedView):
                 self.told.chosen = [tokens.tolist() for tokens in state.recalled.chosen if tokens is not None]
         if mode == "answer":
             self.told.segments.append(segment)
@@ -118,7 +118,7 @@ class Asked(ByHand):
             mixed = torch.empty_like(queries)
             for h, head in enumerate(heads):
                 raw = torch.stack([self.raw[layer][h][t] for t in visible])
-                extra = [j for j, t in enumerate(head.born) if carried and t not in visible]
+                extra = [j for j, t in enumerate(head.token_ids) if carried and t not in visible]
                 past = [*self._rotate(raw, angles), *(head.keys[j] for j in extra)]
                 all_values = [*(head.all_values[t] for t in visible), *(head.values[j] for j in extra), *values[h]]
                 all_keys = torch.stack([*past, *self._rotate(keys[h], own)])
@@ -144,14 +144,14 @@ class Asked(ByHand):
 
 def watched(family: str, frames: int = FRAMES, **settings: Any) -> Session:
     session = shared_engine(family).open(**settings)
-    session.stepper = Listener(session.stepper.model)
+    session.runner = Listener(session.runner.model)
     session.push(frames_of(video(frames, seed=5)))
     return session
 
 
 def told(session: Session) -> Told:
-    assert isinstance(session.stepper, Listener)
-    return session.stepper.told
+    assert isinstance(session.runner, Listener)
+    return session.runner.told
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_copying_every_step_out_changes_nothing(family: str, monkeypatch: pytest
     every = watched(family, method="full")
     for settings in ({"method": "full"}, {"method": "statekv", "budget": 100_000, "retrieve_carried": True}):
         found = watched(family, **settings, recall="retrieve", retrieve=1)
-        monkeypatch.setattr(Retrieved, "_choose", lambda self, *_: torch.ones(len(self.blocks), dtype=torch.bool))
+        monkeypatch.setattr(RetrievedView, "_choose", lambda self, *_: torch.ones(len(self.blocks), dtype=torch.bool))
         assert_same_answer(session_answer(found), session_answer(every))
         monkeypatch.undo()
 
@@ -261,7 +261,7 @@ def test_asking_changes_nothing(family: str, settings: dict[str, Any]) -> None:
         assert torch.equal(a[:, :, : len(blocks_of(asked))], b[:, :, : len(blocks_of(never))])
 
 
-def blocks_of(session: Session) -> Blocks:
+def blocks_of(session: Session) -> StepIndex:
     assert session.state.blocks is not None
     return session.state.blocks
 
@@ -275,7 +275,7 @@ def test_blocks_are_the_steps(family: str) -> None:
     assert blocks.spots[0].start == session.state.spans[0].length > 0
     taken = sum(block.positions for block in blocks.spots)
     assert taken + session.state.spans[0].length == session.state.position
-    g = session.state.geometry
+    g = session.state.spec
     assert session.state.nbytes["blocks"] == 64 * g.layers * g.kv_heads * g.head_dim * 4
     session.state.free()
     assert session.state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
@@ -284,16 +284,18 @@ def test_blocks_are_the_steps(family: str) -> None:
 @EVERY_FAMILY
 def test_a_frame_that_waits_for_its_partner_can_be_retrieved(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     session = watched(family, 7, method="statekv_retrieve", budget=24, retrieve=1)
-    monkeypatch.setattr(Blocks, "scores", lambda self, *_: torch.arange(len(self)).float()[None])  # the newest is best
+    monkeypatch.setattr(
+        StepIndex, "scores", lambda self, *_: torch.arange(len(self)).float()[None]
+    )  # the newest is best
     waiting = session.frames - session.state.frames
-    assert waiting == 7 % session.stepper.model.frames_per_step
+    assert waiting == 7 % session.runner.model.frames_per_step
     seen = [token for token in told_again(session).chosen[0] if token >= session.state.tokens]
     assert bool(seen) == bool(waiting)
     assert blocks_of(session).spots[-1].stop == session.state.tokens
 
 
 def told_again(session: Session) -> Told:
-    session.stepper = Listener(session.stepper.model)
+    session.runner = Listener(session.runner.model)
     session.logits(QUESTION)
     return told(session)
 
@@ -306,7 +308,7 @@ def test_first_steps_moved_up_are_the_stream_as_it_was_then(family: str, monkeyp
     """What comes first and is closed up to the question equals a question asked right behind it."""
     per_step = shared_engine(family).model.frames_per_step
     then = watched(family, 3 * per_step, method="full")
-    monkeypatch.setattr(Blocks, "scores", lambda self, *_: -torch.arange(len(self)).float()[None])
+    monkeypatch.setattr(StepIndex, "scores", lambda self, *_: -torch.arange(len(self)).float()[None])
     dials: dict[str, Any] = {"method": "full", "recall": "retrieve", "retrieve": 3}
     moved = watched(family, FRAMES, **dials, retrieve_positions="reindex")
     assert_same_answer(session_answer(moved), session_answer(then))
@@ -316,7 +318,7 @@ def test_first_steps_moved_up_are_the_stream_as_it_was_then(family: str, monkeyp
 
 @IN_LINE
 def test_without_a_gap_nothing_moves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Blocks, "scores", lambda self, *_: torch.arange(len(self)).float()[None])
+    monkeypatch.setattr(StepIndex, "scores", lambda self, *_: torch.arange(len(self)).float()[None])
     dials: dict[str, Any] = {"method": "statekv_retrieve", "budget": 24, "retrieve": 2, "layout": "release"}
     kept, moved = (watched(family, **dials, retrieve_positions=position) for position in ("keep", "reindex"))
     assert not [span for span in kept.state.spans if span.kind != "step"]

@@ -73,15 +73,15 @@ def tight(family: str, steps: int = 0, **settings: Any) -> dict[str, Any]:
     probe.push(pictures()[:2])
     longest = max(span.length for span in probe.state.spans if span.kind == "step") + 4
     texts = sum(span.length for span in probe.state.spans if span.kind != "step")
-    geometry, least = probe.state.geometry, 1 << 14
+    spec, least = probe.state.spec, 1 << 14
     while True:
         config = Config.of(**{"budget": 40, "max_new_tokens": 6, **settings, "memory": least})
         try:
-            plan(config, geometry, texts, longest, room_for_answers(config))
+            plan(config, spec, texts, longest, room_for_answers(config))
         except ConfigError:
             least += 1 << 12
             continue
-        return {**settings, "memory": least + (1 + steps) * longest * geometry.bytes_per_token}
+        return {**settings, "memory": least + (1 + steps) * longest * spec.bytes_per_token}
 
 
 def tiered(session: Session) -> TieredCache:
@@ -93,9 +93,9 @@ def tiered(session: Session) -> TieredCache:
 def held(session: Session) -> list[torch.Tensor]:
     """Keys and values of every step that is held, and of all text, in order, wherever they lie."""
     cache = tiered(session)
-    cache.bringing.turned = functools.partial(session.stepper._angles, session.state)
-    starts = list(cache.passages)
-    stops = [passage.start + passage.length for passage in cache.passages.values()]
+    cache.fetcher.turned = functools.partial(session.runner._angles, session.state)
+    starts = list(cache.entries)
+    stops = [entry.start + entry.length for entry in cache.entries.values()]
     return [cache.gather(layer, starts, stops) for layer in range(len(cache))]
 
 
@@ -110,8 +110,8 @@ def carried(session: Session) -> list[torch.Tensor]:
 
 
 def spots(session: Session) -> tuple[list[int], list[int]]:
-    passages = tiered(session).passages.values()
-    return [each.start for each in passages], [each.start + each.length for each in passages]
+    entries = tiered(session).entries.values()
+    return [each.start for each in entries], [each.start + each.length for each in entries]
 
 
 @EVERY_CARRY
@@ -136,7 +136,7 @@ def test_lower_tiers_hold_every_bit_and_answer_the_same(
     family: str, carry: dict[str, Any], lower: dict[str, Any]
 ) -> None:
     capped, free = watched(family, **tight(family, **carry, **lower)), watched(family, **carry)
-    assert len(tiered(capped).shelves)
+    assert len(tiered(capped).manager)
     assert not capped.state.forgotten
     assert_same_memory(carried(capped), carried(free))
     assert_same_memory(held(capped), of(free, *spots(capped)))
@@ -165,7 +165,7 @@ def test_questions_change_nothing(family: str, lower: dict[str, Any]) -> None:
 @TWO_FAMILIES
 def test_where_no_step_is_left_out_retrieval_is_full_recall_to_the_bit(family: str, lower: dict[str, Any]) -> None:
     session = watched(family, **tight(family, recall="retrieve", retrieve=FRAMES, **lower))
-    assert len(tiered(session).shelves)
+    assert len(tiered(session).manager)
     everything = session.fork()
     everything.state.blocks = None
     assert torch.equal(session.logits(QUESTION), everything.logits(QUESTION))
@@ -175,11 +175,11 @@ def test_where_no_step_is_left_out_retrieval_is_full_recall_to_the_bit(family: s
 @TWO_FAMILIES
 def test_steps_asked_for_lately_are_not_read_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     capped = watched(family, **tight(family, recall="retrieve", retrieve=2, disk="1GiB"))
-    bringing = tiered(capped).bringing
+    fetcher = tiered(capped).fetcher
     expected = capped.logits(QUESTION)
-    monkeypatch.setattr(bringing, "bring", lambda layer, steps: pytest.fail("read again"))
+    monkeypatch.setattr(fetcher, "bring", lambda layer, steps: pytest.fail("read again"))
     assert torch.equal(capped.logits(QUESTION), expected)
-    assert len(bringing.recent)
+    assert len(fetcher.recent)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -187,18 +187,18 @@ def test_steps_asked_for_lately_are_not_read_again(family: str, monkeypatch: pyt
 def test_quantised_steps_are_what_quantising_makes_of_them_once(family: str, bits: int) -> None:
     capped, free = watched(family, **tight(family, bits=bits, host_memory="20KiB", disk="1GiB")), watched(family)
     starts, stops = spots(capped)
-    passages = list(tiered(capped).passages.values())
-    assert len(tiered(capped).shelves)
+    entries = list(tiered(capped).entries.values())
+    assert len(tiered(capped).manager)
     assert not capped.state.forgotten
     assert_same_memory(carried(capped), carried(free))
     for found, plain in zip(held(capped), of(free, starts, stops), strict=True):
-        lengths = [passage.length for passage in passages]
-        for passage, here, there in zip(passages, found.split(lengths, -2), plain.split(lengths, -2), strict=True):
-            if passage.block is None:
+        lengths = [entry.length for entry in entries]
+        for entry, here, there in zip(entries, found.split(lengths, -2), plain.split(lengths, -2), strict=True):
+            if entry.block is None:
                 assert torch.equal(here, there)
                 continue
             once = quantise(there.permute(3, 0, 1, 2, 4), bits)
-            expected = dequantise(once, 0, passage.length, there.dtype).permute(1, 2, 3, 0, 4)
+            expected = dequantise(once, 0, entry.length, there.dtype).permute(1, 2, 3, 0, 4)
             assert torch.equal(here, expected)
             assert (here - there).abs().max() <= once.scale.float().max() / 2 * 1.01
 
@@ -229,12 +229,12 @@ def test_caps_hold_at_every_step(family: str, recall: dict[str, Any], lower: dic
         assert sum(size for tier, size in taken.items() if tier not in ("host", "disk")) <= caps["memory"]
     cache, spans = tiered(session), session.state.spans
     assert session.state.forgotten > 0
-    entered = -(-FRAMES // session.stepper.model.frames_per_step)
-    assert sum(passage.kind == "step" for passage in cache.passages.values()) + session.state.forgotten == entered
+    entered = -(-FRAMES // session.runner.model.frames_per_step)
+    assert sum(entry.kind == "step" for entry in cache.entries.values()) + session.state.forgotten == entered
     assert next(span for span in spans if span.kind != "step").start == 0
-    assert list(cache.passages)[-1] == spans[-1].start
+    assert list(cache.entries)[-1] == spans[-1].start
     if session.state.blocks is not None:
-        steps = [passage.start for passage in cache.passages.values() if passage.kind == "step"]
+        steps = [entry.start for entry in cache.entries.values() if entry.kind == "step"]
         assert session.state.blocks.table[:, 0].tolist() == steps
 
 
@@ -245,7 +245,7 @@ def test_what_is_forgotten_was_never_there(family: str, lower: dict[str, Any]) -
     capped, free = watched(family, **tight(family, **lower)), watched(family)
     assert capped.state.forgotten > 0
     assert_same_memory(held(capped), of(free, *spots(capped)))
-    left = DetailedCache(free.state.geometry)
+    left = DetailedCache(free.state.spec)
     for layer, tokens in enumerate(of(free, *spots(capped))):
         left.append(tokens[0], tokens[1], layer)
     left.away = free.state.tokens - left.lengths[-1]
@@ -259,12 +259,10 @@ def test_the_least_scored_go_first(family: str) -> None:
     session = opened(family, **tight(family, 6))
     cache = tiered(session)
     for frame in pictures():
-        before = dict(cache.passages)
+        before = dict(cache.entries)
         session.push([frame])
-        gone = [passage.rank for start, passage in before.items() if start not in cache.passages]
-        stayed = [
-            passage.rank for start, passage in before.items() if start in cache.passages and passage.kind == "step"
-        ]
+        gone = [entry.rank for start, entry in before.items() if start not in cache.entries]
+        stayed = [entry.rank for start, entry in before.items() if start in cache.entries and entry.kind == "step"]
         assert not gone or max(gone) < min(stayed[:-2])
     assert session.state.forgotten > 0
 
@@ -378,7 +376,7 @@ def test_capped_streams_step_together(family: str) -> None:
     """Each with tiers of its own; what they hold is what they hold alone, within rounding."""
     settings = [tight(family, host_memory="1GiB"), tight(family, 3, disk="1GiB"), tight(family)]
     together, alone = ([opened(family, **each) for each in settings] for _ in range(2))
-    per_step = together[0].stepper.model.frames_per_step
+    per_step = together[0].runner.model.frames_per_step
     push_together(together, [pictures()] * 3, 0, FRAMES // per_step)
     for each in alone:
         each.push(pictures())

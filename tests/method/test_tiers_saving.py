@@ -39,7 +39,7 @@ def assert_same_tiers(found: Session, expected: Session) -> None:
     assert taken | unlike == due | unlike
     for name in ("forgotten", "spans", "outlived", "position"):
         assert getattr(found.state, name) == getattr(expected.state, name)
-    ranks = [[passage.rank for passage in tiered(each).passages.values()] for each in (found, expected)]
+    ranks = [[entry.rank for entry in tiered(each).entries.values()] for each in (found, expected)]
     assert ranks[0] == ranks[1]
     assert torch.equal(found.logits(QUESTION), expected.logits(QUESTION))
 
@@ -56,7 +56,7 @@ def test_restored_and_continued_equals_never_interrupted(family: str, kind: dict
             going.save(tmp_path / "saved")
             going.close()
             going = shared_engine(family).restore(tmp_path / "saved")
-    assert len(tiered(going).shelves) or not tiered(going).shelves.open
+    assert len(tiered(going).manager) or not tiered(going).manager.open
     assert_same_tiers(going, never)
 
 
@@ -65,7 +65,7 @@ def test_steps_in_blocks_that_have_moved(family: str, tmp_path: Path) -> None:
     settings = {**tight(family, host_memory="1GiB"), "horizon": 700, "on_horizon": "compact"}
     going = opened(family, **settings)
     going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
-    assert any(passage.moved for passage in tiered(going).passages.values())
+    assert any(entry.moved for entry in tiered(going).entries.values())
     going.save(tmp_path / "saved")
     assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
 
@@ -125,7 +125,7 @@ def test_a_damaged_block_of_a_save_is_named(tmp_path: Path) -> None:
 def test_damaged_steps_are_left_out_of_a_save_and_named(family: str, tmp_path: Path) -> None:
     going = opened(family, **tight(family, disk="1GiB"), disk_folder=str(tmp_path))
     going.push(pictures())
-    on_disk = [passage for passage in tiered(going).passages.values() if passage.block is not None]
+    on_disk = [entry for entry in tiered(going).entries.values() if entry.block is not None]
     (file,) = tmp_path.rglob("blocks")
     with file.open("r+b") as damaged:
         for place in (0, file.stat().st_size - 9):  # of two blocks
@@ -134,8 +134,8 @@ def test_damaged_steps_are_left_out_of_a_save_and_named(family: str, tmp_path: P
     with pytest.warns(StorageWarning, match=rf"{file} does not hold .*; damaged steps forgotten: 1") as told:
         going.save(tmp_path / "saved")
     assert len(told) == going.state.forgotten == 2
-    assert len(tiered(going).passages) == len({each.start for each in tiered(going).passages.values()})
-    assert [each.start in tiered(going).passages for each in on_disk] == [False, *[True] * (len(on_disk) - 2), False]
+    assert len(tiered(going).entries) == len({each.start for each in tiered(going).entries.values()})
+    assert [each.start in tiered(going).entries for each in on_disk] == [False, *[True] * (len(on_disk) - 2), False]
     restored = shared_engine(family).restore(tmp_path / "saved")
     assert_same_tiers(restored, going)
     for session in (restored, going):
@@ -148,16 +148,16 @@ def test_damaged_steps_that_have_moved_are_left_out_of_a_save(family: str, tmp_p
     settings = {**tight(family, disk="1GiB"), "horizon": 700, "on_horizon": "compact"}
     going = opened(family, **settings, disk_folder=str(tmp_path))
     going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
-    on_disk = [passage for passage in tiered(going).passages.values() if passage.block is not None]
-    moved = next(number for number, passage in enumerate(on_disk) if passage.moved)
+    on_disk = [entry for entry in tiered(going).entries.values() if entry.block is not None]
+    moved = next(number for number, entry in enumerate(on_disk) if entry.moved)
     (file,) = tmp_path.rglob("blocks")
     with file.open("r+b") as damaged:  # in its last layer; steps lie there as they came
-        end = sum(passage.length for passage in on_disk[: moved + 1]) * tiered(going).geometry.bytes_per_token
+        end = sum(entry.length for entry in on_disk[: moved + 1]) * tiered(going).spec.bytes_per_token
         damaged.seek(end - 2)
         damaged.write(b"?!")
     with pytest.warns(StorageWarning, match="damaged steps forgotten: 1"):
         going.save(tmp_path / "saved")
-    assert on_disk[moved].start not in tiered(going).passages
+    assert on_disk[moved].start not in tiered(going).entries
     assert going.state.forgotten == 1
     assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
 

@@ -37,10 +37,10 @@ def test_looking_at_several_steps_is_looking_at_each(family: str) -> None:
     model = shared_engine(family).model
     frames, size = some_frames(6), model.frames_per_step
     steps = [frames[i : i + size] for i in range(0, 6, size)]
-    together = model.look(steps)
+    together = model.encode(steps)
     assert [list(seen.frames) for seen in together] == steps
     for seen, step in zip(together, steps, strict=True):
-        (alone,) = model.look([step])
+        (alone,) = model.encode([step])
         assert seen.grid == alone.grid
         for mine, other in zip((seen.features, *seen.deepstack), (alone.features, *alone.deepstack), strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
@@ -52,18 +52,18 @@ def test_pictures_of_several_sizes_can_be_looked_at_together(family: str) -> Non
     model = shared_engine(family).model
     size = model.frames_per_step
     steps = [[Frame(torch.full((3, *shape), 90, dtype=torch.uint8), 0.0)] * size for shape in ((40, 56), (64, 32))]
-    for seen, step in zip(model.look(steps), steps, strict=True):
-        (alone,) = model.look([step])
+    for seen, step in zip(model.encode(steps), steps, strict=True):
+        (alone,) = model.encode([step])
         torch.testing.assert_close(seen.features, alone.features, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", EVERY_MODEL)
 def test_sizes_are_read_off_the_model(family: str) -> None:
     model = shared_engine(family).model
-    geometry = model.geometry()
-    assert (geometry.kv_heads, geometry.head_dim, geometry.layers, geometry.streams) == (2, 16, 3, 1)
-    assert geometry.dtype == torch.float32
-    assert geometry.bytes_per_token == 2 * 3 * 2 * 16 * 4
+    spec = model.kv_spec()
+    assert (spec.kv_heads, spec.head_dim, spec.layers, spec.streams) == (2, 16, 3, 1)
+    assert spec.dtype == torch.float32
+    assert spec.bytes_per_token == 2 * 3 * 2 * 16 * 4
     assert model.trained_length == 4096
     assert model.end_tokens == {model.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 

@@ -21,7 +21,7 @@ from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, questions, write_story
 from statekv.models.adapter import Segment
 from statekv.models.loading import DEMO
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from statekv.video.file import read_frames
 from statekv.video.frame import Frame
 from tests import stock
@@ -62,11 +62,11 @@ def stock_inputs(frames: list[Frame], question: str) -> dict[str, Any]:
     return dict(processor(text=[text], return_tensors="pt", **vision))
 
 
-class Watcher(Stepper):
+class Watcher(ModelRunner):
     """Keeps the tokens of everything that enters."""
 
-    def __init__(self, stepper: Stepper) -> None:
-        super().__init__(stepper.model)
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner.model)
         self.ids: list[int] = []
 
     def prefill(self, state: StreamState, segment: Segment, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_the_stock_processor_and_tokenizer_open_the_folder() -> None:
 def test_tokens_are_those_of_the_stock_processor(engine: Engine, film: Path) -> None:
     frames = list(read_frames(film, fps=1.0))
     with engine.open(film) as session:
-        watcher = session.stepper = Watcher(session.stepper)
+        watcher = session.runner = Watcher(session.runner)
         session.watch()
         session.logits(QUESTION)
     assert watcher.ids == stock_inputs(frames, QUESTION)["input_ids"][0].tolist()
@@ -165,7 +165,7 @@ def ask(session: Session, question: str) -> str:
 @pytest.fixture(scope="module")
 def rows(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     folder = tmp_path_factory.mktemp("unseen")
-    third = engine.model.span(FRAMES, 64, 64, "hf") // 3
+    third = engine.model.max_positions(FRAMES, 64, 64, "hf") // 3
     methods: dict[str, dict[str, Any]] = {"full": {"method": "full"}, "statekv": {"method": "statekv", "budget": third}}
     return [row for i in range(FILMS) for row in answers(engine, folder / f"{i}.mp4", UNSEEN + i, methods)]
 

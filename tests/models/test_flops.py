@@ -12,16 +12,16 @@ from statekv.bench.models import SIZES
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment
 from statekv.models.flops import Widths, matrix_weights, step_flops
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import FAMILIES
 
 
-class Counting(Stepper):
+class Counting(ModelRunner):
     """A stepper that notes tokens and FLOPs of every segment."""
 
-    def __init__(self, stepper: Stepper) -> None:
-        super().__init__(stepper.model)
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner.model)
         self.lengths: list[int] = []
         self.counted: list[int] = []
 
@@ -39,11 +39,11 @@ def test_torch_counts_the_same_in_every_step(family: str, budget: int | None) ->
     engine = shared_engine(family)
     method = "full" if budget is None else "statekv"
     with engine.open(method=method, kernel="naive", budget=budget or 1) as session:
-        session.stepper = stepper = Counting(session.stepper)
+        session.runner = runner = Counting(session.runner)
         session.push(some_frames(8))
     widths = Widths.of(stock_model(family).config.get_text_config())
-    assert len(stepper.lengths) > 4
-    assert stepper.counted == list(step_flops(widths, stepper.lengths, budget, scored_products=2))
+    assert len(runner.lengths) > 4
+    assert runner.counted == list(step_flops(widths, runner.lengths, budget, scored_products=2))
 
 
 def test_by_hand() -> None:

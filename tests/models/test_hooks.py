@@ -13,13 +13,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 from statekv.errors import ModelError
 from statekv.models.hooks import NAME, Pass, RopeScope, attention_hook, attention_left_as_found, take_attention
 from statekv.ops.reference import attention_with_key_scores
 from tests.tiny import FAMILIES, Tiny, tiny
 
-GEOMETRY = Geometry(kv_heads=2, head_dim=8, dtype=torch.float32, devices=(torch.device("cpu"),) * 3)
+GEOMETRY = KVSpec(kv_heads=2, head_dim=8, dtype=torch.float32, devices=(torch.device("cpu"),) * 3)
 
 
 class Layer(torch.nn.Module):

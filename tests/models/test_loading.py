@@ -76,15 +76,15 @@ def test_a_folder_loads_ready_for_work(folder: Path) -> None:
     model = load_model(str(folder))
     assert isinstance(model, VideoModel)
     assert not model.model.training
-    assert model.geometry().dtype == torch.float32
+    assert model.kv_spec().dtype == torch.float32
     assert model.texts is not None
     assert set(model.prompts) == {"hf", "release"}
 
 
 def test_dtype_and_device_are_what_was_asked_for(folder: Path) -> None:
     model = load_model(str(folder), dtype="bfloat16", device="cpu")
-    assert model.geometry().dtype == torch.bfloat16
-    assert model.geometry().devices == (torch.device("cpu"),) * 3
+    assert model.kv_spec().dtype == torch.bfloat16
+    assert model.kv_spec().devices == (torch.device("cpu"),) * 3
 
 
 @EVERY_FAMILY

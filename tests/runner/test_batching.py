@@ -11,8 +11,8 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.engine.session import Session
-from statekv.runner.batching import StepBatches, likeness
-from statekv.runner.runner import gather
+from statekv.runner.batching import StepBatches, batch_key
+from statekv.runner.runner import gather_batch
 from tests.runner.test_runner import films, opened, push_together
 from tests.talk import QUESTION, UNLIMITED, assert_same_stream, entering, frames_of, some_frames
 from tests.tiny import FAMILIES, video
@@ -25,9 +25,9 @@ def standing(family: str, frames: int = 6, **settings: Any) -> Session:
 
 
 def likeness_of_next(session: Session, seed: int = 5) -> object:
-    model = session.stepper.model
+    model = session.runner.model
     step = entering(model, some_frames(model.frames_per_step, seed), session.state)
-    return likeness(model, session.state, step)
+    return batch_key(model, session.state, step)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,7 @@ def test_what_steps_depend_on_may_not(settings: dict[str, Any]) -> None:
 
 def test_another_horizon_is_another_step_only_where_rope_follows_it() -> None:
     one, other = (standing("internvl", horizon=horizon) for horizon in (5000, 6000))
-    assert (likeness_of_next(one) == likeness_of_next(other)) == (one.stepper.model.rope.kind != "dynamic")
+    assert (likeness_of_next(one) == likeness_of_next(other)) == (one.runner.model.rope.kind != "dynamic")
     one, other = (standing("qwen3_vl", horizon=horizon) for horizon in (5000, 6000))
     assert likeness_of_next(one) == likeness_of_next(other)
 
@@ -130,7 +130,7 @@ def test_asking_forking_and_stepping_alone_go_on_inside_a_block(family: str) -> 
     push_together(sessions, shown, 0, 6)
     fork = sessions[0].fork()
     assert fork.ask(QUESTION) == sessions[0].ask(QUESTION)
-    per_step = sessions[0].stepper.model.frames_per_step
+    per_step = sessions[0].runner.model.frames_per_step
     for session in (sessions[0], fork):
         session.push(shown[0][6 * per_step : 9 * per_step])
         session.push(some_frames(1, seed=9) if per_step > 1 else [])
@@ -152,7 +152,7 @@ def test_a_block_that_has_no_room_changes_nothing(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("statekv.cache.spec.torch.empty", refuse)
-    assert not gather(sessions[0].stepper, [session.state for session in sessions])
+    assert not gather_batch(sessions[0].runner, [session.state for session in sessions])
     monkeypatch.undo()
     assert [_place(session) for session in sessions] == places
 

@@ -17,7 +17,7 @@ from statekv.config import Config
 from statekv.engine.session import Session
 from statekv.errors import SpeedWarning
 from statekv.runner.cuda_graph import StepGraphs
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.gpu import need_gpu
 from tests.talk import assert_same_stream, frames_of, session_answer, shared_engine, some_frames
 from tests.tiny import FAMILIES, video
@@ -52,8 +52,8 @@ class Tape:
 
 def session(family: str, tape: Tape | None, **settings: Any) -> Session:
     """A session on the shared tiny model; without a tape as on any CPU."""
-    stepper = Stepper(shared_engine(family).model, tape.graphs if tape is not None else None)
-    return Session(stepper, stepper.open(Config(**{"budget": 20, **settings})))
+    runner = ModelRunner(shared_engine(family).model, tape.graphs if tape is not None else None)
+    return Session(runner, runner.open(Config(**{"budget": 20, **settings})))
 
 
 @EVERY_FAMILY
@@ -101,7 +101,7 @@ def test_a_shape_is_recorded_when_it_comes_again(family: str) -> None:
     tape = Tape()
     watched = session(family, tape)
     watched.state.detailed.reserve(1000)
-    per_step = watched.stepper.model.frames_per_step
+    per_step = watched.runner.model.frames_per_step
     frames = some_frames(9 * per_step)  # labels of one digit: steps of one length
     lengths: list[int] = []
     for start in range(0, len(frames), per_step):
@@ -135,7 +135,7 @@ def test_a_step_longer_than_any_before_is_recorded_anew() -> None:
 def test_two_streams_have_recordings_of_their_own() -> None:
     tape = Tape()
     one = session("internvl", tape)
-    two = Session(one.stepper, one.stepper.open(Config(budget=20)))
+    two = Session(one.runner, one.runner.open(Config(budget=20)))
     others = [session("internvl", None) for _ in range(2)]
     for i in range(12):
         for each, seed in ((one, 0), (two, 1), (others[0], 0), (others[1], 1)):
@@ -154,7 +154,7 @@ def test_graph_false_records_nothing() -> None:
 def test_a_cpu_records_nothing_of_its_own_accord() -> None:
     watched = session("internvl", None)
     watched.push(some_frames(6))
-    assert not watched.stepper.graphs._streams
+    assert not watched.runner.graphs._streams
 
 
 def test_where_recording_fails_steps_go_on_and_say_so_once() -> None:
@@ -182,17 +182,17 @@ def test_a_failed_replay_breaks_the_session_as_a_failed_step_does() -> None:
     watched = session("internvl", tape)
     watched.push(some_frames(7))
     before = session_answer(watched)
-    with failing(watched.stepper), pytest.raises(ZeroDivisionError):
+    with failing(watched.runner), pytest.raises(ZeroDivisionError):
         watched.push(some_frames(1, seed=5))
     assert torch.equal(session_answer(watched).logits, before.logits)
 
 
 @contextmanager
-def failing(stepper: Stepper) -> Iterator[None]:
+def failing(runner: ModelRunner) -> Iterator[None]:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    hook = stepper.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
+    hook = runner.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
     try:
         yield
     finally:
@@ -211,12 +211,12 @@ def test_cuda_graphs_equal_plain_steps(family: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SpeedWarning)
             for graph in (True, False):
-                stepper = Stepper(model)
-                watched = Session(stepper, stepper.open(Config(budget=20, graph=graph)))
+                runner = ModelRunner(model)
+                watched = Session(runner, runner.open(Config(budget=20, graph=graph)))
                 watched.push(some_frames(18))
                 states.append(watched.state)
         mine, other = states
-        for layer in range(mine.geometry.layers):
+        for layer in range(mine.spec.layers):
             torch.testing.assert_close(mine.detailed.keys(layer), other.detailed.keys(layer), atol=1e-4, rtol=1e-4)
             assert torch.equal(mine.carried.kept(layer), other.carried.kept(layer))  # type: ignore[union-attr]
     finally:

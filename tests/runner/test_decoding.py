@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from statekv.errors import ConfigError
-from statekv.runner.decoding import Sampling, StreamingText
+from statekv.runner.decoding import Detokenizer, SamplingParams
 from tests.tiny import FAMILIES, Tiny, tiny
 
 IDS = torch.tensor([[1, 2, 3], [4, 4, 4]])
@@ -25,24 +25,24 @@ def model() -> Tiny:
 
 
 def test_greedy_takes_the_most_likely() -> None:
-    chosen = Sampling(5).choose(IDS, logits())
+    chosen = SamplingParams(5).choose(IDS, logits())
     assert chosen.dtype == torch.int64
     assert torch.equal(chosen, logits().argmax(-1))
 
 
 @pytest.mark.parametrize("ignored", [{"temperature": 0.1}, {"top_k": 1}, {"top_p": 0.1}, {"seed": 3}])
 def test_greedy_ignores_the_shape_of_the_distribution(ignored: dict[str, Any]) -> None:
-    assert torch.equal(Sampling(5, **ignored).choose(IDS, logits()), logits().argmax(-1))
+    assert torch.equal(SamplingParams(5, **ignored).choose(IDS, logits()), logits().argmax(-1))
 
 
 def test_half_precision_logits() -> None:
     rounded = logits().bfloat16()
-    assert torch.equal(Sampling(5).choose(IDS, rounded), rounded.float().argmax(-1))
-    Sampling(5, do_sample=True, seed=0, temperature=0.7, top_p=0.9).choose(IDS, rounded)
+    assert torch.equal(SamplingParams(5).choose(IDS, rounded), rounded.float().argmax(-1))
+    SamplingParams(5, do_sample=True, seed=0, temperature=0.7, top_p=0.9).choose(IDS, rounded)
 
 
 def draws(count: int = 30, **settings: Any) -> list[list[int]]:
-    sampling = Sampling(5, do_sample=True, **settings)
+    sampling = SamplingParams(5, do_sample=True, **settings)
     return [sampling.choose(IDS, logits()).tolist() for _ in range(count)]
 
 
@@ -69,7 +69,7 @@ def test_without_a_seed_the_global_generator_draws() -> None:
 
 def test_samples_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    sampling = Sampling(5, do_sample=True, seed=0)
+    sampling = SamplingParams(5, do_sample=True, seed=0)
     chosen = sampling.choose(torch.zeros(20_000, 1, dtype=torch.long), probabilities.log().expand(20_000, 4))
     shares = torch.bincount(chosen, minlength=4) / 20_000
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
@@ -83,7 +83,7 @@ def test_top_k_draws_from_the_k_most_likely() -> None:
 
 def test_top_p_draws_from_the_fewest_that_reach_p() -> None:
     row = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    sampling = Sampling(5, do_sample=True, top_p=0.7, seed=0)
+    sampling = SamplingParams(5, do_sample=True, top_p=0.7, seed=0)
     assert {int(sampling.choose(IDS[:1], row)) for _ in range(100)} == {0, 1}
 
 
@@ -96,7 +96,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     for seed in range(20):
         ids = logits(seed).topk(2).indices  # the favourites have been said already
         expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits(seed).clone()).argmax(-1)
-        assert torch.equal(Sampling(5, repetition_penalty=penalty).choose(ids, logits(seed)), expected)
+        assert torch.equal(SamplingParams(5, repetition_penalty=penalty).choose(ids, logits(seed)), expected)
         if penalty == 5.0:
             assert not torch.equal(expected, logits(seed).argmax(-1))
 
@@ -108,7 +108,7 @@ def test_neutral_parameters_change_nothing(neutral: dict[str, Any]) -> None:
 
 def test_the_caller_keeps_its_logits() -> None:
     given = logits()
-    Sampling(5, do_sample=True, temperature=0.5, top_k=2, repetition_penalty=2.0, seed=0).choose(IDS, given)
+    SamplingParams(5, do_sample=True, temperature=0.5, top_k=2, repetition_penalty=2.0, seed=0).choose(IDS, given)
     assert torch.equal(given, logits())
 
 
@@ -129,7 +129,7 @@ def test_answers_equal_stock_generate(model: Tiny, settings: dict[str, Any]) -> 
     torch.manual_seed(11)
     stock = stock_model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, **settings)
     torch.manual_seed(11)
-    sampling = Sampling(12, frozenset([stock_model.generation_config.eos_token_id]), **settings)
+    sampling = SamplingParams(12, frozenset([stock_model.generation_config.eos_token_id]), **settings)
     ids = prompt
     for _ in range(sampling.max_new_tokens):
         token = sampling.choose(ids, stock_model(input_ids=ids).logits[:, -1])
@@ -155,14 +155,14 @@ def test_answers_equal_stock_generate(model: Tiny, settings: dict[str, Any]) -> 
 def test_impossible_parameters_are_refused_in_one_line(settings: dict[str, Any]) -> None:
     name, value = list(settings.items())[-1]
     with pytest.raises(ConfigError) as caught:
-        Sampling(5, **settings)
+        SamplingParams(5, **settings)
     assert "\n" not in str(caught.value)
     assert str(value) in str(caught.value)
     assert name.removeprefix("repetition_") in str(caught.value)
 
 
 def test_seeds_make_settings_equal() -> None:
-    assert Sampling(5, seed=1) == Sampling(5, seed=1) != Sampling(5, seed=2)
+    assert SamplingParams(5, seed=1) == SamplingParams(5, seed=1) != SamplingParams(5, seed=2)
 
 
 TEXTS = [
@@ -197,9 +197,9 @@ def tokens_of(tokenizer: Any, text: str, split: bool = False) -> list[int]:
 
 def pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: tuple[str, ...] = ()
-) -> tuple[list[str], StreamingText]:
+) -> tuple[list[str], Detokenizer]:
     """What comes out as the session drives it."""
-    text = StreamingText(tokenizer, stop)
+    text = Detokenizer(tokenizer, stop)
     given = []
     for token in tokens:
         given.append(text.push(token))
@@ -275,7 +275,7 @@ def test_stop_strings_cut(
 
 @pytest.mark.parametrize("stop", ["red", "red square", "square", "e r", "\n"])
 def test_no_beginning_of_a_stop_string_is_ever_given(bytewise: PreTrainedTokenizerBase, stop: str) -> None:
-    text = StreamingText(bytewise, (stop,))
+    text = Detokenizer(bytewise, (stop,))
     whole = f"the red square{stop} more"
     certain = whole[: whole.find(stop)]
     given = ""

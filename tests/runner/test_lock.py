@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from statekv.runner.lock import Turns
+from statekv.runner.lock import FairLock
 
 
 def start(work: Callable[[], None]) -> threading.Thread:
@@ -23,48 +23,48 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def test_whoever_waits_longest_is_next() -> None:
-    turns, order, threads = Turns(), [], []
-    turns.take()
+    lock, order, threads = FairLock(), [], []
+    lock.acquire()
     for number in range(8):
 
         def work(number: int = number) -> None:
-            with turns:
+            with lock:
                 order.append(number)
 
         threads.append(start(work))
-        until(lambda number=number: len(turns._waiting) == number + 1)  # type: ignore[misc]
-    turns.leave()
+        until(lambda number=number: len(lock._waiting) == number + 1)  # type: ignore[misc]
+    lock.release()
     for thread in threads:
         thread.join()
     assert order == list(range(8))
 
 
 def test_nobody_overtakes_by_asking_again_at_once() -> None:
-    turns, seen = Turns(), []
-    with turns:
-        other = start(lambda: seen.append("other") if turns.take() else None)
-        until(lambda: len(turns._waiting) == 1)
-    assert not turns.take(wait=False)  # handed over, not just left
+    lock, seen = FairLock(), []
+    with lock:
+        other = start(lambda: seen.append("other") if lock.acquire() else None)
+        until(lambda: len(lock._waiting) == 1)
+    assert not lock.acquire(wait=False)  # handed over, not just left
     other.join()
     assert seen == ["other"]
 
 
 def test_the_holder_may_take_it_again_and_others_only_when_all_is_given_back() -> None:
-    turns, free = Turns(), []
-    with turns, turns:
-        start(lambda: free.append(turns.take(wait=False))).join()
-        with turns:
+    lock, free = FairLock(), []
+    with lock, lock:
+        start(lambda: free.append(lock.acquire(wait=False))).join()
+        with lock:
             pass
-    start(lambda: free.append(turns.take(wait=False))).join()
+    start(lambda: free.append(lock.acquire(wait=False))).join()
     assert free == [False, True]
 
 
 def test_it_keeps_threads_apart() -> None:
-    turns, counted = Turns(), [0]
+    lock, counted = FairLock(), [0]
 
     def work() -> None:
         for _ in range(200):
-            with turns:
+            with lock:
                 before = counted[0]
                 time.sleep(0)
                 counted[0] = before + 1
@@ -75,20 +75,20 @@ def test_it_keeps_threads_apart() -> None:
 
 
 def test_an_error_inside_gives_it_back() -> None:
-    turns = Turns()
-    with pytest.raises(ZeroDivisionError), turns:
+    lock = FairLock()
+    with pytest.raises(ZeroDivisionError), lock:
         raise ZeroDivisionError
-    assert turns.take(wait=False)
+    assert lock.acquire(wait=False)
 
 
 def test_only_the_holder_gives_it_back() -> None:
-    turns = Turns()
-    turns.take()
+    lock = FairLock()
+    lock.acquire()
     caught: list[bool] = []
 
     def work() -> None:
         try:
-            turns.leave()
+            lock.release()
         except AssertionError:
             caught.append(True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.engine import Engine
@@ -59,8 +59,8 @@ def _ten_mebibytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stream(devices: tuple[str, ...] = ("cpu", "cpu"), horizon: int = 4096, **settings: Any) -> StreamState:
-    geometry = Geometry(2, 16, torch.float32, tuple(torch.device(name) for name in devices))
-    return StreamState(geometry, Config(**{"budget": 16, **settings}), horizon, compacts=True)
+    spec = KVSpec(2, 16, torch.float32, tuple(torch.device(name) for name in devices))
+    return StreamState(spec, Config(**{"budget": 16, **settings}), horizon, compacts=True)
 
 
 def test_caps_add_up() -> None:
@@ -88,7 +88,7 @@ def test_who_was_refused_does_not_count() -> None:
 def test_what_is_held_already_is_not_free_any_more_and_not_counted_twice() -> None:
     gate, first = Admission(), stream(memory="6MiB")
     gate.admit(first)
-    tokens = torch.zeros(1, 2, 4 * MIB // first.geometry.bytes_per_token, 16)
+    tokens = torch.zeros(1, 2, 4 * MIB // first.spec.bytes_per_token, 16)
     for layer in range(2):
         first.detailed.append(tokens, tokens, layer)
     gate.admit(stream(memory="7MiB"))  # 6 - 4 of the first, and 7
@@ -104,7 +104,7 @@ def test_buffers_that_nothing_was_written_to_are_still_to_come() -> None:
 
 
 def test_without_a_cap_the_carried_cache_counts() -> None:
-    per_token = stream().geometry.bytes_per_token
+    per_token = stream().spec.bytes_per_token
     fits = 9 * MIB // per_token
     Admission().admit(stream(budget=fits))
     with pytest.raises(MemoryLimitError, match="lower budget"):
@@ -130,7 +130,7 @@ def test_layers_on_two_devices_share_the_cap(monkeypatch: pytest.MonkeyPatch) ->
     free = {"cpu": 10 * MIB, "cuda": 2 * MIB}
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
     state = stream(memory="8MiB")
-    object.__setattr__(state.geometry, "devices", (CPU, CPU, CPU, torch.device("cuda", 0)))
+    object.__setattr__(state.spec, "devices", (CPU, CPU, CPU, torch.device("cuda", 0)))
     with pytest.raises(MemoryLimitError, match=r"2\.0 MiB of cuda memory"):
         Admission().admit(state)
     state.config = Config(budget=16, memory="7MiB")

@@ -11,7 +11,7 @@ from statekv.engine.session import Session
 from statekv.ops.packed import PackedProducts, packable
 from statekv.runner import packing
 from statekv.runner.packing import StepProducts
-from statekv.runner.runner import Stepper
+from statekv.runner.runner import ModelRunner
 from tests.talk import session_answer, shared_engine, some_frames
 from tests.tiny import FAMILIES
 
@@ -33,11 +33,11 @@ class Watched(StepProducts):
 
 
 def session(family: str, **settings: Any) -> tuple[Session, Watched]:
-    stepper = Stepper(shared_engine(family).model)
-    products = Watched(stepper.model.language_model.layers, after=AFTER, worth=1)
-    stepper.products = products
+    runner = ModelRunner(shared_engine(family).model)
+    products = Watched(runner.model.language_model.layers, after=AFTER, worth=1)
+    runner.products = products
     config = shared_engine(family).config.with_(budget=20, **settings)
-    return Session(stepper, stepper.open(config)), products
+    return Session(runner, runner.open(config)), products
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +48,7 @@ def test_packed_steps_equal_plain_ones(family: str) -> None:
         each.push(some_frames(18))
     assert any(products.packed)
     assert not none.packed
-    for layer in range(mine.state.geometry.layers):
+    for layer in range(mine.state.spec.layers):
         keys = (each.state.detailed.keys(layer) for each in (mine, other))
         torch.testing.assert_close(*keys, atol=1e-5, rtol=1e-5)
         kept = [each.state.carried.kept(layer) for each in (mine, other)]  # type: ignore[union-attr]
@@ -70,30 +70,30 @@ def test_it_begins_when_steps_of_one_length_have_come_in_a_row() -> None:
 
 
 def test_a_stream_computes_the_same_bits_whatever_ran_before() -> None:
-    stepper = session("internvl")[0].stepper
+    runner = session("internvl")[0].runner
     states = []
     for _ in range(2):
-        watched = Session(stepper, stepper.open(shared_engine("internvl").config.with_(budget=20)))
+        watched = Session(runner, runner.open(shared_engine("internvl").config.with_(budget=20)))
         watched.push(some_frames(14))
         states.append(watched.state)
-    for layer in range(states[0].geometry.layers):
+    for layer in range(states[0].spec.layers):
         assert torch.equal(states[0].detailed.keys(layer), states[1].detailed.keys(layer))
 
 
 def test_changed_weights_are_packed_anew() -> None:
-    stepper = Stepper(shared_engine("internvl").model)
-    stepper.products = StepProducts(stepper.model.language_model.layers, after=1, worth=1)
+    runner = ModelRunner(shared_engine("internvl").model)
+    runner.products = StepProducts(runner.model.language_model.layers, after=1, worth=1)
     config = shared_engine("internvl").config
-    weight = stepper.products.weights[0]
+    weight = runner.products.weights[0]
     kept = weight.detach().clone()
     try:
-        one = Session(stepper, stepper.open(config))
+        one = Session(runner, runner.open(config))
         one.push(some_frames(6))
         with torch.no_grad():
             weight.mul_(-3.0)
         keys = []
         for pack in (True, False):
-            watched = Session(stepper, stepper.open(config.with_(pack=pack)))
+            watched = Session(runner, runner.open(config.with_(pack=pack)))
             watched.push(some_frames(6))
             keys.append(watched.state.detailed.keys(1))
         torch.testing.assert_close(*keys, atol=1e-5, rtol=1e-5)
@@ -112,7 +112,7 @@ def test_copies_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_small_products_are_not_worth_it() -> None:
-    stepper = Stepper(shared_engine("internvl").model)
-    watched = Session(stepper, stepper.open(shared_engine("internvl").config))
+    runner = ModelRunner(shared_engine("internvl").model)
+    watched = Session(runner, runner.open(shared_engine("internvl").config))
     watched.push(some_frames(14))
-    assert stepper.products._held is None
+    assert runner.products._held is None

@@ -12,13 +12,13 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.engine import Engine
-from statekv.engine.ingest import NewStep
+from statekv.engine.ingest import PendingStep
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
-from statekv.runner.batching import likeness
-from statekv.runner.decoding import Sampling
+from statekv.runner.batching import batch_key
+from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import memory_limit
-from statekv.runner.runner import Stepper, gather, prefill_together
+from statekv.runner.runner import ModelRunner, gather_batch, prefill_batch
 from statekv.video.frame import Frame
 from tests.gpu import need_gpu
 from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
@@ -27,28 +27,28 @@ from tests.tiny import EVERY_MODEL, FAMILIES
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
-def fed(stepper: Stepper, frames: int = 4, **settings: Any) -> StreamState:
+def fed(runner: ModelRunner, frames: int = 4, **settings: Any) -> StreamState:
     """A stream of `frames` pictures."""
-    state = stepper.open(Config(**{"budget": 20, **settings}))
-    pictures, per_step = some_frames(frames), stepper.model.frames_per_step
+    state = runner.open(Config(**{"budget": 20, **settings}))
+    pictures, per_step = some_frames(frames), runner.model.frames_per_step
     with torch.inference_mode():
         for start in range(0, frames, per_step):
-            for segment in entering(stepper.model, pictures[start : start + per_step], state):
-                stepper.prefill(state, segment)
+            for segment in entering(runner.model, pictures[start : start + per_step], state):
+                runner.prefill(state, segment)
     return state
 
 
 @EVERY_FAMILY
 def test_open_takes_the_settings_horizon_then_the_files_then_the_trained_length(family: str) -> None:
-    stepper = shared_engine(family).stepper
-    assert stepper.open(Config()).horizon == 4096
-    assert stepper.open(Config(), 9000).horizon == 9000
-    assert stepper.open(Config(horizon=300), 9000).horizon == 300
+    runner = shared_engine(family).runner
+    assert runner.open(Config()).horizon == 4096
+    assert runner.open(Config(), 9000).horizon == 9000
+    assert runner.open(Config(horizon=300), 9000).horizon == 300
 
 
 @EVERY_FAMILY
 def test_spans_say_where_each_segment_lies(family: str) -> None:
-    state = fed(shared_engine(family).stepper)
+    state = fed(shared_engine(family).runner)
     kinds = [span.kind for span in state.spans]
     assert kinds == ["prefix"] + ["step"] * (len(kinds) - 1)
     assert [span.start for span in state.spans] == [sum(s.length for s in state.spans[:i]) for i in range(len(kinds))]
@@ -65,40 +65,40 @@ def test_spans_say_where_each_segment_lies(family: str) -> None:
 
 @EVERY_FAMILY
 def test_a_segment_may_reach_the_horizon_but_not_pass_it(family: str) -> None:
-    stepper = shared_engine(family).stepper
-    state = fed(stepper)
-    segment = stepper.model.question(QUESTION, state)
+    runner = shared_engine(family).runner
+    state = fed(runner)
+    segment = runner.model.question(QUESTION, state)
     state.horizon = segment.next_position
     mark = state.mark()
-    stepper.prefill(state, segment, "answer")
+    runner.prefill(state, segment, "answer")
     state.crop_to(mark)
     state.horizon -= 1
     with pytest.raises(HorizonError, match=f"position {segment.next_position}"):
-        stepper.prefill(state, segment, "answer")
+        runner.prefill(state, segment, "answer")
     assert state.mark() == mark
 
 
 @EVERY_FAMILY
 def test_a_pinned_prefix_that_fills_the_budget_is_refused_before_anything_enters(family: str) -> None:
-    stepper = shared_engine(family).stepper
+    runner = shared_engine(family).runner
     with pytest.raises(ConfigError, match="pinned prefix"):
-        fed(stepper, budget=3, pin_prefix=True)
-    assert fed(stepper, budget=3, pin_prefix=True, carry="all").frames == 4
+        fed(runner, budget=3, pin_prefix=True)
+    assert fed(runner, budget=3, pin_prefix=True, carry="all").frames == 4
 
 
 @EVERY_FAMILY
 def test_modes_differ_in_what_they_see_and_leave(family: str) -> None:
-    stepper = shared_engine(family).stepper
-    state = fed(stepper, budget=8)
+    runner = shared_engine(family).runner
+    state = fed(runner, budget=8)
     mark = state.mark()
     with torch.inference_mode():
-        segment = entering(stepper.model, some_frames(2, seed=4)[: stepper.model.frames_per_step], state)[0]
+        segment = entering(runner.model, some_frames(2, seed=4)[: runner.model.frames_per_step], state)[0]
     found = {}
     for mode in ("peek", "answer"):
-        found[mode] = stepper.prefill(state, segment, mode)  # type: ignore[arg-type]
+        found[mode] = runner.prefill(state, segment, mode)  # type: ignore[arg-type]
         state.crop_to(mark)
         assert state.mark() == mark
-    found["carry"] = stepper.prefill(state, segment)
+    found["carry"] = runner.prefill(state, segment)
     assert torch.allclose(found["peek"], found["carry"], atol=1e-5)
     assert not torch.allclose(found["answer"], found["carry"], atol=1e-2)
     assert state.carried.length == 8
@@ -106,19 +106,19 @@ def test_modes_differ_in_what_they_see_and_leave(family: str) -> None:
 
 @EVERY_FAMILY
 def test_an_answer_yields_each_token_with_its_logits_and_the_end_token_last(family: str) -> None:
-    stepper = shared_engine(family).stepper
-    state = fed(stepper)
+    runner = shared_engine(family).runner
+    state = fed(runner)
     mark = state.mark()
-    question = stepper.model.question(QUESTION, state)
-    found = list(stepper.answer(state, question, Sampling(8)))
+    question = runner.model.question(QUESTION, state)
+    found = list(runner.answer(state, question, SamplingParams(8)))
     assert len(found) == 8
     assert all(int(logits.argmax()) == token for token, logits in found)
-    assert found[0][1].shape == (1, stepper.model.text_config.vocab_size)
+    assert found[0][1].shape == (1, runner.model.text_config.vocab_size)
     # The last token was chosen, but has not entered.
     assert state.tokens == mark.tokens + question.length + 7
     state.crop_to(mark)
     tokens = [token for token, _ in found]
-    ended = [token for token, _ in stepper.answer(state, question, Sampling(8, frozenset([tokens[4]])))]
+    ended = [token for token, _ in runner.answer(state, question, SamplingParams(8, frozenset([tokens[4]])))]
     assert ended == tokens[: tokens.index(tokens[4]) + 1]
     state.crop_to(mark)
 
@@ -172,14 +172,14 @@ def films(family: str, streams: int, steps: int = STEPS) -> list[list[Frame]]:
     return [some_frames(steps * per_step, seed=seed) for seed in range(streams)]
 
 
-def entered(sessions: Sequence[Session], films: Sequence[Sequence[Frame]], number: int) -> list[NewStep]:
+def entered(sessions: Sequence[Session], films: Sequence[Sequence[Frame]], number: int) -> list[PendingStep]:
     """Step `number` of each session, looked at and placed."""
     steps = []
     for session, film in zip(sessions, films, strict=True):
-        per_step = session.stepper.model.frames_per_step
+        per_step = session.runner.model.frames_per_step
         for frame in film[number * per_step : (number + 1) * per_step]:
-            step = session.feed.put(frame)
-        assert isinstance(step, NewStep)
+            step = session.queue.put(frame)
+        assert isinstance(step, PendingStep)
         step.enter()
         steps.append(step)
     return steps
@@ -187,21 +187,21 @@ def entered(sessions: Sequence[Session], films: Sequence[Sequence[Frame]], numbe
 
 def push_together(sessions: Sequence[Session], films: Sequence[Sequence[Frame]], first: int, last: int) -> None:
     """Steps `first` … `last` - 1 as batches; each must be possible as one."""
-    stepper = sessions[0].stepper
+    runner = sessions[0].runner
     states = [session.state for session in sessions]
     for number in range(first, last):
         steps = entered(sessions, films, number)
-        alike = {likeness(stepper.model, step.state, step.segments) for step in steps}
+        alike = {batch_key(runner.model, step.state, step.segments) for step in steps}
         if number:
             assert len(alike) == 1
             assert None not in alike
-            assert gather(stepper, states)
-            prefill_together(stepper, states, [step.segments[0] for step in steps])
+            assert gather_batch(runner, states)
+            prefill_batch(runner, states, [step.segments[0] for step in steps])
         else:
             for step in steps:
                 step.prefill()
         for session, step in zip(sessions, steps, strict=True):
-            session.feed.finish(step)
+            session.queue.finish(step)
 
 
 def assert_close(found: Session, expected: Session) -> None:
@@ -272,7 +272,7 @@ def test_on_cuda_a_batch_equals_streams_alone(family: str) -> None:
         for session, film in zip(alone, shown, strict=True):
             session.push(film)
         for found, expected in zip(together, alone, strict=True):
-            for layer in range(found.state.geometry.layers):
+            for layer in range(found.state.spec.layers):
                 assert isinstance(found.state.carried, CarriedCache)
                 assert isinstance(expected.state.carried, CarriedCache)
                 assert torch.equal(found.state.carried.kept(layer), expected.state.carried.kept(layer))

@@ -18,7 +18,7 @@ import torch
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.file import probe, read_frames
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSettings, LiveSource, NewestFrames
+from statekv.video.live import FrameBuffer, LiveSettings, LiveSource
 
 from .broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
 from .clips import closest_index, write_clip
@@ -313,7 +313,7 @@ def now(monkeypatch):
 
 
 def test_in_order_and_with_the_moment_they_were_due():
-    frames = NewestFrames(4, 10.0)
+    frames = FrameBuffer(4, 10.0)
     for pts in range(3):
         frames.put(frame(pts), due=pts + 0.5)
     found = [one for one in (frames.get(), frames.get()) if one is not None]
@@ -322,7 +322,7 @@ def test_in_order_and_with_the_moment_they_were_due():
 
 
 def test_the_oldest_make_room():
-    frames = NewestFrames(2, 10.0)
+    frames = FrameBuffer(2, 10.0)
     for pts in range(7):
         frames.put(frame(pts), 0.0)
     assert frames.dropped == 5
@@ -330,7 +330,7 @@ def test_the_oldest_make_room():
 
 
 def test_what_has_waited_too_long_goes_but_never_the_newest(now):
-    frames = NewestFrames(10, 2.0)
+    frames = FrameBuffer(10, 2.0)
     for pts in (0, 1, 2, 3):
         now[0] = pts
         frames.put(frame(pts), pts)
@@ -341,7 +341,7 @@ def test_what_has_waited_too_long_goes_but_never_the_newest(now):
 
 
 def test_a_gap_outlives_the_frame_behind_it():
-    frames = NewestFrames(1, 10.0)
+    frames = FrameBuffer(1, 10.0)
     frames.put(frame(5, gap=2.0), 0.0)
     frames.put(frame(9, gap=3.0), 0.0)
     (last,) = taken(frames)
@@ -349,7 +349,7 @@ def test_a_gap_outlives_the_frame_behind_it():
 
 
 def test_an_error_comes_once_and_behind_the_frames():
-    frames = NewestFrames(2, 10.0)
+    frames = FrameBuffer(2, 10.0)
     frames.put(frame(0), 0.0)
     frames.end(VideoError("gone"))
     assert frames.get() is not None
@@ -359,7 +359,7 @@ def test_an_error_comes_once_and_behind_the_frames():
 
 
 def test_readiness():
-    frames = NewestFrames(2, 10.0)
+    frames = FrameBuffer(2, 10.0)
     assert not frames.ready(0.0)
     frames.put(frame(0), 0.0)
     assert frames.ready(0.0)
@@ -370,7 +370,7 @@ def test_readiness():
 
 
 def test_who_waits_is_woken():
-    frames = NewestFrames(2, 10.0)
+    frames = FrameBuffer(2, 10.0)
     found: list[tuple[Frame, float] | None] = []
     waiting = threading.Thread(target=lambda: found.append(frames.get()))
     waiting.start()

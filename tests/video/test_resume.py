@@ -16,7 +16,7 @@ from statekv.errors import ConfigError, VideoError
 from statekv.video.file import read_frames
 from statekv.video.frame import Frame
 from statekv.video.live import LiveSettings, LiveSource, Unopened
-from statekv.video.resume import Footage, Left, Reading
+from statekv.video.resume import Reading, ResumableVideo, ResumePoint
 from tests.video.broadcast import FPS, TcpServer, encoded, paced
 from tests.video.clips import closest_index, level, write_clip
 
@@ -38,33 +38,33 @@ def same(found: list[Frame], expected: list[Frame]) -> bool:
 @pytest.mark.parametrize("reading", [EVERY, Reading(fps=5), Reading(fps=5, max_frames=4, ahead=2)])
 @pytest.mark.parametrize("drawn", [0, 1, 3])
 def test_what_follows_is_what_would_have_followed(clip: Path, reading: Reading, drawn: int) -> None:
-    whole = list(Footage(clip, reading))
+    whole = list(ResumableVideo(clip, reading))
     assert len(whole) > 3
-    footage = Footage(clip, reading)
+    footage = ResumableVideo(clip, reading)
     first = [next(footage) for _ in range(drawn)]
     facts = json.loads(json.dumps(footage.facts()))
-    for rest in (footage.again(), Footage.resumed(facts), footage):
+    for rest in (footage.again(), ResumableVideo.resumed(facts), footage):
         assert same([*first, *rest], whole)
     assert footage.drawn == len(whole)
 
 
 def test_a_video_ends_where_it_was_cut(clip: Path) -> None:
-    footage = Footage(clip, Reading(until_seconds=0.5))
+    footage = ResumableVideo(clip, Reading(until_seconds=0.5))
     next(footage)
-    rest = list(Footage.resumed(footage.facts()))
+    rest = list(ResumableVideo.resumed(footage.facts()))
     assert rest[-1].pts_seconds < 0.5
     assert len(rest) == len(list(footage))
 
 
 def test_an_end_is_remembered(clip: Path) -> None:
-    footage = Footage(clip, EVERY)
+    footage = ResumableVideo(clip, EVERY)
     assert len(list(footage)) == 30
     clip.unlink()
-    assert list(Footage.resumed(footage.facts())) == list(footage) == []
+    assert list(ResumableVideo.resumed(footage.facts())) == list(footage) == []
 
 
 def test_a_closed_one_can_be_read_on(clip: Path) -> None:
-    footage = Footage(clip, EVERY)
+    footage = ResumableVideo(clip, EVERY)
     whole = list(footage.again())
     first = [next(footage), next(footage)]
     footage.close()
@@ -75,13 +75,13 @@ def test_a_closed_one_can_be_read_on(clip: Path) -> None:
 def test_a_relative_name_is_found_from_anywhere(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.chdir(clip.parent)
-        facts = Footage(clip.name, EVERY).facts()
-    assert len(list(Footage.resumed(facts))) == 30
+        facts = ResumableVideo(clip.name, EVERY).facts()
+    assert len(list(ResumableVideo.resumed(facts))) == 30
 
 
 @pytest.mark.parametrize("change", ["grown", "other pixels"])
 def test_a_file_that_changed_is_refused(clip: Path, change: str) -> None:
-    footage = Footage(clip, EVERY)
+    footage = ResumableVideo(clip, EVERY)
     next(footage)
     if change == "grown":
         with clip.open("ab") as file:
@@ -91,45 +91,45 @@ def test_a_file_that_changed_is_refused(clip: Path, change: str) -> None:
         data[len(data) // 2] ^= 1
         clip.write_bytes(data)
     with pytest.raises(VideoError, match=r"clip\.mp4 is not the file that was watched"):
-        next(Footage.resumed(footage.facts()))
+        next(ResumableVideo.resumed(footage.facts()))
     with pytest.raises(VideoError, match="is not the file"):
-        Footage.resumed(footage.facts(), clip)
+        ResumableVideo.resumed(footage.facts(), clip)
 
 
 def test_a_file_elsewhere_is_taken_by_its_content(clip: Path, tmp_path: Path) -> None:
-    footage = Footage(clip, EVERY)
+    footage = ResumableVideo(clip, EVERY)
     next(footage)
     moved = clip.rename(tmp_path / "moved.mp4")
     for _ in range(2):
-        resumed = Footage.resumed(footage.facts())
+        resumed = ResumableVideo.resumed(footage.facts())
         with pytest.raises(VideoError, match=r"clip\.mp4 is not there any more"):
             next(resumed)
-    assert len(list(Footage.resumed(footage.facts(), moved))) == 29
+    assert len(list(ResumableVideo.resumed(footage.facts(), moved))) == 29
 
 
 def test_passwords_and_tokens_are_not_written_down() -> None:
     address = "rtsp://me:secret@camera:554/live?token=abc"
-    facts = Footage(address, EVERY, drawn=3).facts()
+    facts = ResumableVideo(address, EVERY, drawn=3).facts()
     told = json.dumps(facts)
     assert not any(word in told for word in ("me:", "secret", "abc"))
     with pytest.raises(VideoError, match="held a password or a token") as caught:
-        next(Footage.resumed(facts))
+        next(ResumableVideo.resumed(facts))
     assert "secret" not in str(caught.value)
-    assert Footage.resumed(facts, address).source == address
+    assert ResumableVideo.resumed(facts, address).source == address
 
 
 def test_a_plain_address_is_written_down() -> None:
     address = "http://somewhere/film.mp4"
-    assert Footage.resumed(Footage(address, EVERY).facts()).source == address
+    assert ResumableVideo.resumed(ResumableVideo(address, EVERY).facts()).source == address
 
 
 def test_a_pipe_is_not_read_for_its_digest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert Footage(tmp_path / "pipe", EVERY).digest is None
+    assert ResumableVideo(tmp_path / "pipe", EVERY).digest is None
 
 
 def test_frames_are_as_written(clip: Path) -> None:
-    greys = [float(frame.data.float().mean()) for frame in Footage(clip, EVERY)]
+    greys = [float(frame.data.float().mean()) for frame in ResumableVideo(clip, EVERY)]
     assert [abs(grey - level(index)) < 4 for index, grey in enumerate(greys)] == [True] * 30
 
 
@@ -138,16 +138,16 @@ ONCE = LiveSettings(depth=50, max_lag_seconds=60, reconnect_seconds=0, timeouts_
 HOUR = 3600.0
 
 
-def seen(source: str | Path, count: int, settings: LiveSettings = ONCE, left: Left | None = None) -> list[Frame]:
+def seen(source: str | Path, count: int, settings: LiveSettings = ONCE, left: ResumePoint | None = None) -> list[Frame]:
     with contextlib.closing(LiveSource(source, settings, left=left)) as live:
         return list(islice(live, count))
 
 
-def left_after(source: str | Path, count: int, settings: LiveSettings = ONCE) -> Left:
+def left_after(source: str | Path, count: int, settings: LiveSettings = ONCE) -> ResumePoint:
     """Where it stands after so many frames, as it comes back from a file."""
     with contextlib.closing(LiveSource(source, settings)) as live:
         assert len(list(islice(live, count))) == count
-        return Left(**json.loads(json.dumps(live.facts()))["left"])
+        return ResumePoint(**json.loads(json.dumps(live.facts()))["left"])
 
 
 def times(frames: list[Frame]) -> list[float]:
@@ -209,7 +209,7 @@ def test_only_the_file_that_was_played_can_follow_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the file clip\.mp4 was watched before, udp://host"):
         LiveSource("udp://host:5", ONCE, left=left)
     with pytest.raises(ConfigError, match=r"udp://host was watched before, clip\.mp4 is a file"):
-        LiveSource(clip, ONCE, left=Left("udp://host"))
+        LiveSource(clip, ONCE, left=ResumePoint("udp://host"))
 
 
 def test_what_is_noted_holds_no_password() -> None:
@@ -221,8 +221,8 @@ def test_what_is_noted_holds_no_password() -> None:
 
 
 def test_a_source_that_nobody_opened_again_keeps_its_place_and_says_so() -> None:
-    left = Left("rtsp://camera/stream", seconds=9.0, began_at=5.0, gaps=1)
+    left = ResumePoint("rtsp://camera/stream", seconds=9.0, began_at=5.0, gaps=1)
     source = Unopened(left)
-    assert Left(**source.facts()["left"]) == left
+    assert ResumePoint(**source.facts()["left"]) == left
     with pytest.raises(VideoError, match="rtsp://camera/stream was live, and has not been opened again"):
         next(source)

@@ -35,7 +35,7 @@ class Rule:
     def __call__(
         self,
         scores: torch.Tensor | None,
-        born: torch.Tensor,
+        token_ids: torch.Tensor,
         layer: int = 0,
         *,
         values: torch.Tensor | None = None,
@@ -46,7 +46,7 @@ class Rule:
 
         Args:
             scores: [streams, kv_heads, K] float32 key scores; None for rules that ignore them.
-            born: [streams, kv_heads, K] int32, the stream's tokens numbered from 0.
+            token_ids: [streams, kv_heads, K] int32, the stream's tokens numbered from 0.
             layer: index of the layer; random draws differ between layers.
             values: [streams, kv_heads, K, D], for value_norms.
             budget: keys that will stay, for coverage.
@@ -56,15 +56,15 @@ class Rule:
         Returns:
             [streams, kv_heads, K] float; the highest stay.
         """
-        found = self._score(scores, born, layer)
+        found = self._score(scores, token_ids, layer)
         if self._value_norms:
             assert values is not None
             found = found * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         if self._coverage:
-            found = found.masked_fill(self._sample(born, layer, budget), float("inf"))
+            found = found.masked_fill(self._sample(token_ids, layer, budget), float("inf"))
         if newest is not None:
-            found = found.masked_fill(born >= newest, float("inf"))
-        return found.masked_fill(born < self._always, float("inf")) if self._always else found
+            found = found.masked_fill(token_ids >= newest, float("inf"))
+        return found.masked_fill(token_ids < self._always, float("inf")) if self._always else found
 
     def covering(self, budget: int) -> int:
         """How many keys of a layer with this budget are a sample of the whole stream."""
@@ -74,28 +74,28 @@ class Rule:
         """How many keys of a layer with this budget go by score, newest steps among them."""
         return budget - self._pinned - self.covering(budget)
 
-    def _sample(self, born: torch.Tensor, layer: int, budget: int) -> torch.Tensor:
+    def _sample(self, token_ids: torch.Tensor, layer: int, budget: int) -> torch.Tensor:
         """[streams, kv_heads, K] bool: the highest lots of all tokens so far, for none of those was ever evicted."""
-        lots = _lots(born, self._seed, layer).masked_fill(born < self._pinned, -1)
+        lots = _lots(token_ids, self._seed, layer).masked_fill(token_ids < self._pinned, -1)
         return select.best(lots, self.covering(budget))
 
-    def _score(self, scores: torch.Tensor | None, born: torch.Tensor, layer: int) -> torch.Tensor:
+    def _score(self, scores: torch.Tensor | None, token_ids: torch.Tensor, layer: int) -> torch.Tensor:
         if self._carry == "attention":
             assert scores is not None
             return scores
         if self._carry == "random":
-            return _lots(born, self._seed, layer)
-        return born.double()  # float32 would tie neighbours behind 2^24 tokens
+            return _lots(token_ids, self._seed, layer)
+        return token_ids.double()  # float32 would tie neighbours behind 2^24 tokens
 
 
-def _lots(born: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+def _lots(token_ids: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
     """A lot in 0…1 for each token, the same at every step.
 
     Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
     lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's.
     """
-    head = torch.arange(born.shape[1], device=born.device).view(-1, 1)  # the same in every stream of a batch
-    bits = (born.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
+    head = torch.arange(token_ids.shape[1], device=token_ids.device).view(-1, 1)  # the same in every stream of a batch
+    bits = (token_ids.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
     for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2**53

@@ -13,7 +13,7 @@ from statekv.ops.quantise import Quantised, dequantise, quantise
 
 
 @dataclass(eq=False, slots=True)
-class Passage:
+class SegmentEntry:
     """One segment in a detailed cache with a cap.
 
     Attributes:
@@ -32,12 +32,12 @@ class Passage:
     kind: str
     place: int
     worth: float = 0.0
-    block: Sealed | None = None
+    block: OffloadedBlock | None = None
     row: int = 0
     moved: int = 0
 
     @property
-    def sealed(self) -> Sealed:
+    def offloaded(self) -> OffloadedBlock:
         """The block of a step that has left the buffers."""
         assert self.block is not None
         return self.block
@@ -48,34 +48,34 @@ class Passage:
         return self.worth, self.start
 
 
-def first_of(passages: Iterable[Passage], tokens: int) -> list[Passage]:
+def first_of(entries: Iterable[SegmentEntry], tokens: int) -> list[SegmentEntry]:
     """As many of the first ones as have so many tokens in all."""
     found, taken = [], 0
-    for passage in passages:
+    for entry in entries:
         if taken >= tokens:
             break
-        found.append(passage)
-        taken += passage.length
+        found.append(entry)
+        taken += entry.length
     return found
 
 
-def groups_of(passages: Sequence[Passage], tokens: int) -> Iterator[list[Passage]]:
+def groups_of(entries: Sequence[SegmentEntry], tokens: int) -> Iterator[list[SegmentEntry]]:
     """All of them, in groups that have so many tokens or lie before something else in the buffers."""
-    while passages:
-        group = first_of(_side_by_side(passages), tokens)
+    while entries:
+        group = first_of(_side_by_side(entries), tokens)
         yield group
-        passages = passages[len(group) :]
+        entries = entries[len(group) :]
 
 
-def _side_by_side(passages: Sequence[Passage]) -> Iterator[Passage]:
-    yield passages[0]
-    for before, passage in pairwise(passages):
-        if passage.place != before.place + before.length:
+def _side_by_side(entries: Sequence[SegmentEntry]) -> Iterator[SegmentEntry]:
+    yield entries[0]
+    for before, entry in pairwise(entries):
+        if entry.place != before.place + before.length:
             return
-        yield passage
+        yield entry
 
 
-def seal(tokens: Sequence[torch.Tensor], lengths: Sequence[int], bits: int | None) -> list[Content]:
+def pack_block(tokens: Sequence[torch.Tensor], lengths: Sequence[int], bits: int | None) -> list[Content]:
     """A block's content, layer by layer.
 
     Args:
@@ -99,7 +99,7 @@ def _content(tokens: torch.Tensor, lengths: Sequence[int], bits: int | None) -> 
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
-class Sealed:
+class OffloadedBlock:
     """A block of whole steps where it lies.
 
     Attributes:
@@ -114,7 +114,7 @@ class Sealed:
 
 
 def read_steps(
-    steps: Sequence[tuple[Sealed, int]], layer: int, bits: int | None, device: torch.device, dtype: torch.dtype
+    steps: Sequence[tuple[OffloadedBlock, int]], layer: int, bits: int | None, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Steps of one layer, brought to the device in one copy for each kind of tensor.
 
@@ -130,7 +130,7 @@ def read_steps(
     Raises:
         StorageError: a step is not as it was written.
     """
-    spots = [(sealed.held, sealed.rows[number]) for sealed, number in steps]
+    spots = [(offloaded.held, offloaded.rows[number]) for offloaded, number in steps]
     parts = [held.read(layer, rows) for held, rows in spots]
     found = joined(parts) if len(parts) > 1 else parts[0]
     found = {name: tensor.to(device) for name, tensor in found.items()}

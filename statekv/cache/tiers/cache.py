@@ -14,17 +14,17 @@ import torch
 
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.folder import Part, tokens_of_part
-from statekv.cache.spec import Geometry, Moves
-from statekv.cache.tiers.block import Passage, Sealed, first_of, groups_of, seal
-from statekv.cache.tiers.fetch import Bringing, Recent
-from statekv.cache.tiers.manager import Shelves
+from statekv.cache.spec import KVSpec, PositionShift
+from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry, first_of, groups_of, pack_block
+from statekv.cache.tiers.fetch import BlockFetcher, FetchCache
+from statekv.cache.tiers.manager import TierManager
 from statekv.cache.tiers.plan import MemoryPlan, plan
 from statekv.config import Config
 from statekv.errors import StorageError
 from statekv.ops.rope import Angles
 
 # Of steps that begin at these tokens, what their carried keys score, where that is not 0, by start.
-Worths = Callable[[Sequence[int]], dict[int, float]]
+Importance = Callable[[Sequence[int]], dict[int, float]]
 
 _RELIEVED = 1 / 16  # of what is held: those that stay are copied, or looked through, each time
 _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
@@ -34,44 +34,46 @@ class TieredCache(DetailedCache):
     """As `DetailedCache`, for a stream that may be longer than its memory.
 
     The buffers have one size, and hold the newest steps as they came, and all text. Where a step finds no room, the
-    oldest steps leave them in blocks (`Shelves`); where there is nowhere to go, those whose keys score least are
+    oldest steps leave them in blocks (`TierManager`); where there is nowhere to go, those whose keys score least are
     forgotten. A question changes nothing: the room for it is kept free.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         config: with a cap on memory.
 
     Raises:
         StorageError: the folder of the tier on disk does not exist.
     """
 
-    def __init__(self, geometry: Geometry, config: Config) -> None:
-        super().__init__(geometry)
+    def __init__(self, spec: KVSpec, config: Config) -> None:
+        super().__init__(spec)
         self.config = config
         self.plan: MemoryPlan | None = None
-        self.passages: dict[int, Passage] = {}  # by start, ascending
-        self.shelves = Shelves(geometry, config)
-        self.bringing = Bringing(geometry, config.bits)
+        self.entries: dict[int, SegmentEntry] = {}  # by start, ascending
+        self.manager = TierManager(spec, config)
+        self.fetcher = BlockFetcher(spec, config.bits)
         self.forgotten = 0  # steps
         self.longest = 0  # tokens that a step may have before another plan is made
-        self.saved_blocks: WeakKeyDictionary[Sealed, str] = WeakKeyDictionary()  # SHA-256 of files that hold them
-        self._lost: list[Passage] = []  # found damaged
+        self.saved_blocks: WeakKeyDictionary[OffloadedBlock, str] = (
+            WeakKeyDictionary()
+        )  # SHA-256 of files that hold them
+        self._lost: list[SegmentEntry] = []  # found damaged
         self._gone: list[int] = []  # starts of forgotten steps of which nobody has been told
-        self._here: list[Passage] = []  # those in the buffers, in order
+        self._here: list[SegmentEntry] = []  # those in the buffers, in order
         self._steps = 0
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of blocks on each tier, and of steps that questions have brought in."""
-        return {"recent": self.bringing.recent.nbytes, **self.shelves.nbytes}
+        return {"recent": self.fetcher.recent.nbytes, **self.manager.nbytes}
 
-    def make_way(self, tokens: int, room: int, worths: Worths) -> list[int]:
+    def make_way(self, tokens: int, room: int, importance: Importance) -> list[int]:
         """Before a step: have room for it, and for a question after it.
 
         Args:
             tokens: of the step.
             room: tokens of a question and its answer.
-            worths: by how much steps are worth keeping now.
+            importance: by how much steps are worth keeping now.
 
         Returns:
             Starts of the steps that had to be forgotten.
@@ -80,33 +82,33 @@ class TieredCache(DetailedCache):
             ConfigError: the cap is too small for such steps; nothing has changed.
         """
         if self.plan is None or tokens > self.longest:
-            self._make_plan(tokens + _LABEL_GROWTH, room, worths)
+            self._make_plan(tokens + _LABEL_GROWTH, room, importance)
         assert self.plan is not None
-        self._relieve(self.lengths[-1] + tokens + self.plan.answers - self.plan.plain, worths)
+        self._relieve(self.lengths[-1] + tokens + self.plan.answers - self.plan.plain, importance)
         if self.plan.most_steps is not None and self._steps >= self.plan.most_steps:
             self._forget(max(self._steps + 1 - self.plan.most_steps, int(_RELIEVED * self._steps)))
         return self.settle()
 
     def settle(self) -> list[int]:
         """Starts of the steps that were forgotten since the last time, damaged ones among them."""
-        self.bringing.turned = None
+        self.fetcher.turned = None
         self._let_go(self._lost)
         gone, self._gone, self._lost = sorted(self._gone), [], []
         return gone
 
-    def lose_damaged(self, steps: Iterable[Passage]) -> int:
+    def lose_damaged(self, steps: Iterable[SegmentEntry]) -> int:
         """Forget, with the next `settle`, those of some steps in blocks that cannot be read; returns how many."""
-        self._lost += (damaged := [step for step in steps if not self.bringing.can_read(step)])
-        self._lost += self.shelves.drop(damaged)
+        self._lost += (damaged := [step for step in steps if not self.fetcher.can_read(step)])
+        self._lost += self.manager.drop(damaged)
         return len(damaged)
 
     def note(self, kind: str, tokens: int) -> None:
         """Take note of which segment the newest tokens are."""
         if not tokens:
             return
-        passage = Passage(self.length - tokens, tokens, kind, self.lengths[-1] - tokens)
-        self.passages[passage.start] = passage
-        self._here.append(passage)
+        entry = SegmentEntry(self.length - tokens, tokens, kind, self.lengths[-1] - tokens)
+        self.entries[entry.start] = entry
+        self._here.append(entry)
         self._steps += kind == "step"
 
     def reserve(self, tokens: int) -> None:
@@ -125,12 +127,12 @@ class TieredCache(DetailedCache):
     def pieces(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [streams, kv_heads, n, head_dim] of all steps in blocks, a few thousand tokens at a time."""
         assert self.plan is not None
-        waiting: list[Passage] = []
-        for step in (*self.passages.values(), None):
+        waiting: list[SegmentEntry] = []
+        for step in (*self.entries.values(), None):
             tokens = sum(each.length for each in waiting)
             if waiting and (step is None or tokens + step.length > self.plan.staged):
                 with self._reading(waiting):
-                    key, value = self.bringing.bring(layer, waiting)
+                    key, value = self.fetcher.bring(layer, waiting)
                 yield key, value
                 waiting = []
             if step is not None and step.block is not None:
@@ -139,92 +141,92 @@ class TieredCache(DetailedCache):
     def gather(self, layer: int, starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
         """As `DetailedCache.gather`, from wherever they lie; what lies in blocks is kept for the next question."""
         # Text behind the last step may be several passages, one behind another in the buffers.
-        wanted = [(self.passages[start], stop - start) for start, stop in zip(starts, stops, strict=True)]
+        wanted = [(self.entries[start], stop - start) for start, stop in zip(starts, stops, strict=True)]
         found = []
         for here, run in groupby(wanted, key=lambda each: each[0].block is None):
             if here:
-                places = ((passage.place, passage.place + tokens) for passage, tokens in run)
+                places = ((entry.place, entry.place + tokens) for entry, tokens in run)
                 found.append(super().gather(layer, *zip(*places, strict=True)))
             else:
-                steps = [passage for passage, _ in run]
+                steps = [entry for entry, _ in run]
                 with self._reading(steps):
-                    found.append(self.bringing.recall(layer, steps))
+                    found.append(self.fetcher.recall(layer, steps))
         return torch.cat(found, dim=-2) if len(found) > 1 else found[0]
 
-    def turn(self, moves: Moves, angles: Angles) -> None:
+    def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """As `DetailedCache.turn`; steps in blocks are turned when they are read."""
-        by = moves.of(torch.tensor(list(self.passages))).tolist()
-        for passage, far in zip(self.passages.values(), by, strict=True):
-            if passage.block is not None:
-                passage.moved += far
-        self.bringing.recent.clear()
-        super().turn(moves, angles)
+        by = moves.of(torch.tensor(list(self.entries))).tolist()
+        for entry, far in zip(self.entries.values(), by, strict=True):
+            if entry.block is not None:
+                entry.moved += far
+        self.fetcher.recent.clear()
+        super().rotate(moves, angles)
 
-    def crop(self, max_length: int) -> None:
+    def truncate(self, max_length: int) -> None:
         """As `DetailedCache.crop`, as long as what goes lies in the buffers."""
-        super().crop(max_length)
+        super().truncate(max_length)
         while self._here and self._here[-1].start >= max_length:
             self._steps -= self._here[-1].kind == "step"
-            del self.passages[self._here.pop().start]
+            del self.entries[self._here.pop().start]
 
     def parts(self) -> Iterator[Part]:
         """What the buffers hold, cut at the same tokens at every time."""
-        numbers, g = self._numbers(), self.geometry
+        numbers, g = self._numbers(), self.spec
         size = tokens_of_part(g.bytes_per_token * g.streams)
         for group in (numbers // size).unique().tolist():
             first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
             yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
 
-    def resume(self, plan: MemoryPlan | None, longest: int, forgotten: int, passages: Sequence[Passage]) -> None:
+    def resume(self, plan: MemoryPlan | None, longest: int, forgotten: int, entries: Sequence[SegmentEntry]) -> None:
         """Stand where another cache of this configuration stood; blocks, buffers and `settled` come next."""
         self.plan, self.longest, self.forgotten = plan, longest, forgotten
-        self.passages = {passage.start: passage for passage in passages}
-        self._steps = sum(passage.kind == "step" for passage in passages)
+        self.entries = {entry.start: entry for entry in entries}
+        self._steps = sum(entry.kind == "step" for entry in entries)
         if plan is not None:
             self._allot(plan)
 
     def settled(self, away: int) -> None:
         """All is back: say how many tokens the buffers do not hold."""
         self.away = away
-        self._here = [passage for passage in self.passages.values() if passage.block is None]
+        self._here = [entry for entry in self.entries.values() if entry.block is None]
 
     def fork(self) -> TieredCache:
         """As `DetailedCache.fork`; blocks are never written to, so both read the same."""
-        found = TieredCache(self.geometry, self.config)
+        found = TieredCache(self.spec, self.config)
         found.plan, found.longest, found._steps, found.away = self.plan, self.longest, self._steps, self.away
         found.lengths, found.buffers = list(self.lengths), list(self.buffers)
         found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
-        found.passages = {start: replace(passage) for start, passage in self.passages.items()}
-        found._here = [found.passages[passage.start] for passage in self._here]
-        found.shelves = self.shelves.fork(found.passages)
+        found.entries = {start: replace(entry) for start, entry in self.entries.items()}
+        found._here = [found.entries[entry.start] for entry in self._here]
+        found.manager = self.manager.fork(found.entries)
         if self.plan is not None:
-            found.bringing.recent = Recent(self.geometry, self.plan.recent, self.longest)
+            found.fetcher.recent = FetchCache(self.spec, self.plan.recent, self.longest)
         self._share(found)
         return found
 
-    def _make_plan(self, step: int, room: int, worths: Worths) -> None:
-        texts = sum(passage.length for passage in self._here if passage.kind != "step")
-        made = plan(self.config, self.geometry, texts, step, room)
+    def _make_plan(self, step: int, room: int, importance: Importance) -> None:
+        texts = sum(entry.length for entry in self._here if entry.kind != "step")
+        made = plan(self.config, self.spec, texts, step, room)
         if self.plan is not None:
-            self._relieve(self.lengths[-1] + step + made.answers - made.plain, worths)
+            self._relieve(self.lengths[-1] + step + made.answers - made.plain, importance)
         self.plan, self.longest = made, step
         self._allot(made)
 
     def _allot(self, made: MemoryPlan) -> None:
-        for layer in range(self.geometry.layers):
+        for layer in range(self.spec.layers):
             self._move(layer, made.plain)  # at once: buffers that double leave holes, and the cap holds for those too
-        self.bringing.recent = Recent(self.geometry, made.recent, self.longest)
-        self.shelves.allow(made.quantised)
+        self.fetcher.recent = FetchCache(self.spec, made.recent, self.longest)
+        self.manager.allow(made.quantised)
 
-    def _relieve(self, tokens: int, worths: Worths) -> None:
+    def _relieve(self, tokens: int, importance: Importance) -> None:
         """Have so many tokens leave the buffers, or some more."""
         if tokens <= 0 or self.plan is None:
             return
-        for start, worth in worths(list(self.passages)).items():
-            self.passages[start].worth = max(self.passages[start].worth, worth)
+        for start, worth in importance(list(self.entries)).items():
+            self.entries[start].worth = max(self.entries[start].worth, worth)
         wanted = max(tokens, int(_RELIEVED * self.plan.plain), self.plan.block_tokens)
-        steps = [passage for passage in self._here if passage.kind == "step"][:-1]
-        if self.shelves.open:
+        steps = [entry for entry in self._here if entry.kind == "step"][:-1]
+        if self.manager.open:
             self._seal(first_of(steps, wanted), self.plan.block_tokens)
             return
         going = first_of(sorted(steps, key=lambda step: step.rank), wanted)
@@ -232,50 +234,50 @@ class TieredCache(DetailedCache):
         self._close_up(going)
         self._let_go(going)
 
-    def _seal(self, going: list[Passage], block_tokens: int) -> None:
+    def _seal(self, going: list[SegmentEntry], block_tokens: int) -> None:
         """Bring steps to the shelves."""
-        gone, sealed = list[Passage](), list[Passage]()
+        gone, offloaded = list[SegmentEntry](), list[SegmentEntry]()
         try:
             for group in groups_of(going, block_tokens):
                 first, stop = group[0].place, group[-1].place + group[-1].length
                 tokens = [held[..., first:stop, :] for held in self.buffers]
-                gone += self.shelves.put(seal(tokens, [step.length for step in group], self.config.bits), group)
-                sealed += group
+                gone += self.manager.put(pack_block(tokens, [step.length for step in group], self.config.bits), group)
+                offloaded += group
         finally:  # out of memory or not, nothing lies in two places
-            self._close_up(sealed)
+            self._close_up(offloaded)
             self._let_go(gone)
 
-    def _let_go(self, gone: list[Passage]) -> None:
+    def _let_go(self, gone: list[SegmentEntry]) -> None:
         """Forget steps that lie nowhere any more."""
-        for passage in gone:
-            del self.passages[passage.start]
-        self.bringing.recent.drop({passage.start for passage in gone})
+        for entry in gone:
+            del self.entries[entry.start]
+        self.fetcher.recent.drop({entry.start for entry in gone})
         self.forgotten += len(gone)
         self._steps -= len(gone)
-        self._gone += [passage.start for passage in gone]
+        self._gone += [entry.start for entry in gone]
 
     def _forget(self, steps: int) -> None:
         """Forget the steps whose keys score least, wherever they lie, but for the newest."""
-        newest = next(passage for passage in reversed(self._here) if passage.kind == "step")
-        known = (passage for passage in self.passages.values() if passage.kind == "step" and passage is not newest)
+        newest = next(entry for entry in reversed(self._here) if entry.kind == "step")
+        known = (entry for entry in self.entries.values() if entry.kind == "step" and entry is not newest)
         going = nsmallest(steps, known, key=lambda step: step.rank)
-        here = [passage for passage in going if passage.block is None]
-        gone = going + self.shelves.drop([passage for passage in going if passage.block is not None])
+        here = [entry for entry in going if entry.block is None]
+        gone = going + self.manager.drop([entry for entry in going if entry.block is not None])
         if here:
             self.written.forget(min(step.start for step in here))
             self._close_up(here)
         self._let_go(gone)
 
-    def _close_up(self, gone: Iterable[Passage]) -> None:
+    def _close_up(self, gone: Iterable[SegmentEntry]) -> None:
         """Move what stays in the buffers to their front."""
         left, runs, place = set(gone), [], 0
-        stay = [passage for passage in self._here if passage not in left]
-        for passage in stay:
-            if passage.place != place:
-                runs.append((passage.place, place, passage.length))
-            passage.place, place = place, place + passage.length
+        stay = [entry for entry in self._here if entry not in left]
+        for entry in stay:
+            if entry.place != place:
+                runs.append((entry.place, place, entry.length))
+            entry.place, place = place, place + entry.length
         if runs:
-            for layer in range(self.geometry.layers):
+            for layer in range(self.spec.layers):
                 self._claim(layer, 0)
         close_gaps(self.buffers, runs, self.at_once)
         self.away += self.lengths[-1] - place
@@ -283,7 +285,7 @@ class TieredCache(DetailedCache):
         self._here = stay
 
     @contextmanager
-    def _reading(self, steps: Sequence[Passage]) -> Iterator[None]:
+    def _reading(self, steps: Sequence[SegmentEntry]) -> Iterator[None]:
         """Steps that turn out not to be as they were written are forgotten once the question is over."""
         try:
             yield
@@ -292,7 +294,7 @@ class TieredCache(DetailedCache):
             raise StorageError(error.message, hint) from None
 
     def _numbers(self) -> torch.Tensor:
-        noted = [torch.arange(passage.start, passage.start + passage.length) for passage in self._here]
+        noted = [torch.arange(entry.start, entry.start + entry.length) for entry in self._here]
         return torch.cat([*noted, torch.arange(sum(map(len, noted)) + self.away, self.length)])
 
 

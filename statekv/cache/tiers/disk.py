@@ -45,8 +45,8 @@ class DiskTier:
     name = "disk"
 
     def __init__(self, parent: Path | None) -> None:
-        self._room = DiskRoom(parent)
-        self._scratch: Scratch | None = None
+        self._room = SpillDir(parent)
+        self._scratch: SpillFile | None = None
         self._making = threading.Lock()
 
     def size(self, content: Sequence[Content]) -> int:
@@ -57,7 +57,7 @@ class DiskTier:
         """Write a piece of the file for each step, its layers one behind another."""
         with self._making:
             if self._scratch is None:
-                self._scratch = Scratch(self._room)
+                self._scratch = SpillFile(self._room)
         steps, forms = [], []
         for each in rows:
             layers = [each.of(layer) for layer in content]
@@ -113,7 +113,7 @@ def _bytes(layer: Content) -> bytes:
     return b"".join(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for tensor in layer.values())
 
 
-class Scratch:
+class SpillFile:
     """A file in a folder of its process.
 
     It is read with `pread`, not through a memory map, which is no faster: what has been read does not stay resident,
@@ -126,7 +126,7 @@ class Scratch:
         StorageError: the folder or the file cannot be made.
     """
 
-    def __init__(self, room: DiskRoom) -> None:
+    def __init__(self, room: SpillDir) -> None:
         self._room = room  # which removes the folder when nobody needs it
         self.path = room.folder / BLOCKS
         try:
@@ -135,7 +135,7 @@ class Scratch:
             raise self._unwritten(error) from None
         finalize(self, os.close, self._file)
         self._process = os.getpid()
-        self._vacancies = Vacancies()
+        self._free = FreeList()
         self._given: deque[Sequence[Span]] = deque()  # by pieces that went, perhaps in the middle of `write`
         self._writing = threading.Lock()
 
@@ -154,7 +154,7 @@ class Scratch:
         data = memoryview(b"".join(parts))
         with self._writing:
             self._take_back()
-            spans = self._vacancies.take(len(data))
+            spans = self._free.take(len(data))
             piece = Piece(self, spans, array("I", map(zlib.crc32, parts)))  # whatever happens, it gives them back
             try:
                 for start, stop in spans:
@@ -163,7 +163,7 @@ class Scratch:
             except OSError as error:
                 del piece
                 self._take_back()
-                os.ftruncate(self._file, self._vacancies.end)
+                os.ftruncate(self._file, self._free.end)
                 raise self._unwritten(error) from None
         return piece
 
@@ -198,7 +198,7 @@ class Scratch:
 
     def _take_back(self) -> None:
         while self._given:
-            self._vacancies.give(self._given.popleft())
+            self._free.give(self._given.popleft())
 
     def _fill(self, start: int, data: memoryview) -> None:
         while data:
@@ -215,7 +215,7 @@ class Piece:
 
     __slots__ = ("_bounds", "_checks", "_scratch")
 
-    def __init__(self, scratch: Scratch, spans: Iterable[Span], checks: array[int]) -> None:
+    def __init__(self, scratch: SpillFile, spans: Iterable[Span], checks: array[int]) -> None:
         self._scratch = scratch
         self._bounds = array("q", chain.from_iterable(spans))  # a third of what tuples take; there may be many pieces
         self._checks = checks  # CRC-32 of each part
@@ -262,7 +262,7 @@ class Piece:
 Span = tuple[int, int]  # first byte, and one past the last
 
 
-class Vacancies:
+class FreeList:
     """Free spans of a file that is never longer than the most bytes that were ever taken at once.
 
     What is given back is used before the file grows, if need be in several spans. Most pieces of one file have one
@@ -330,7 +330,7 @@ _ROOM = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")  # as `tempfile.mkdtemp` names f
 _LOCK = "lock"
 
 
-class DiskRoom:
+class SpillDir:
     """A folder that is made when it is first asked for and removed with the object, on `close` or when Python exits.
 
     A process that is killed cannot remove its folder. Therefore each one holds a lock, which the system lets go of
@@ -348,7 +348,7 @@ class DiskRoom:
         self.parent = Path(tempfile.gettempdir()) if parent is None else parent.absolute()
         self._making = threading.Lock()
         self._folder: Path | None = None
-        self._leave: weakref.finalize[[Path, int, int], DiskRoom] | None = None
+        self._leave: weakref.finalize[[Path, int, int], SpillDir] | None = None
         if not self.parent.is_dir():
             problem = "is not a folder" if self.parent.exists() else "does not exist"
             raise StorageError(f"disk_folder is {self.parent}, which {problem}", "make it, or name another one")

@@ -8,35 +8,35 @@ from itertools import accumulate, groupby
 
 import torch
 
-from statekv.cache.spec import Geometry, numbers_in
-from statekv.cache.tiers.block import Passage, read_steps
+from statekv.cache.spec import KVSpec, numbers_in
+from statekv.cache.tiers.block import SegmentEntry, read_steps
 from statekv.errors import StorageError
 from statekv.ops.rope import Angles, rotate
 
 
-class Bringing:
+class BlockFetcher:
     """Reads steps of one layer, in few copies, and turns their keys to where the steps stand now.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         bits: of the blocks.
     """
 
-    def __init__(self, geometry: Geometry, bits: int | None) -> None:
-        self.geometry = geometry
+    def __init__(self, spec: KVSpec, bits: int | None) -> None:
+        self.spec = spec
         self.bits = bits
-        self.recent = Recent(geometry, 0, 1)
+        self.recent = FetchCache(spec, 0, 1)
         self.turned: Angles | None = None  # of how far steps have moved since they were sealed
 
-    def bring(self, layer: int, steps: Sequence[Passage]) -> torch.Tensor:
+    def bring(self, layer: int, steps: Sequence[SegmentEntry]) -> torch.Tensor:
         """Keys and values [2, streams, kv_heads, n, head_dim] of all tokens of steps, read anew.
 
         Raises:
             StorageError: a block is not as it was written.
         """
-        g, found = self.geometry, []
-        for _, run in groupby(steps, key=lambda step: step.sealed.on_device):
-            spots = [(step.sealed, step.row) for step in run]
+        g, found = self.spec, []
+        for _, run in groupby(steps, key=lambda step: step.offloaded.on_device):
+            spots = [(step.offloaded, step.row) for step in run]
             found.append(read_steps(spots, layer, self.bits, g.devices[layer], g.dtype))
         held = torch.cat(found).permute(1, 2, 3, 0, 4).contiguous()
         if any(step.moved for step in steps):
@@ -46,17 +46,17 @@ class Bringing:
             held[0] = rotate(held[0].float(), cos.to(held.device)[:, None], sin.to(held.device)[:, None])
         return held
 
-    def can_read(self, step: Passage) -> bool:
+    def can_read(self, step: SegmentEntry) -> bool:
         """Whether a step is as it was written, in all layers."""
-        g = self.geometry
+        g = self.spec
         try:
             for layer in range(g.layers):
-                read_steps([(step.sealed, step.row)], layer, self.bits, g.devices[layer], g.dtype)
+                read_steps([(step.offloaded, step.row)], layer, self.bits, g.devices[layer], g.dtype)
         except StorageError:
             return False
         return True
 
-    def recall(self, layer: int, steps: Sequence[Passage]) -> torch.Tensor:
+    def recall(self, layer: int, steps: Sequence[SegmentEntry]) -> torch.Tensor:
         """As `bring`, of steps in the order of the stream, by way of what was asked for lately."""
         known = set(self.recent.known(layer, [step.start for step in steps]))
         here = [step for step in steps if step.start in known]
@@ -69,7 +69,7 @@ class Bringing:
         return _in_order([*here, *missing], torch.cat([kept, fresh], dim=-2)) if here else fresh
 
 
-def _in_order(steps: Sequence[Passage], held: torch.Tensor) -> torch.Tensor:
+def _in_order(steps: Sequence[SegmentEntry], held: torch.Tensor) -> torch.Tensor:
     """Tokens [..., n, head_dim] of steps, these one behind another, in the order of the stream."""
     behind = accumulate(step.length for step in steps)
     stops = [stop for _, stop in sorted(zip((step.start for step in steps), behind, strict=True))]
@@ -78,20 +78,20 @@ def _in_order(steps: Sequence[Passage], held: torch.Tensor) -> torch.Tensor:
     return held.index_select(-2, numbers_in(starts, stops).to(held.device))
 
 
-class Recent:
+class FetchCache:
     """Of each layer, least recently used goes first.
 
     The memory is taken once and stays: steps that come and go one by one would leave holes between whatever else a
     process allocates meanwhile, and a stream of days would grow by them.
 
     Args:
-        geometry: sizes of the model's keys.
+        spec: sizes of the model's keys.
         cap: bytes that they may take, shared out evenly among the layers.
         longest: tokens of the longest step.
     """
 
-    def __init__(self, geometry: Geometry, cap: int, longest: int) -> None:
-        g = geometry
+    def __init__(self, spec: KVSpec, cap: int, longest: int) -> None:
+        g = spec
         token = g.streams * g.bytes_per_token // g.layers
         steps = cap // (g.layers * longest * token)
         shape = (2, g.streams, g.kv_heads, steps * longest, g.head_dim)

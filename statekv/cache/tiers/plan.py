@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from statekv.cache.spec import Geometry, layer_budgets
+from statekv.cache.spec import KVSpec, layer_budgets
 from statekv.cache.tiers.base import GROUP
 from statekv.config import Config, bytes_of, told
 from statekv.errors import ConfigError, MemoryLimitError
@@ -61,20 +61,20 @@ class MemoryPlan:
             )
 
 
-def step_bytes(geometry: Geometry, tokens: int, bits: int | None) -> int:
+def step_bytes(spec: KVSpec, tokens: int, bits: int | None) -> int:
     """What a step of so many tokens takes in a block."""
     if bits is None:
-        return tokens * geometry.streams * geometry.bytes_per_token
-    g = geometry
+        return tokens * spec.streams * spec.bytes_per_token
+    g = spec
     return g.layers * quantised_bytes(tokens, bits, GROUP, g.streams, g.kv_heads, g.head_dim)
 
 
-def plan(config: Config, geometry: Geometry, prefix: int, step: int, room: int) -> MemoryPlan:
+def plan(config: Config, spec: KVSpec, prefix: int, step: int, room: int) -> MemoryPlan:
     """Share `config.memory` out.
 
     Args:
         config: with a cap on memory.
-        geometry: of the model's keys.
+        spec: of the model's keys.
         prefix: tokens that are always held.
         step: tokens of the longest step.
         room: tokens of a question and its answer.
@@ -83,17 +83,17 @@ def plan(config: Config, geometry: Geometry, prefix: int, step: int, room: int) 
         ConfigError: the cap is too small for steps of this length.
     """
     assert isinstance(config.memory, int)
-    found = _shared(config, geometry, config.memory, prefix, step, room)
+    found = _shared(config, spec, config.memory, prefix, step, room)
     if found is None:
         raise ConfigError(
             f"memory is {told(config.memory)}, but a budget of {config.budget} and steps of {step} tokens need about "
-            f"{_least(config, geometry, config.memory, prefix, step, room)}",
+            f"{_least(config, spec, config.memory, prefix, step, room)}",
             "raise memory, or lower budget, retrieve, max_new_tokens or the video's resolution",
         )
     return found
 
 
-def _least(config: Config, g: Geometry, memory: int, prefix: int, step: int, room: int) -> str:
+def _least(config: Config, g: KVSpec, memory: int, prefix: int, step: int, room: int) -> str:
     """An amount above this one that would do, also as it is told."""
     least = memory
     while True:
@@ -103,7 +103,7 @@ def _least(config: Config, g: Geometry, memory: int, prefix: int, step: int, roo
             return found
 
 
-def _shared(config: Config, g: Geometry, memory: int, prefix: int, step: int, room: int) -> MemoryPlan | None:
+def _shared(config: Config, g: KVSpec, memory: int, prefix: int, step: int, room: int) -> MemoryPlan | None:
     token = g.streams * g.bytes_per_token
     answers = room + step
     carried = _carried_bytes(config, g, step)
@@ -147,7 +147,7 @@ def _shared(config: Config, g: Geometry, memory: int, prefix: int, step: int, ro
     )
 
 
-def _carried_bytes(config: Config, g: Geometry, step: int) -> int:
+def _carried_bytes(config: Config, g: KVSpec, step: int) -> int:
     slots = sum(budget + step for budget in layer_budgets(config.budget, g.layers, config.layer_slope))
     # Keys and values, which token a slot holds, and its key score.
     return slots * g.streams * g.kv_heads * (2 * g.head_dim * g.dtype.itemsize + 4 + 4)

@@ -125,16 +125,16 @@ def compare(
 
 
 def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
-    model, stepper = sessions[0].stepper.model, sessions[0].stepper
+    model, runner = sessions[0].runner.model, sessions[0].runner
     spent: list[list[float]] = [[] for _ in sessions]
     for frame in read_frames(path, fps=1.0, ahead=8):
         with torch.inference_mode():
-            (seen,) = model.look([[frame]])
-            entering = model.enter(seen, sessions[0].state)
+            (seen,) = model.encode([[frame]])
+            entering = model.segments_of(seen, sessions[0].state)
             for session, times in zip(sessions, spent, strict=True):
                 began = time.perf_counter()
                 for segment in entering:
-                    stepper.prefill(session.state, segment)
+                    runner.prefill(session.state, segment)
                 times.append(1000 * (time.perf_counter() - began))
     for session, result, times in zip(sessions, results, spent, strict=True):
         result.step_ms.append(times)

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM, SiglipVision
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Seen
+from statekv.models.adapter import EncodedStep
 from statekv.models.families.internvl import InternVL
 from statekv.models.preprocess import Eagle25Recipe
 from statekv.models.prompt import Layout, VisionTokens, eagle2_5_step, eagle2_5_tokens
@@ -65,12 +65,12 @@ class Eagle25(InternVL):
         found: torch.Tensor = self.model.extract_feature(pixels)
         return found
 
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         seconds = seen.frames[0].pts_seconds
         origin = seconds if state.origin_seconds is None else state.origin_seconds
         return self._timed(state.frames, seconds - origin, state.config.layout)
 
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         prompt, first = self.prompts[layout], self._timed(0, 0.0, layout)
         late = self._timed(frames, _LATE_SECONDS, layout)
         rest = max(0, frames - 1) * len(prompt.step_ids(late))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Seen, Segment, check_placeholders, runs
+from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
 from statekv.models.families.square import SquareFrames
 from statekv.models.preprocess import InternVLRecipe
 from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
@@ -37,15 +37,15 @@ class InternVL(SquareFrames):
         found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return found
 
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         return self._numbered(state.frames, state.config.layout)
 
-    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+    def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
         row, embeds, _ = self.embed_picture(ids, self.video_token_id, seen.features)
         following = position + len(ids)
         return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, seen.pts_seconds)
 
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         prompt = self.prompts[layout]
         first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
         return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
@@ -63,7 +63,7 @@ class InternVL(SquareFrames):
             tiles = (stop - start) // self.tokens_per_tile
             features = self.features(inputs["pixel_values"][tile : tile + tiles]).flatten(0, 1)
             # The picture's end token still belongs to the step.
-            step = self.picture(ids[done : stop + 1], Seen((), features), position)
+            step = self.vision_segment(ids[done : stop + 1], EncodedStep((), features), position)
             yield step
             done, tile, position = stop + 1, tile + tiles, step.next_position
         yield self.text("question", ids[done:], position)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Seen, Segment, check_placeholders, runs
+from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
 from statekv.models.families.square import SquareFrames
 from statekv.models.preprocess import LlavaOnevisionRecipe
 from statekv.models.prompt import Layout, VisionTokens, llava_onevision_tokens
@@ -45,10 +45,10 @@ class LlavaOnevision(SquareFrames):
         found: torch.Tensor = self.model.get_video_features(pixels.unsqueeze(1), return_dict=True).pooler_output
         return found[:, : self.tokens_per_frame]
 
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         return self.prompts[state.config.layout].tokens.pad * len(seen.features)
 
-    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+    def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
         """The picture stands behind the text; a video's placeholder within the text is a newline."""
         segment = self.text("step", ids, position)
         segment.embeds[:, len(ids) - len(seen.features) :] = seen.features.to(segment.embeds)
@@ -59,7 +59,7 @@ class LlavaOnevision(SquareFrames):
         newline = (segment.ids == self.video_token_id).unsqueeze(-1)
         return replace(segment, embeds=torch.where(newline, self._newline.to(segment.embeds), segment.embeds))
 
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         prompt = self.prompts[layout]
         return len(prompt.head_ids(prompt.tokens.pad)) + frames * self.tokens_per_frame
 
@@ -79,7 +79,7 @@ class LlavaOnevision(SquareFrames):
                     check_placeholders(stop - start, reached + len(features) - start)
                 reached += len(features)
                 if is_picture:
-                    step = self.picture(ids[done:reached], Seen((), features), position)
+                    step = self.vision_segment(ids[done:reached], EncodedStep((), features), position)
                     yield step
                     done, position = reached, step.next_position
         for token, rest in pieces.items():

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Seen, Segment, check_placeholders, runs
+from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
 from statekv.models.families.qwen_vl import Qwen25VLRecipe, QwenVL, qwen2_5_vl_size, temporal_patches
 from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
 
@@ -39,16 +39,16 @@ class Qwen25VL(QwenVL):
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         return qwen2_5_vl_size(height, width, frames, self.recipe)
 
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         return self.prompts[state.config.layout].tokens.pad * len(seen.features)
 
-    def enter(self, seen: Seen, state: StreamState) -> list[Segment]:
+    def segments_of(self, seen: EncodedStep, state: StreamState) -> list[Segment]:
         head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
         prefix = [] if state.frames or not head else [self.text("prefix", head, 0)]
         ids = [self.video_token_id] * len(seen.features)
-        return [*prefix, self.picture(ids, seen, len(head), moment)]
+        return [*prefix, self.vision_segment(ids, seen, len(head), moment)]
 
-    def picture(self, ids: Sequence[int], seen: Seen, position: int, moment: int = 0) -> Segment:
+    def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int, moment: int = 0) -> Segment:
         """As for any family; `moment` is the step's place on the axis of time, counted from the video's start."""
         token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
         row, embeds, spot = self.embed_picture(ids, token, seen.features)
@@ -57,7 +57,7 @@ class Qwen25VL(QwenVL):
         frames = max(1, len(seen.frames))
         return Segment("step", row, embeds, positions, following, frames, seen.pts_seconds, moment=stands)
 
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         head = len(self.prompts[layout].head_ids(self.prompts[layout].tokens.pad))
         side = max(self.size(height, width, frames)) // self.recipe.factor
         return head + max(side, int((seconds or 0) * self._per_second) + 1)
@@ -83,7 +83,7 @@ class Qwen25VL(QwenVL):
             for (patches, grid), moment in zip(pieces, moments, strict=True):
                 (features,), _ = self.see(patches, [(1, *grid)], self.modality(token))
                 end = max(done, start) + len(features)
-                step = self.picture(ids[done:end], Seen((), features, (), grid), position, moment)
+                step = self.vision_segment(ids[done:end], EncodedStep((), features, (), grid), position, moment)
                 yield step
                 done, position = end, begin
             check_placeholders(stop - start, done - start)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Seen, Segment, runs
+from statekv.models.adapter import EncodedStep, Segment, runs
 from statekv.models.families.qwen_vl import Qwen3VLRecipe, QwenVL, qwen3_vl_size, temporal_patches
 from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
 
@@ -44,14 +44,14 @@ class Qwen3VL(QwenVL):
     def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         return qwen3_vl_size(height, width, frames, self.recipe)
 
-    def label(self, seen: Seen, state: StreamState) -> str:
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         first, last = seen.frames[0].pts_seconds, seen.frames[-1].pts_seconds
         origin = first if state.origin_seconds is None else state.origin_seconds
         return qwen3_vl_step(
             first - origin, last - origin, len(seen.features), self.prompts[state.config.layout].tokens
         )
 
-    def picture(self, ids: Sequence[int], seen: Seen, position: int) -> Segment:
+    def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
         token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
         row, embeds, spot = self.embed_picture(ids, token, seen.features)
         positions, following = self.positions(len(ids), spot.start, seen.grid, position)
@@ -61,7 +61,7 @@ class Qwen3VL(QwenVL):
         extras = {"visual_pos_masks": EVERYWHERE, "deepstack_visual_embeds": deep}
         return Segment("step", row, embeds, positions, following, max(1, len(seen.frames)), seen.pts_seconds, extras)
 
-    def span(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
+    def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         side = max(self.size(height, width, frames)) // self.recipe.factor
         prompt = self.prompts[layout]
         words = len(prompt.step_ids(qwen3_vl_step(99999.9, 99999.9, 0, prompt.tokens)))
@@ -81,9 +81,9 @@ class Qwen3VL(QwenVL):
                 done, position = start - 1, prefix.next_position
             patches, grid = next(pictures[token])
             (features,), deepstack = self.see(patches, [(1, *grid)], self.modality(token))
-            seen = Seen((), features, tuple(layer for (layer,) in deepstack), grid)
+            seen = EncodedStep((), features, tuple(layer for (layer,) in deepstack), grid)
             # The picture's end token still belongs to the step.
-            step = self.picture(ids[done : stop + 1], seen, position)
+            step = self.vision_segment(ids[done : stop + 1], seen, position)
             yield step
             done, position = stop + 1, step.next_position
         yield self.text("question", ids[done:], position)

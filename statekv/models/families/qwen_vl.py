@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from statekv.errors import VideoError
-from statekv.models.adapter import Seen, VideoModel, check_placeholders
+from statekv.models.adapter import EncodedStep, VideoModel, check_placeholders
 from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of, value_of
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame
@@ -46,12 +46,12 @@ class QwenVL(VideoModel):
     def text_positions(self, start: int, length: int) -> torch.Tensor:
         return text_positions(start, length, self.model.device)
 
-    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         made = [self._patches(frames, frames_expected) for frames in steps]
         thw = [(1, rows, columns) for _, (rows, columns) in made]
         features, deepstack = self.see(torch.cat([patches for patches, _ in made]), thw, "video")
         return [
-            Seen(tuple(frames), features[i], tuple(layer[i] for layer in deepstack), grid)
+            EncodedStep(tuple(frames), features[i], tuple(layer[i] for layer in deepstack), grid)
             for i, (frames, (_, grid)) in enumerate(zip(steps, made, strict=True))
         ]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from statekv.models.adapter import Seen, VideoModel
+from statekv.models.adapter import EncodedStep, VideoModel
 from statekv.models.preprocess import SquareRecipe, resize_and_normalise
 from statekv.video.frame import Frame
 
@@ -21,14 +21,14 @@ class SquareFrames(VideoModel):
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the tower makes of frames: float32 [n, 3, H, W] → [n, tokens, hidden]."""
 
-    def look(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[Seen]:
+    def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None = None) -> list[EncodedStep]:
         frames = [frame for (frame,) in steps]
         pictures = [frame.data for frame in frames]
         if len({picture.shape for picture in pictures}) == 1:
             pixels = self._pixels(torch.stack(pictures))
         else:
             pixels = torch.cat([self._pixels(picture[None]) for picture in pictures])
-        return [Seen((frame,), found) for frame, found in zip(frames, self.features(pixels), strict=True)]
+        return [EncodedStep((frame,), found) for frame, found in zip(frames, self.features(pixels), strict=True)]
 
     def _pixels(self, frames: torch.Tensor) -> torch.Tensor:
         device = self.model.device

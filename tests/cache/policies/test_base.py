@@ -13,7 +13,7 @@ from statekv.ops import select
 SHAPE = (2, 3, 40)  # streams, heads, keys
 
 
-def born(seed: int = 0) -> torch.Tensor:
+def token_ids(seed: int = 0) -> torch.Tensor:
     """Slots in any order, another one in each head: 40 of 100 tokens, the newest 8 among them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,13 +36,13 @@ def kept(carry: str, slots: torch.Tensor, budget: int, sinks: int = 0, seed: int
 
 
 def test_attention_is_the_highest_scores() -> None:
-    expected = born().gather(-1, scores().topk(15).indices).sort(-1).values
-    assert torch.equal(kept("attention", born(), 15), expected)
+    expected = token_ids().gather(-1, scores().topk(15).indices).sort(-1).values
+    assert torch.equal(kept("attention", token_ids(), 15), expected)
 
 
 @pytest.mark.parametrize("budget", [1, 8, 15, 40])
 def test_recent_is_exactly_the_newest(budget: int) -> None:
-    assert torch.equal(kept("recent", born(), budget, sinks=4), born().sort(-1).values[..., -budget:])
+    assert torch.equal(kept("recent", token_ids(), budget, sinks=4), token_ids().sort(-1).values[..., -budget:])
 
 
 @pytest.mark.parametrize(("budget", "sinks"), [(15, 0), (15, 4), (15, 14), (5, 4)])
@@ -53,7 +53,7 @@ def test_sink_recent_is_the_sinks_and_the_newest(budget: int, sinks: int) -> Non
 
 
 def test_long_streams_still_tell_neighbours_apart() -> None:
-    slots = (born() + 2**24 - 101).int()
+    slots = (token_ids() + 2**24 - 101).int()
     assert torch.equal(kept("recent", slots, 15), slots.sort(-1).values[..., -15:])
 
 
@@ -80,7 +80,7 @@ def test_what_is_left_beside_a_pinned_prefix_goes_by_score() -> None:
 def test_random_repeats_itself_with_its_seed() -> None:
     def draw(seed: int) -> torch.Tensor:
         rule = Rule("random", sinks=0, seed=seed, pinned=0)
-        return torch.stack([rule(None, born()) for _ in range(3)])
+        return torch.stack([rule(None, token_ids()) for _ in range(3)])
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -90,13 +90,13 @@ def test_random_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    Rule("random", sinks=0, seed=0, pinned=0)(None, born())
+    Rule("random", sinks=0, seed=0, pinned=0)(None, token_ids())
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_random_ignores_the_scores() -> None:
     rules = [Rule("random", sinks=0, seed=3, pinned=0) for _ in range(2)]
-    assert torch.equal(rules[0](scores(1), born()), rules[1](None, born()))
+    assert torch.equal(rules[0](scores(1), token_ids()), rules[1](None, token_ids()))
 
 
 def dial(slots: torch.Tensor, budget: int, pinned: int = 0, seed: int = 0, **dials: Any) -> torch.Tensor:
@@ -110,15 +110,15 @@ def dial(slots: torch.Tensor, budget: int, pinned: int = 0, seed: int = 0, **dia
 def test_value_norms_multiply() -> None:
     values = torch.randn(*SHAPE, 4, generator=torch.Generator().manual_seed(7))
     worth = scores() * values.square().sum(-1).sqrt()
-    expected = born().gather(-1, worth.topk(15).indices).sort(-1).values
-    assert torch.equal(dial(born(), 15, values=values, value_norms=True), expected)
-    assert not torch.equal(expected, dial(born(), 15))
+    expected = token_ids().gather(-1, worth.topk(15).indices).sort(-1).values
+    assert torch.equal(dial(token_ids(), 15, values=values, value_norms=True), expected)
+    assert not torch.equal(expected, dial(token_ids(), 15))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_of_one_length_change_nothing(dtype: torch.dtype) -> None:
     values = torch.full((*SHAPE, 4), 0.5, dtype=dtype)  # a length of 1
-    assert torch.equal(dial(born(), 15, values=values, value_norms=True), dial(born(), 15))
+    assert torch.equal(dial(token_ids(), 15, values=values, value_norms=True), dial(token_ids(), 15))
 
 
 @pytest.mark.parametrize("pinned", [0, 6])
@@ -131,11 +131,11 @@ def test_full_coverage_is_random(pinned: int) -> None:
 
 @pytest.mark.parametrize(("coverage", "sampled"), [(0.2, 3), (0.5, 8), (0.01, 0)])
 def test_coverage_is_a_sample_and_the_best_of_the_others(coverage: float, sampled: int) -> None:
-    lots = Rule("random", sinks=0, seed=5, pinned=0)(None, born(), 2)
+    lots = Rule("random", sinks=0, seed=5, pinned=0)(None, token_ids(), 2)
     sample = torch.zeros(SHAPE, dtype=torch.bool).scatter_(-1, lots.topk(sampled).indices, True)
     others = scores().masked_fill(sample, -1).topk(15 - sampled).indices
-    expected = born()[sample.scatter(-1, others, True)].view(*SHAPE[:2], 15).sort(-1).values
-    assert torch.equal(dial(born(), 15, seed=5, coverage=coverage), expected)
+    expected = token_ids()[sample.scatter(-1, others, True)].view(*SHAPE[:2], 15).sort(-1).values
+    assert torch.equal(dial(token_ids(), 15, seed=5, coverage=coverage), expected)
 
 
 def test_what_is_pinned_is_no_part_of_the_sample() -> None:
@@ -149,7 +149,7 @@ def test_what_is_pinned_is_no_part_of_the_sample() -> None:
 
 @pytest.mark.parametrize("first", [92, 99, 100])
 def test_the_newest_stay_and_the_best_of_the_others(first: int) -> None:
-    newest = born() >= first
+    newest = token_ids() >= first
     others = scores().masked_fill(newest, -1).topk(10 - (100 - first)).indices
-    expected = born()[newest.scatter(-1, others, True)].view(*SHAPE[:2], 10).sort(-1).values
-    assert torch.equal(dial(born(), 10, newest=torch.tensor(first, dtype=torch.int32)), expected)
+    expected = token_ids()[newest.scatter(-1, others, True)].view(*SHAPE[:2], 10).sort(-1).values
+    assert torch.equal(dial(token_ids(), 10, newest=torch.tensor(first, dtype=torch.int32)), expected)

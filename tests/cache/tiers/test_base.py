@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from statekv.cache.tiers.base import Content, DeviceTier, HostTier, Tier, only, rows_of
-from statekv.cache.tiers.block import seal
+from statekv.cache.tiers.block import pack_block
 from statekv.cache.tiers.disk import DiskTier
 from tests.cache.tiers.test_block import BITS, SUBSETS, tokens_of
 from tests.cache.tiers.test_block import LENGTHS as SIX
-from tests.cache.tokens import geometry
+from tests.cache.tokens import kv_spec
 from tests.gpu import need_gpu
 
 LENGTHS = [33, 4, 70]
 ROWS = rows_of(LENGTHS)
-G = geometry(streams=2, dtype=torch.bfloat16)
+G = kv_spec(streams=2, dtype=torch.bfloat16)
 TIERS: dict[str, Callable[[Path], Tier]] = {
     "device": lambda folder: DeviceTier(G.devices),
     "host": lambda folder: HostTier(),
@@ -27,7 +27,7 @@ TIERS: dict[str, Callable[[Path], Tier]] = {
 
 
 def content(bits: int | None) -> list[Content]:
-    return seal(tokens_of(G, sum(LENGTHS)), LENGTHS, bits)
+    return pack_block(tokens_of(G, sum(LENGTHS)), LENGTHS, bits)
 
 
 def check_equal(found: Sequence[Content], expected: Sequence[Content]) -> None:
@@ -117,11 +117,11 @@ def test_from_cuda_to_pinned_memory_and_back() -> None:
 @SUBSETS
 def test_those_that_stay_keep_their_bits(bits: int | None, kept: list[int]) -> None:
     """As if they had been sealed alone, in memory of their own."""
-    g = geometry(dtype=torch.bfloat16)
+    g = kv_spec(dtype=torch.bfloat16)
     tokens = tokens_of(g, sum(SIX))
-    thinned = only(seal(tokens, SIX, bits), rows_of(SIX), kept)
+    thinned = only(pack_block(tokens, SIX, bits), rows_of(SIX), kept)
     apart = [torch.cat([layer.split(SIX, dim=-2)[number] for number in kept], dim=-2) for layer in tokens]
-    alone = seal(apart, [SIX[number] for number in kept], bits)
+    alone = pack_block(apart, [SIX[number] for number in kept], bits)
     for mine, its in zip(thinned, alone, strict=True):
         assert mine.keys() == its.keys()
         assert all(torch.equal(mine[name], its[name]) for name in mine)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from statekv.cache.tiers.base import rows_of
-from statekv.cache.tiers.disk import BLOCKS, DiskRoom, DiskTier, Piece, Scratch, Span, Vacancies
+from statekv.cache.tiers.disk import BLOCKS, DiskTier, FreeList, Piece, Span, SpillDir, SpillFile
 from statekv.errors import StorageError
 from tests.cache.test_folder import files_of_at_most
 
@@ -119,8 +119,8 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         DiskTier(tmp_path / "nowhere")
 
 
-def scratch(folder: Path) -> Scratch:
-    return Scratch(DiskRoom(folder))
+def scratch(folder: Path) -> SpillFile:
+    return SpillFile(SpillDir(folder))
 
 
 def parts(piece: Piece) -> list[bytes]:
@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_made_is_refused() -> None:
 @pytest.mark.parametrize("sizes", [(7,), (9, 10, 11), tuple(range(1, 60))], ids=["one", "three", "many"])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_byte_is_given_twice_and_the_file_grows_only_when_it_is_full(sizes: tuple[int, ...], seed: int) -> None:
-    draw, vacancies, most = random.Random(seed), Vacancies(), 0
+    draw, vacancies, most = random.Random(seed), FreeList(), 0
     held: list[list[Span]] = []
     for _ in range(1500):
         if held and draw.random() < 0.5:
@@ -311,7 +311,7 @@ def test_no_byte_is_given_twice_and_the_file_grows_only_when_it_is_full(sizes: t
 
 
 def test_pieces_of_one_size_are_never_cut() -> None:
-    draw, vacancies = random.Random(0), Vacancies()
+    draw, vacancies = random.Random(0), FreeList()
     held = [vacancies.take(7) for _ in range(100)]
     for _ in range(1000):
         vacancies.give(held.pop(draw.randrange(len(held))))
@@ -321,7 +321,7 @@ def test_pieces_of_one_size_are_never_cut() -> None:
 
 
 def test_the_smallest_span_that_has_room_is_used() -> None:
-    vacancies = Vacancies()
+    vacancies = FreeList()
     spans = [vacancies.take(size) for size in (5, 1, 9, 1, 7, 1)]
     for number in (0, 2, 4):
         vacancies.give(spans[number])
@@ -330,7 +330,7 @@ def test_the_smallest_span_that_has_room_is_used() -> None:
 
 
 def test_where_no_span_has_room_several_do_and_then_the_end() -> None:
-    vacancies = Vacancies()
+    vacancies = FreeList()
     spans = [vacancies.take(size) for size in (5, 1, 9, 1)]
     for number in (0, 2):
         vacancies.give(spans[number])
@@ -338,7 +338,7 @@ def test_where_no_span_has_room_several_do_and_then_the_end() -> None:
 
 
 def test_neighbours_become_one_and_the_end_comes_back() -> None:
-    vacancies = Vacancies()
+    vacancies = FreeList()
     first, second, third, last = (vacancies.take(4) for _ in range(4))
     vacancies.give(first)
     vacancies.give(third)

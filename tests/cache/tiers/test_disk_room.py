@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from statekv.cache.tiers import disk as subject
-from statekv.cache.tiers.disk import BLOCKS, DiskRoom
+from statekv.cache.tiers.disk import BLOCKS, SpillDir
 from statekv.errors import StorageError
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +45,7 @@ def holder(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         yield process, folder
 
 
-def fill(room: DiskRoom) -> None:
+def fill(room: SpillDir) -> None:
     (room.folder / BLOCKS).write_bytes(b"some")
 
 
@@ -58,7 +58,7 @@ def abandoned(parent: Path, name: str = "statekv-abcdefgh") -> Path:
 
 
 def test_made_when_it_is_asked_for_and_for_nobody_else(tmp_path: Path) -> None:
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert room.folder.parent == tmp_path
     assert room.folder == room.folder
@@ -67,11 +67,11 @@ def test_made_when_it_is_asked_for_and_for_nobody_else(tmp_path: Path) -> None:
 
 def test_by_default_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert DiskRoom().folder.parent == tmp_path
+    assert SpillDir().folder.parent == tmp_path
 
 
 def test_close_removes_it_and_it_can_be_had_again(tmp_path: Path) -> None:
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     room.close()
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -83,7 +83,7 @@ def test_close_removes_it_and_it_can_be_had_again(tmp_path: Path) -> None:
 
 
 def test_goes_with_the_object(tmp_path: Path) -> None:
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     fill(room)
     del room
     gc.collect()
@@ -102,19 +102,19 @@ def test_a_killed_process_leaves_it_to_the_next_one(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
     assert (folder / BLOCKS).exists()
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     assert room.folder != folder
     assert list(tmp_path.iterdir()) == [room.folder]
 
 
 def test_what_another_process_holds_stays(tmp_path: Path) -> None:
     with holder(tmp_path) as (_, folder):
-        fill(DiskRoom(tmp_path))
+        fill(SpillDir(tmp_path))
         assert {path.name for path in folder.iterdir()} == {"lock", BLOCKS}
 
 
 def test_rooms_of_one_process_leave_each_other_alone(tmp_path: Path) -> None:
-    rooms = [DiskRoom(tmp_path) for _ in range(3)]
+    rooms = [SpillDir(tmp_path) for _ in range(3)]
     for room in rooms:
         fill(room)
     rooms[1].close()
@@ -122,7 +122,7 @@ def test_rooms_of_one_process_leave_each_other_alone(tmp_path: Path) -> None:
 
 
 def test_a_fork_does_not_remove_what_its_parent_has(tmp_path: Path) -> None:
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     fill(room)
     child = os.fork()
     if child == 0:
@@ -150,7 +150,7 @@ def test_nothing_but_our_own_is_swept(tmp_path: Path) -> None:
     (linked / "lock").unlink()
     (linked / "lock").symlink_to(precious / "lock")
     before = sorted(tmp_path.rglob("*"))
-    room = DiskRoom(parent)
+    room = SpillDir(parent)
     made = {room.folder, room.folder / "lock"}
     assert sorted(set(tmp_path.rglob("*")) - made) == before
     room.close()
@@ -160,7 +160,7 @@ def test_nothing_but_our_own_is_swept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_guests_in_a_folder_stay(tmp_path: Path, own: bool) -> None:
     """Whether the folder is swept or closed: blocks go, a file, a folder and a link of the user do not."""
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     folder = room.folder if own else abandoned(tmp_path)
     (folder / BLOCKS).write_bytes(b"x")
     (folder / "notes.txt").write_text("mine")
@@ -174,7 +174,7 @@ def test_guests_in_a_folder_stay(tmp_path: Path, own: bool) -> None:
 def test_what_is_called_like_blocks_and_is_none_stays(tmp_path: Path, own: bool) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    rooms = [DiskRoom(tmp_path) for _ in range(2)]
+    rooms = [SpillDir(tmp_path) for _ in range(2)]
     folders = [room.folder for room in rooms] if own else [abandoned(tmp_path, f"statekv-abcdefg{n}") for n in "hi"]
     for folder in folders:
         (folder / BLOCKS).unlink(missing_ok=True)
@@ -194,12 +194,12 @@ def test_what_is_called_like_blocks_and_is_none_stays(tmp_path: Path, own: bool)
 def test_a_parent_that_is_none_is_refused(tmp_path: Path, name: str, problem: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=f"disk_folder is .*{name}, which {problem}") as caught:
-        DiskRoom(tmp_path / name)
+        SpillDir(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
 def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = DiskRoom(Path("/proc"))
+    room = SpillDir(Path("/proc"))
     with pytest.raises(StorageError, match="no folder can be made in /proc: ") as caught:
         _ = room.folder
     assert "\n" not in str(caught.value)
@@ -213,7 +213,7 @@ def test_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subject, "_locked", refuse)
     with pytest.raises(StorageError, match="No locks available"):
-        _ = DiskRoom(tmp_path).folder
+        _ = SpillDir(tmp_path).folder
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,7 +229,7 @@ def test_swept_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return original(descriptor)
 
     monkeypatch.setattr(subject, "_locked", late)
-    room = DiskRoom(tmp_path)
+    room = SpillDir(tmp_path)
     fill(room)
     assert len(calls) == 2
     assert list(tmp_path.iterdir()) == [room.folder]

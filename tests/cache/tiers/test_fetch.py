@@ -6,27 +6,27 @@ import random
 
 import torch
 
-from statekv.cache.spec import Geometry
-from statekv.cache.tiers.fetch import Recent
+from statekv.cache.spec import KVSpec
+from statekv.cache.tiers.fetch import FetchCache
 
-GEOMETRY = Geometry(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
+GEOMETRY = KVSpec(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
 TOKEN = 2 * 2 * 4 * 4  # bytes in one layer
 
 
-def recent(steps: int, longest: int = 10) -> Recent:
+def recent(steps: int, longest: int = 10) -> FetchCache:
     """Room for so many steps in each layer."""
-    return Recent(GEOMETRY, 2 * steps * longest * TOKEN + 2 * TOKEN - 1, longest)
+    return FetchCache(GEOMETRY, 2 * steps * longest * TOKEN + 2 * TOKEN - 1, longest)
 
 
 def step(tokens: int = 10) -> torch.Tensor:
     return torch.randn(2, 1, 2, tokens, 4)
 
 
-def get(kept: Recent, layer: int, start: int) -> torch.Tensor | None:
+def get(kept: FetchCache, layer: int, start: int) -> torch.Tensor | None:
     return kept.read(layer, [start]) if kept.known(layer, [start]) else None
 
 
-def put(kept: Recent, layer: int, start: int, tokens: torch.Tensor) -> None:
+def put(kept: FetchCache, layer: int, start: int, tokens: torch.Tensor) -> None:
     kept.put(layer, [start], [tokens.shape[-2]], tokens)
 
 

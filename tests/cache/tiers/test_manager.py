@@ -13,70 +13,70 @@ import pytest
 import torch
 
 from statekv.cache.tiers.base import GROUP, Content
-from statekv.cache.tiers.block import Passage, read_steps, seal
-from statekv.cache.tiers.manager import Shelves
+from statekv.cache.tiers.block import SegmentEntry, pack_block, read_steps
+from statekv.cache.tiers.manager import TierManager
 from statekv.cache.tiers.plan import step_bytes
 from statekv.config import Config
 from statekv.errors import StorageWarning
 from statekv.ops.quantise import dequantise, quantise
 from tests.cache.test_folder import files_of_at_most
-from tests.cache.tokens import CPU, geometry, keys, values
+from tests.cache.tokens import CPU, keys, kv_spec, values
 
-G = geometry(layers=2)
+G = kv_spec(layers=2)
 FOREVER = 1 << 40
 
 
-def shelves(device: int = 0, **tiers: Any) -> Shelves:
-    found = Shelves(G, Config(memory=FOREVER, **tiers))
+def manager(device: int = 0, **tiers: Any) -> TierManager:
+    found = TierManager(G, Config(memory=FOREVER, **tiers))
     found.allow(device)
     return found
 
 
-def tokens_of(step: Passage, layer: int) -> torch.Tensor:
+def tokens_of(step: SegmentEntry, layer: int) -> torch.Tensor:
     """[2, streams, kv_heads, N, head_dim]"""
     numbers = range(step.start, step.start + step.length)
     return torch.stack([keys(G, layer, numbers), values(G, layer, numbers)])
 
 
-def content_of(steps: Sequence[Passage], bits: int | None = None) -> list[Content]:
+def content_of(steps: Sequence[SegmentEntry], bits: int | None = None) -> list[Content]:
     layers = [torch.cat([tokens_of(step, layer) for step in steps], dim=-2) for layer in range(G.layers)]
-    return seal(layers, [step.length for step in steps], bits)
+    return pack_block(layers, [step.length for step in steps], bits)
 
 
 class Stream:
     """Blocks of steps of random lengths and worths, and what has become of them."""
 
-    def __init__(self, on: Shelves, bits: int | None = None, seed: int = 0) -> None:
+    def __init__(self, on: TierManager, bits: int | None = None, seed: int = 0) -> None:
         self.on, self.bits, self.draw = on, bits, random.Random(seed)
-        self.steps: dict[int, Passage] = {}
+        self.steps: dict[int, SegmentEntry] = {}
         self.gone: list[int] = []
         self.tokens = 0
 
-    def put(self, lengths: Sequence[int] = (), worths: Sequence[float] = ()) -> list[Passage]:
+    def put(self, lengths: Sequence[int] = (), importance: Sequence[float] = ()) -> list[SegmentEntry]:
         """A block, drawn where no lengths are given; returns its steps."""
         lengths = lengths or [self.draw.randint(1, 40) for _ in range(self.draw.randint(1, 4))]
-        worths = worths or [self.draw.choice((0.0, self.draw.random())) for _ in lengths]
+        importance = importance or [self.draw.choice((0.0, self.draw.random())) for _ in lengths]
         block = []
-        for length, worth in zip(lengths, worths, strict=True):
-            block.append(Passage(self.tokens, length, "step", 0, worth))
+        for length, worth in zip(lengths, importance, strict=True):
+            block.append(SegmentEntry(self.tokens, length, "step", 0, worth))
             self.steps[self.tokens] = block[-1]
             self.tokens += length
         self.gone += (step.start for step in self.on.put(content_of(block, self.bits), block))
         return block
 
-    def drop(self, steps: Sequence[Passage]) -> None:
+    def drop(self, steps: Sequence[SegmentEntry]) -> None:
         self.gone += [step.start for step in [*steps, *self.on.drop(steps)]]
 
     def layout(self) -> list[list[list[int]]]:
         """Starts of the steps in each block of each tier."""
-        return [[[step.start for step in its] for its in shelf.blocks.values()] for shelf in self.on._shelves]
+        return [[[step.start for step in its] for its in share.blocks.values()] for share in self.on._shares]
 
     def check(self) -> None:
         """Every step is in one block or forgotten, no cap is passed, and whoever says where it is is right."""
-        for shelf in self.on._shelves:
-            assert shelf.nbytes == sum(block.held.nbytes for block in shelf.blocks) <= shelf.cap
-            assert self.on.nbytes[shelf.tier.name] == shelf.nbytes
-            for block, its in shelf.blocks.items():
+        for share in self.on._shares:
+            assert share.nbytes == sum(block.held.nbytes for block in share.blocks) <= share.cap
+            assert self.on.nbytes[share.tier.name] == share.nbytes
+            for block, its in share.blocks.items():
                 assert [(step.block, step.row) for step in its] == [(block, row) for row in range(len(block.rows))]
                 assert [step.length for step in its] == [rows.tokens for rows in block.rows]
         held = [start for tier in self.layout() for block in tier for start in block]
@@ -88,7 +88,7 @@ class Stream:
         """All that is held is as it was put in."""
         for step in self.steps.values():
             for layer in range(G.layers if step.block is not None else 0):
-                found = read_steps([(step.sealed, step.row)], layer, self.bits, CPU, G.dtype)
+                found = read_steps([(step.offloaded, step.row)], layer, self.bits, CPU, G.dtype)
                 tokens = tokens_of(step, layer).permute(3, 0, 1, 2, 4)
                 if self.bits is not None:
                     tokens = dequantise(quantise(tokens, self.bits, GROUP), 0, step.length, G.dtype)
@@ -137,7 +137,7 @@ def test_becomes_of_blocks_what_plain_lists_say(bits: int | None, caps: list[int
     last: dict[str, Any] = {below: caps[-1]} if bits is None or len(caps) > 1 else {}
     if "disk" in last:
         last["disk_folder"] = str(tmp_path)
-    stream, model = Stream(shelves(caps[0], bits=bits, **last), bits, seed=sum(caps)), Model(caps, bits)
+    stream, model = Stream(manager(caps[0], bits=bits, **last), bits, seed=sum(caps)), Model(caps, bits)
     for _ in range(100):
         block = stream.put()
         model.put([(step.worth, step.start, step.length) for step in block])
@@ -153,7 +153,7 @@ def test_becomes_of_blocks_what_plain_lists_say(bits: int | None, caps: list[int
 def test_older_blocks_lie_further_down_whatever_is_dropped(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
     caps = [draw.randint(2_000, 9_000) for _ in range(2)]
-    on = shelves(caps[0], bits=4, host_memory=caps[1], disk=40_000, disk_folder=str(tmp_path))
+    on = manager(caps[0], bits=4, host_memory=caps[1], disk=40_000, disk_folder=str(tmp_path))
     stream = Stream(on, 4, seed)
     for _ in range(80):
         stream.put()
@@ -174,9 +174,9 @@ def test_older_blocks_lie_further_down_whatever_is_dropped(seed: int, tmp_path: 
 
 def test_a_step_that_has_no_room_at_all_is_forgotten() -> None:
     for on, bits in (
-        (shelves(host_memory=1_000), None),
-        (shelves(0, bits=4), 4),
-        (shelves(0, bits=4, host_memory=10), 4),
+        (manager(host_memory=1_000), None),
+        (manager(0, bits=4), 4),
+        (manager(0, bits=4, host_memory=10), 4),
     ):
         stream = Stream(on, bits)
         stream.put([20, 30])
@@ -185,16 +185,16 @@ def test_a_step_that_has_no_room_at_all_is_forgotten() -> None:
 
 
 def test_where_there_is_no_tier_there_is_no_shelf() -> None:
-    assert not shelves().open
-    assert shelves().nbytes == {}
-    assert shelves(bits=8).open
+    assert not manager().open
+    assert manager().nbytes == {}
+    assert manager(bits=8).open
 
 
 # Forks
 
 
 def test_a_fork_shares_blocks_and_nothing_else(tmp_path: Path) -> None:
-    stream = Stream(shelves(3_000, bits=4, host_memory=3_000, disk=40_000, disk_folder=str(tmp_path)), 4)
+    stream = Stream(manager(3_000, bits=4, host_memory=3_000, disk=40_000, disk_folder=str(tmp_path)), 4)
     for _ in range(12):
         stream.put()
     assert all(stream.layout())
@@ -221,7 +221,7 @@ def test_a_fork_shares_blocks_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(tmp_path: Path) -> None:
-    stream = Stream(shelves(disk=10**6, disk_folder=str(tmp_path)))
+    stream = Stream(manager(disk=10**6, disk_folder=str(tmp_path)))
     with files_of_at_most(40_000), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(60):
@@ -232,14 +232,14 @@ def test_a_full_disk_lowers_the_cap_once_and_the_stream_goes_on(tmp_path: Path) 
     text = str(told[0].message)
     assert "File too large; from now on disk holds" in text
     assert "\n" not in text
-    assert 20_000 < stream.on._shelves[0].cap < 40_000
+    assert 20_000 < stream.on._shares[0].cap < 40_000
     assert stream.gone
-    assert stream.on.nbytes["disk"] > stream.on._shelves[0].cap * 0.8  # it goes on to be used
+    assert stream.on.nbytes["disk"] > stream.on._shares[0].cap * 0.8  # it goes on to be used
     stream.check_reads()
 
 
 def test_a_disk_that_takes_nothing_leaves_blocks_nowhere(tmp_path: Path) -> None:
-    stream = Stream(shelves(host_memory=2_000, disk=10**6, disk_folder=str(tmp_path)))
+    stream = Stream(manager(host_memory=2_000, disk=10**6, disk_folder=str(tmp_path)))
     with files_of_at_most(0), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(20):
@@ -252,7 +252,7 @@ def test_a_disk_that_takes_nothing_leaves_blocks_nowhere(tmp_path: Path) -> None
 
 def test_a_damaged_step_leaves_without_the_others(tmp_path: Path) -> None:
     """Nothing is read for it."""
-    stream = Stream(shelves(disk=10**6, disk_folder=str(tmp_path)))
+    stream = Stream(manager(disk=10**6, disk_folder=str(tmp_path)))
     steps = stream.put([3, 4, 5])
     (path,) = tmp_path.rglob("blocks")
     path.write_bytes(bytes(100) + path.read_bytes()[100:])

@@ -12,16 +12,16 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
-from statekv.cache.spec import Geometry
+from statekv.cache.spec import KVSpec
 from statekv.cache.tiers.base import HostTier, rows_of
-from statekv.cache.tiers.block import seal
+from statekv.cache.tiers.block import pack_block
 from statekv.cache.tiers.plan import MemoryPlan, plan, step_bytes
 from statekv.config import Config, bytes_of
 from statekv.errors import ConfigError
 from tests.cache.tiers.test_block import tokens_of
-from tests.cache.tokens import CPU, geometry
+from tests.cache.tokens import CPU, kv_spec
 
-LARGE = Geometry(kv_heads=4, head_dim=128, dtype=torch.bfloat16, devices=(CPU,) * 28)  # InternVL3-8B
+LARGE = KVSpec(kv_heads=4, head_dim=128, dtype=torch.bfloat16, devices=(CPU,) * 28)  # InternVL3-8B
 TOKEN = 56 * 1024  # bytes, in all layers
 GIB = 1 << 30
 TIERS: list[dict[str, Any]] = [
@@ -42,13 +42,11 @@ SETTINGS = [
 EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
-def shared(
-    memory: int, g: Geometry = LARGE, prefix: int = 40, step: int = 257, room: int = 200, **s: Any
-) -> MemoryPlan:
+def shared(memory: int, g: KVSpec = LARGE, prefix: int = 40, step: int = 257, room: int = 200, **s: Any) -> MemoryPlan:
     return plan(Config(memory=memory, **s), g, prefix, step, room)
 
 
-def told_least(g: Geometry, **settings: Any) -> int:
+def told_least(g: KVSpec, **settings: Any) -> int:
     """What the refusal of hardly any memory asks for."""
     with pytest.raises(ConfigError) as caught:
         shared(1, g, **settings)
@@ -67,8 +65,8 @@ def parts(found: MemoryPlan, token: int) -> int:
 
 
 @EVERY_SETTING
-@pytest.mark.parametrize("g", [LARGE, geometry(), geometry(layers=1, streams=3)], ids=["large", "small", "streams"])
-def test_the_parts_are_the_whole_but_for_less_than_a_token(settings: dict[str, Any], g: Geometry) -> None:
+@pytest.mark.parametrize("g", [LARGE, kv_spec(), kv_spec(layers=1, streams=3)], ids=["large", "small", "streams"])
+def test_the_parts_are_the_whole_but_for_less_than_a_token(settings: dict[str, Any], g: KVSpec) -> None:
     token, least = g.streams * g.bytes_per_token, told_least(g, **settings)
     for memory in (least, least + least // 16, 2 * least, 50 * least + 3):
         found = shared(memory, g, **settings)
@@ -171,8 +169,8 @@ def test_each_dial_takes_its_share() -> None:
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.4])
-@pytest.mark.parametrize("g", [geometry(), geometry(streams=2, dtype=torch.bfloat16)], ids=str)
-def test_the_carried_cache_takes_what_is_planned(g: Geometry, slope: float) -> None:
+@pytest.mark.parametrize("g", [kv_spec(), kv_spec(streams=2, dtype=torch.bfloat16)], ids=str)
+def test_the_carried_cache_takes_what_is_planned(g: KVSpec, slope: float) -> None:
     detailed = DetailedCache(g)
     cache = CarriedCache(g, 20, Rule("recent", sinks=0, seed=0, pinned=0), detailed, slope, remembers=True)
     for tokens in (5, 9, 9, 3, 9, 9, 9):
@@ -186,8 +184,8 @@ def test_the_carried_cache_takes_what_is_planned(g: Geometry, slope: float) -> N
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4, 2])
-@pytest.mark.parametrize("g", [geometry(dtype=torch.bfloat16), geometry(layers=1, streams=3)], ids=str)
-def test_steps_take_what_is_said(bits: int | None, g: Geometry) -> None:
+@pytest.mark.parametrize("g", [kv_spec(dtype=torch.bfloat16), kv_spec(layers=1, streams=3)], ids=str)
+def test_steps_take_what_is_said(bits: int | None, g: KVSpec) -> None:
     lengths = [1, 31, 32, 33, 64, 7, 257]
-    content = seal(tokens_of(g, sum(lengths)), lengths, bits)
+    content = pack_block(tokens_of(g, sum(lengths)), lengths, bits)
     assert HostTier().put(content, rows_of(lengths)).nbytes == sum(step_bytes(g, length, bits) for length in lengths)

@@ -38,7 +38,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 def stream(layout: str = "hf") -> StreamState:
-    return shared_engine(FAMILY).stepper.open(Config(budget=100_000, layout=layout))
+    return shared_engine(FAMILY).runner.open(Config(budget=100_000, layout=layout))
 
 
 def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
@@ -49,7 +49,7 @@ def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
         for frame in frames_of(video(count), fps):
             step = entering(engine.model, [frame], state)
             for segment in step:
-                engine.stepper.prefill(state, segment)
+                engine.runner.prefill(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
@@ -161,7 +161,7 @@ def test_entering_changes_nothing_in_the_stream() -> None:
 @pytest.mark.parametrize("count", [1, 9, 12])
 def test_span_is_enough_and_not_wasteful(layout: str, count: int) -> None:
     taken = entered(count, layout)[-2].next_position
-    promised = shared_engine(FAMILY).model.span(count, 40, 56, layout)  # type: ignore[arg-type]
+    promised = shared_engine(FAMILY).model.max_positions(count, 40, 56, layout)  # type: ignore[arg-type]
     # Late times have more digits, and tiny tokenizers few merges.
     assert taken <= promised <= taken + 6 * count
 

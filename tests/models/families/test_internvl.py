@@ -13,7 +13,7 @@ from tests.tiny import video
 
 
 def stream(layout: str = "hf") -> StreamState:
-    return shared_engine("internvl").stepper.open(Config(budget=100_000, layout=layout))
+    return shared_engine("internvl").runner.open(Config(budget=100_000, layout=layout))
 
 
 def entered(count: int, layout: str = "hf") -> list[Segment]:
@@ -24,7 +24,7 @@ def entered(count: int, layout: str = "hf") -> list[Segment]:
         for frame in some_frames(count):
             step = entering(engine.model, [frame], state)
             for segment in step:
-                engine.stepper.prefill(state, segment)
+                engine.runner.prefill(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
@@ -94,5 +94,5 @@ def test_entering_changes_nothing_in_the_stream() -> None:
 @pytest.mark.parametrize("count", [1, 9, 12])
 def test_span_is_enough_and_not_wasteful(layout: str, count: int) -> None:
     taken = entered(count, layout)[-2].next_position
-    promised = shared_engine("internvl").model.span(count, 40, 56, layout)  # type: ignore[arg-type]
+    promised = shared_engine("internvl").model.max_positions(count, 40, 56, layout)  # type: ignore[arg-type]
     assert taken <= promised <= taken + 20

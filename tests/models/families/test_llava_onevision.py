@@ -30,7 +30,7 @@ FAMILY = "llava_onevision"
 
 
 def stream(layout: str = "hf") -> StreamState:
-    return shared_engine(FAMILY).stepper.open(Config(budget=100_000, layout=layout))
+    return shared_engine(FAMILY).runner.open(Config(budget=100_000, layout=layout))
 
 
 def entered(count: int, layout: str = "hf") -> list[Segment]:
@@ -41,7 +41,7 @@ def entered(count: int, layout: str = "hf") -> list[Segment]:
         for frame in some_frames(count):
             step = entering(engine.model, [frame], state)
             for segment in step:
-                engine.stepper.prefill(state, segment)
+                engine.runner.prefill(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
@@ -178,4 +178,4 @@ def test_entering_changes_nothing_in_the_stream() -> None:
 @pytest.mark.parametrize("count", [1, 9])
 def test_span_is_exact(layout: str, count: int) -> None:
     taken = entered(count, layout)[-2].next_position
-    assert shared_engine(FAMILY).model.span(count, 40, 56, layout) == taken  # type: ignore[arg-type]
+    assert shared_engine(FAMILY).model.max_positions(count, 40, 56, layout) == taken  # type: ignore[arg-type]

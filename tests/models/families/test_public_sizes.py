@@ -162,9 +162,9 @@ def test_its_keys_are_as_the_table_says(name: str) -> None:
     family, known = KNOWN[name]
     model = built(name)
     assert model.model.config.model_type == family
-    geometry = model.geometry()
-    assert (geometry.layers, geometry.kv_heads, geometry.head_dim) == (known.layers, known.kv_heads, known.head_dim)
-    assert geometry.bytes_per_token == known.bytes_per_token
+    spec = model.kv_spec()
+    assert (spec.layers, spec.kv_heads, spec.head_dim) == (known.layers, known.kv_heads, known.head_dim)
+    assert spec.bytes_per_token == known.bytes_per_token
 
 
 @EVERY_CHECKPOINT

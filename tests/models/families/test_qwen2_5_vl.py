@@ -36,7 +36,7 @@ STOCK_HAS_FRACTIONS = Version(transformers.__version__) >= Version("5.23")
 
 
 def stream(layout: str = "hf") -> StreamState:
-    return shared_engine("qwen2_5_vl").stepper.open(Config(budget=100_000, layout=layout))
+    return shared_engine("qwen2_5_vl").runner.open(Config(budget=100_000, layout=layout))
 
 
 def entered(frames: list[Frame], layout: str = "hf") -> list[Segment]:
@@ -47,7 +47,7 @@ def entered(frames: list[Frame], layout: str = "hf") -> list[Segment]:
         for start in range(0, len(frames), 2):
             step = entering(engine.model, frames[start : start + 2], state)
             for segment in step:
-                engine.stepper.prefill(state, segment)
+                engine.runner.prefill(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
@@ -205,6 +205,6 @@ def test_entering_changes_nothing_in_the_stream() -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 12])
 def test_span_is_enough_and_not_wasteful(layout: str, count: int) -> None:
     taken = max(segment.reach for segment in entered(some_frames(count), layout)[:-1])
-    promised = shared_engine("qwen2_5_vl").model.span(count, 40, 56, layout, float(count))  # type: ignore[arg-type]
+    promised = shared_engine("qwen2_5_vl").model.max_positions(count, 40, 56, layout, float(count))  # type: ignore[arg-type]
     assert taken <= promised <= taken + 2 * 16
-    assert shared_engine("qwen2_5_vl").model.span(count, 40, 56, layout) <= promised  # type: ignore[arg-type]
+    assert shared_engine("qwen2_5_vl").model.max_positions(count, 40, 56, layout) <= promised  # type: ignore[arg-type]

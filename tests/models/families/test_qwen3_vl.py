@@ -16,7 +16,7 @@ from tests.tiny import video
 
 
 def stream(layout: str = "hf") -> StreamState:
-    return shared_engine("qwen3_vl").stepper.open(Config(budget=100_000, layout=layout))
+    return shared_engine("qwen3_vl").runner.open(Config(budget=100_000, layout=layout))
 
 
 def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
@@ -27,7 +27,7 @@ def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
         for start in range(0, count, 2):
             step = entering(engine.model, frames[start : start + 2], state)
             for segment in step:
-                engine.stepper.prefill(state, segment)
+                engine.runner.prefill(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
@@ -121,7 +121,7 @@ def test_a_known_number_of_frames_sets_the_size_as_in_stock() -> None:
     recipe = engine.model.recipe  # type: ignore[attr-defined]
     sizes = []
     for expected in (2, None):
-        state = engine.stepper.open(Config(), frames_expected=expected)
+        state = engine.runner.open(Config(), frames_expected=expected)
         engine.model.recipe = type(recipe)(**{**vars(recipe), "shortest_edge": 16384})  # type: ignore[attr-defined]
         try:
             with torch.inference_mode():
@@ -135,5 +135,5 @@ def test_a_known_number_of_frames_sets_the_size_as_in_stock() -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 12])
 def test_span_is_enough_and_not_wasteful(layout: str, count: int) -> None:
     taken = entered(count, layout)[-2].next_position
-    promised = shared_engine("qwen3_vl").model.span(count, 40, 56, layout)  # type: ignore[arg-type]
+    promised = shared_engine("qwen3_vl").model.max_positions(count, 40, 56, layout)  # type: ignore[arg-type]
     assert taken <= promised <= taken + 8 * count
