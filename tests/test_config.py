@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from statekv.config import (
     ATTENTION_DIALS,
@@ -20,6 +22,8 @@ from statekv.config import (
     Config,
     bytes_of,
     check_name,
+    load_named,
+    spell,
     told,
 )
 from statekv.errors import ConfigError
@@ -283,3 +287,90 @@ def test_others_are_refused_in_one_line(amount: Any) -> None:
 def test_counts_are_told_in_a_unit_that_suits_them() -> None:
     counts = (5, 2048, 3 * 2**19, 8 * 2**30, 5 * 2**40)
     assert [told(count) for count in counts] == ["5 B", "2.0 KiB", "1.5 MiB", "8.0 GiB", "5.0 TiB"]
+
+
+class Method:
+    """What `load_named` is asked for in these tests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Every(Method):
+    step: int
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError("step must be\nat least 1")
+
+
+class Forgetful(Method):
+    def __init__(self, step: int = 1) -> None:
+        self.kept = step
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding(Method):
+    step: object
+
+
+HERE = "tests.test_config"
+TABLE: dict[str, str | type[Any]] = {"every": f"{HERE}:Every", "bare": Method}
+
+
+@pytest.mark.parametrize("spelling", ["every(step=3)", f"{HERE}:Every(step=3)", " every ( step = 3 ) ", Every(3)])
+def test_a_method_is_found_by_name_by_place_or_as_it_is(spelling: object) -> None:
+    assert load_named(spelling, TABLE, "method", Method) == Every(3)
+
+
+def test_a_method_is_spelled_so_that_it_can_be_found_again() -> None:
+    assert spell(Every(3, "a(b)'"), TABLE) == """every(step=3, name="a(b)'")"""
+    assert spell(Every(3), {}) == f"{HERE}:Every(step=3, name='x')"
+    assert type(load_named("bare", TABLE, "method", Method)) is Method
+    for table in (TABLE, {}):
+        assert load_named(spell(Every(3, "a(b)'"), table), table, "method", Method) == Every(3, "a(b)'")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "named"),
+    [
+        ("", ["method is ''", "cannot be read", "package.module:Class"]),
+        ("every(3)", ["cannot be read"]),
+        ("every(step=3", ["cannot be read"]),
+        ("every(step=open('x'))", ["cannot be read"]),
+        ("every(**{})(step=1)", ["cannot be read"]),
+        ("every(step=1)(step=2)", ["cannot be read"]),
+        ("other", ["unknown method 'other'", "every, bare, package.module:Class"]),
+        ("every", ["missing", "'step'", "parameters: step, name"]),
+        ("every(step=1, far=2)", ["'far'", "parameters: step, name"]),
+        ("every(step=0)", ["Every refuses: step must be at least 1"]),
+        ("every(step='a')", ["Every refuses"]),
+        ("nowhere.at_all:Every", ["no module nowhere", "PYTHONPATH"]),
+        (f"{HERE}:Never", [f"{HERE} has no Never"]),
+        ("subprocess:Popen(args='true')", ["which is no Method", f"{HERE}.Method"]),
+        ("os:system(command='true')", ["which is no Method"]),
+        (7, ["method is 7", "must be a Method"]),
+        (Every, ["must be a Method", "an instance"]),
+    ],
+)
+def test_a_method_that_cannot_be_had_is_refused_in_one_line(spelling: object, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_named(spelling, TABLE, "method", Method)
+    assert all(part in str(caught.value) for part in named), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_module_that_does_not_import_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_method.py").write_text("raise RuntimeError('out of\\nluck')")
+    (tmp_path / "needy_method.py").write_text("import nowhere.at_all")
+    with pytest.raises(ConfigError, match="broken_method cannot be imported: RuntimeError: out of luck"):
+        load_named("broken_method:Method", {}, "method", Method)
+    with pytest.raises(ConfigError, match="needy_method needs nowhere"):
+        load_named("needy_method:Method", {}, "method", Method)
+
+
+@pytest.mark.parametrize("method", [Forgetful(), Holding(torch.zeros(2))])
+def test_a_method_that_could_not_be_written_down_is_refused(method: Method) -> None:
+    with pytest.raises(ConfigError, match="does not keep its parameter 'step'"):
+        spell(method, TABLE)
