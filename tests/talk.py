@@ -13,7 +13,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
-from statekv.models import adapter
+from statekv.models import adapter_of
 from statekv.models.adapter import Segment, Texts, VideoModel
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.runner import ModelRunner
@@ -41,7 +41,7 @@ def stock_model(family: str, max_position_embeddings: int = 4096) -> Tiny:
 
 def adapted(made: Tiny) -> VideoModel:
     texts = Texts(made.tokenizer, made.chat_template, made.video_json)
-    return adapter(made.config.model_type)(made.model, texts)
+    return adapter_of(made.config.model_type)(made.model, texts)
 
 
 @functools.cache

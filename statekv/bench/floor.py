@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from statekv.bench.harness import Panel, Row, alternate, matmul_rate
 from statekv.bench.models import Size, build, size_of
 from statekv.config import Config
-from statekv.models import adapter
+from statekv.models import adapter_of
 from statekv.models.flops import matrix_weights, step_flops
 from statekv.runner.runner import ModelRunner
 
@@ -101,7 +101,7 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
         for tokens in steps:
             runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))
     formula = sum(step_flops(size, steps, budget, scored_products=2))
-    setting = _setting(name, len(steps) * adapter(size.family).frames_per_step, budget)
+    setting = _setting(name, len(steps) * adapter_of(size.family).frames_per_step, budget)
     remark = f"torch's count of {size.layers} layers; floor: formula"
     return Row(
         "flops",
@@ -149,7 +149,7 @@ def panel(name: str, budgets: Iterable[int], frames: int) -> Panel:
 
 def _steps(size: Size, frames: int) -> list[int]:
     """Vision tokens of each step; the few words around a frame are left out."""
-    return [size.tokens_per_step] * -(-frames // adapter(size.family).frames_per_step)
+    return [size.tokens_per_step] * -(-frames // adapter_of(size.family).frames_per_step)
 
 
 def _setting(name: str, frames: int, budget: int | None) -> dict[str, str | int | float]:

@@ -122,7 +122,7 @@ FAMILIES = {
 }
 
 
-def adapter(model_type: str) -> type[VideoModel]:
+def adapter_of(model_type: str) -> type[VideoModel]:
     """The adapter class of a `model_type`.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from statekv.errors import ConfigError, ModelError
-from statekv.models import FAMILIES, adapter
+from statekv.models import FAMILIES, adapter_of
 from statekv.models.adapter import Texts, VideoModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +47,7 @@ def load_model(
     revision = _revision_of_own_code(name_or_path, revision, trust_remote_code)
     hub = {"revision": revision} if revision else {}
     config = _read_config(source, name_or_path, trust_remote_code, hub)
-    family, own_code = adapter(config.model_type), FAMILIES[config.model_type].own_code
+    family, own_code = adapter_of(config.model_type), FAMILIES[config.model_type].own_code
     if own_code and not trust_remote_code:
         raise _untrusted(name_or_path)
     texts = _read_texts(source, trust_remote_code, hub, {"config": config} if own_code else {})
@@ -63,7 +63,7 @@ def load_model(
 
 def wrap_model(model: Any) -> VideoModel:
     """The adapter for a model that the user already holds; it takes ready-made inputs only."""
-    return adapter(getattr(getattr(model, "config", None), "model_type", type(model).__name__))(model)
+    return adapter_of(getattr(getattr(model, "config", None), "model_type", type(model).__name__))(model)
 
 
 def _revision_of_own_code(name: str, revision: str | None, trust_remote_code: bool) -> str | None:

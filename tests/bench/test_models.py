@@ -24,7 +24,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
-from statekv.models import adapter
+from statekv.models import adapter_of
 from statekv.models.adapter import EncodedStep
 from statekv.models.families.qwen3_vl import Qwen3VL
 from statekv.runner.runner import ModelRunner
@@ -121,7 +121,7 @@ def test_counts_are_those_of_the_model_that_is_built(name: str) -> None:
     assert embedding.shape == (size.vocab, size.hidden)
     assert (model.model.get_output_embeddings().weight is embedding) == size.tied
     assert model.kv_spec().bytes_per_token == size.kv_bytes_per_token(torch.bfloat16)
-    assert isinstance(model, adapter(size.family))
+    assert isinstance(model, adapter_of(size.family))
     assert model.trained_length == size.trained_length
 
 

@@ -7,7 +7,7 @@ import torch
 
 from statekv.errors import ModelError
 from statekv.models import FAMILIES as KNOWN
-from statekv.models import adapter
+from statekv.models import adapter_of
 from statekv.models.adapter import Segment, runs
 from statekv.video.frame import Frame
 from tests.talk import shared_engine, some_frames, stock_model
@@ -71,7 +71,7 @@ def test_sizes_are_read_off_the_model(family: str) -> None:
 @pytest.mark.parametrize("family", EVERY_MODEL)
 def test_end_tokens_fall_back_on_the_text_configuration(family: str) -> None:
     made = tiny(family)
-    model = adapter(made.config.model_type)(made.model)
+    model = adapter_of(made.config.model_type)(made.model)
     model.generator.generation_config.eos_token_id = [3, 5]
     assert model.end_tokens == {3, 5}
     model.generator.generation_config.eos_token_id = None
@@ -92,19 +92,19 @@ def test_sliding_windows_are_refused() -> None:
     made = tiny("internvl")
     made.config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
     with pytest.raises(ModelError, match="sliding_attention"):
-        adapter("internvl")(made.model)
+        adapter_of("internvl")(made.model)
 
 
 def test_rope_that_switches_with_the_length_is_refused() -> None:
     made = tiny("internvl")
     made.model.model.language_model.rotary_emb.rope_type = "longrope"
     with pytest.raises(ModelError, match="longrope"):
-        adapter("internvl")(made.model)
+        adapter_of("internvl")(made.model)
 
 
 def test_unknown_families_fail_with_the_known_ones() -> None:
     with pytest.raises(ModelError, match=r"'llava'.*internvl, qwen3_vl"):
-        adapter("llava")
+        adapter_of("llava")
 
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
@@ -113,7 +113,7 @@ def test_every_family_of_the_table_has_a_tiny_model() -> None:
 
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_table_of_families_holds(family: str) -> None:
-    assert adapter(family).__name__ == KNOWN[family].adapter
+    assert adapter_of(family).__name__ == KNOWN[family].adapter
     assert all(known.name.count("/") == 1 for known in KNOWN[family].checkpoints)
     assert KNOWN[family].own_code or not any(known.revision for known in KNOWN[family].checkpoints)
 
