@@ -68,11 +68,3 @@ def explained(error: Exception) -> Exception:
             )
         cause = cause.__cause__ or cause.__context__
     return error
-
-
-def check_drawing() -> None:
-    """Raise a ConfigError unless matplotlib is installed; before minutes of work, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("drawing needs matplotlib", "pip install 'statekv[plot]'") from None

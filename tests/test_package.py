@@ -55,7 +55,7 @@ before = look()
 import statekv
 for name in statekv.__all__:
     getattr(statekv, name)
-import statekv.models.internvl, statekv.models.qwen3_vl, statekv.models.loading
+import statekv.models.families.internvl, statekv.models.families.qwen3_vl, statekv.models.loading
 print(look() == before)
 """
     assert run(code) == "True"

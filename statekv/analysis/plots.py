@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from statekv.analysis.concentration import BUDGETS
 from statekv.analysis.holdings import Analysis, Moment, Picture, Shares
-from statekv.errors import check_drawing
 
 _LAYER_COLORS = "viridis"
 
@@ -27,11 +26,7 @@ def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:
 
     Returns:
         The files.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
-    check_drawing()
     pictures = {
         "concentration.png": _by_layer(found, name, "captured", "historical attention captured by the best B keys"),
         "recall.png": _by_layer(found, name, "recall", "weighted recall in the candidate pool"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from statekv.errors import ConfigError, check_drawing
+from statekv.errors import ConfigError
 from statekv.models.loading import read_device, read_dtype
 
 _PACKAGES = ("statekv", "torch", "transformers", "triton", "flash-attn")
@@ -81,7 +81,7 @@ class Circumstances:
     @classmethod
     def here(cls, command: str, device: torch.device) -> Circumstances:
         """This machine, now."""
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
         return cls(command, device_name(device), torch.get_num_threads(), _versions(), _commit(), today)
 
 
@@ -307,12 +307,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
-    """Write a PNG.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    check_drawing()
+    """Write a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

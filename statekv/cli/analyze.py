@@ -46,9 +46,6 @@ def analyze(
     path = local_path(video)
     if path is not None:
         check_file(path)
-    from statekv.errors import check_drawing
-
-    check_drawing()
     _make(folder)
     engine = statekv.load(
         model,

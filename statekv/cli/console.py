@@ -53,19 +53,13 @@ class Report:
 
     def __init__(self, bench: str, csv: Path | None, picture: Path | None) -> None:
         from statekv.bench.harness import check_columns
-        from statekv.errors import check_drawing
 
         results = Path("benchmarks", "results")
         self.csv = csv or (results if results.is_dir() else Path("statekv-bench")) / f"{bench}.csv"
-        self.picture: Path | None = picture or self.csv.with_suffix(".png")
+        self.picture = picture or self.csv.with_suffix(".png")
         for path in (self.csv, self.picture):
             _check_place(path)
         check_columns(self.csv)
-        try:
-            check_drawing()
-        except ConfigError as error:
-            notes.print(f"statekv: no picture: {error}", markup=False, soft_wrap=True)
-            self.picture = None
 
     def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel], device: torch.device) -> None:
         """Show the table, append the rows, draw the panels, and say where they are."""
@@ -75,7 +69,7 @@ class Report:
         out().print(table(f"{title} · {here.device}, {here.threads} threads, {here.date}", rows))
         append(self.csv, rows, here)
         written = f"rows: {self.csv}"
-        if self.picture is not None and any(panel.lines for panel in panels):
+        if any(panel.lines for panel in panels):
             draw(panels, self.picture, f"{title} · {here.device}")
             written += f"    picture: {self.picture}"
         notes.print(written, markup=False, soft_wrap=True)

@@ -28,10 +28,8 @@ def demo(
     if budget is not None:
         Config.of("streaming_llm", budget=budget)  # the strictest of the methods
     engine = statekv.load("demo")
-    from statekv.errors import check_drawing
     from statekv.evals.cards.compare import compare, draw_step_times
 
-    check_drawing()
     tokens = engine.model.max_positions(frames, 64, 64, "hf")
     chosen = tokens // 10 if budget is None else budget
     with progress() as bar:

@@ -208,10 +208,8 @@ def picture(
     file: Annotated[Path, typer.Option(help="PNG to write.")] = Path("statekv-eval", "accuracy-cost.png"),
 ) -> None:
     """Draw accuracy against the FLOPs of prefill, a line for each method."""
-    from statekv.errors import check_drawing
     from statekv.evals.report import draw, load
 
-    check_drawing()
     draw(load(results), file)
     notes.print(f"picture: {file}", markup=False, soft_wrap=True)
 

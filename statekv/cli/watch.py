@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -327,7 +327,7 @@ class Watching:
     def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:
         live = self._session.live
         return {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "pts_seconds": self._facts.pts_seconds,
             "question": question,
             "text": text,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from statekv.config import CAPS, METHODS, Config, bytes_of, told
-from statekv.errors import ConfigError, check_drawing
+from statekv.errors import ConfigError
 from statekv.evals import open_task
 from statekv.evals.results import Results, read
 from statekv.evals.task import REFERENCE, Task
@@ -303,10 +303,8 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     """Write a PNG of runs on one task and model.
 
     Raises:
-        ConfigError: matplotlib is not installed, or there is nothing to draw, or the runs are of several tasks or
-            models.
+        ConfigError: there is nothing to draw, or the runs are of several tasks or models.
     """
-    check_drawing()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

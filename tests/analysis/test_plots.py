@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,11 @@ from PIL import Image
 
 from statekv.analysis.holdings import Analysis, Moment
 from statekv.analysis.plots import draw_curves, lit, most_held, write_film, write_strip
-from statekv.errors import ConfigError
 from tests.analysis.streams import watched
 
 
 @pytest.mark.parametrize("budget", [12, 10_000])
 def test_four_figures(tmp_path: Path, budget: int) -> None:
-    pytest.importorskip("matplotlib")
     files = draw_curves(watched("internvl", 6, budget=budget), "tiny", tmp_path)
     assert [file.name for file in files] == ["concentration.png", "recall.png", "churn.png", "held-map.png"]
     assert len({file.read_bytes() for file in files}) == 4
@@ -30,16 +27,7 @@ def test_four_figures(tmp_path: Path, budget: int) -> None:
 
 
 def test_three_steps_can_be_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert len(draw_curves(watched("internvl", 3, budget=12), "tiny", tmp_path)) == 4
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'statekv\[plot\]'") as caught:
-        draw_curves(watched("internvl", 3, budget=12), "tiny", tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_one_held_patch_is_the_one_bright_rectangle() -> None:

@@ -6,7 +6,6 @@ import csv
 import datetime
 import json
 import math
-import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +30,7 @@ from statekv.bench.harness import (
     turns_within,
     wait,
 )
-from statekv.errors import ConfigError, check_drawing
+from statekv.errors import ConfigError
 
 ROW = Row("attention", "blocked", {"model": "a, b", "budget": 256}, "ms", (4.0, 1.0, 2.0, 3.0, 5.0), 1.5, 2.0)
 LEFT_OUT = Row("attention", "naive", {"budget": 16384}, "ms", (), 1.5, 2.0, "left out: too large")
@@ -183,7 +182,6 @@ LOG = Panel("log", "budget", "ms", {"sdpa": [(256, 1.0), (4096, 12.0)]}, log_x=T
 
 @pytest.mark.parametrize("panels", [[RISING], [RISING, LOG] * 4])
 def test_a_png_with_something_on_it(tmp_path: Path, panels: list[Panel]) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "new" / "picture.png"
     draw(panels, path, "a title")
     with Image.open(path) as picture:
@@ -195,17 +193,8 @@ def test_a_png_with_something_on_it(tmp_path: Path, panels: list[Panel]) -> None
 
 
 def test_other_points_give_another_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     flat = Panel("rising", "step", "ms", {name: [(x, 1.0) for x, _ in line] for name, line in RISING.lines.items()})
     for name, panel in (("rising", RISING), ("again", RISING), ("flat", flat)):
         draw([panel], tmp_path / f"{name}.png")
     rising, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("rising", "again", "flat"))
     assert rising == again != other
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for use in (check_drawing, lambda: draw([RISING], tmp_path / "picture.png")):
-        with pytest.raises(ConfigError, match=r"pip install 'statekv\[plot\]'"):
-            use()
-    assert not list(tmp_path.iterdir())

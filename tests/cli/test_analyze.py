@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tables_and_pictures_are_written_and_the_means_are_shown(film: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = command("analyze", film, "--budget", "30", "--out", tmp_path / "new" / "found")
     assert found.code == 0
     assert sorted(path.name for path in (tmp_path / "new" / "found").iterdir()) == sorted(FILES)
@@ -41,7 +39,6 @@ def test_tables_and_pictures_are_written_and_the_means_are_shown(film: Path, tmp
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_json_of_a_checkpoint_in_a_folder(family: str, film: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     model = tiny(family).save(tmp_path / family)
     line = ("--model", model, "--layers", "0,2", "--max-frames", "6", "--budget", "20", "--json")
     found = command("analyze", film, *line, "--out", tmp_path / "out")
@@ -53,7 +50,6 @@ def test_json_of_a_checkpoint_in_a_folder(family: str, film: Path, tmp_path: Pat
 
 
 def test_a_budget_above_the_stream_is_fine_and_said(film: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = command("analyze", film, "--out", tmp_path)
     assert found.code == 0
     told, _ = found.err.splitlines()
@@ -71,9 +67,3 @@ def test_what_is_wrong_is_one_line(film: Path, tmp_path: Path) -> None:
     assert "layer 7 is not there, the model has 0 to 4" in refused("analyze", film, "--layers", "7", *out)
     assert "cannot be a folder" in refused("analyze", film, "--out", film)
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_without_matplotlib_nothing_is_started(film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'statekv[plot]'" in refused("analyze", film, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @EVERY_BENCH
 def test_a_bench_leaves_a_table_rows_and_a_picture(line: tuple[str, ...], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     rows, picture = tmp_path / "deep" / "rows.csv", tmp_path / "picture.png"
     found = bench(*line, "--csv", rows, "--picture", picture)
     assert found.code == 0
@@ -151,17 +149,6 @@ def test_places_that_cannot_be_written_to(line: tuple[str, ...], tmp_path: Path)
     assert "prices.csv does not begin with" in refused("bench", *line, "--csv", tmp_path / "prices.csv")
 
 
-def test_without_matplotlib_table_and_rows_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    found = bench(*FLOPS, "--csv", tmp_path / "rows.csv")
-    assert found.code == 0
-    first, second = found.err.splitlines()
-    assert first.startswith("statekv: no picture: drawing needs matplotlib")
-    assert second == f"rows: {tmp_path / 'rows.csv'}"
-    assert "internvl3-1b" in found.out
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
-
-
 def test_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("statekv.bench.floor.measure", interrupt)
     complaint(command("bench", *FLOPS, "--csv", tmp_path / "rows.csv"), 130)
@@ -200,7 +187,6 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bench_leaves_a_table_rows_and_a_picture_bench_streams(
     line: tuple[str, ...], film: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib")
     rows, picture = tmp_path / "rows.csv", tmp_path / "picture.png"
     file = (film,) if line[0] == "video" else ()
     found = bench(*line, *file, "--csv", rows, "--picture", picture)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -366,15 +365,6 @@ def test_a_demo_into_a_folder_that_cannot_be_made() -> None:
     if not Path("/proc/self").exists():
         pytest.skip("no /proc")
     assert "/proc/nowhere" in refused(*_demo(Path("/proc/nowhere")))
-
-
-def test_a_demo_without_matplotlib_does_not_lose_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It either says so before the minutes of work, or shows the table all the same."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    found = command(*_demo(tmp_path / "d"))
-    assert "Traceback" not in found.err
-    assert [line for line in found.err.splitlines() if line.startswith("statekv: ") and "matplotlib" in line]
-    assert "statekv" in found.out or not list(tmp_path.glob("d/*.mp4"))
 
 
 def _demo(folder: Path) -> tuple[str | Path, ...]:

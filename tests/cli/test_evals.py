@@ -89,7 +89,6 @@ def test_the_table_as_data(ran: tuple[Path, Result]) -> None:
 
 
 def test_the_picture(ran: tuple[Path, Result], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = command("eval", "picture", ran[0], "--file", tmp_path / "new" / "cost.png")
     assert (found.code, found.out) == (0, "")
     assert found.err.splitlines() == [f"picture: {tmp_path / 'new' / 'cost.png'}"]

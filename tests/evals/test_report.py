@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -246,7 +245,6 @@ def pixels(path: Path) -> bytes:
 
 
 def test_every_run_changes_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     drawn = []
     for number, runs in enumerate(([RUN], [RUN, SMALL], [RUN, SMALL, LARGE])):
         path = tmp_path / "new" / f"{number}.png"
@@ -256,7 +254,6 @@ def test_every_run_changes_the_picture(tmp_path: Path) -> None:
 
 
 def test_methods_of_one_cost_are_set_apart(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     draw([RUN, SMALL, replace(SMALL, method="random")], tmp_path / "both.png")
     with Image.open(tmp_path / "both.png") as picture:
         axes = picture.convert("RGB").crop((0, 0, int(0.7 * picture.width), picture.height))  # without the legend
@@ -265,7 +262,6 @@ def test_methods_of_one_cost_are_set_apart(tmp_path: Path) -> None:
 
 
 def test_runs_without_questions_or_intervals_are_no_obstacle(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     nan = float("nan")
     failed = replace(SMALL, method="random", questions=0, headlines={"accuracy": nan}, flops=nan, chance=nan)
     draw([failed, replace(RUN, low=nan, high=nan)], tmp_path / "some.png")
@@ -283,16 +279,9 @@ def test_runs_without_questions_or_intervals_are_no_obstacle(tmp_path: Path) -> 
     ],
 )
 def test_what_does_not_belong_together(tmp_path: Path, runs: list[Figures], told: str) -> None:
-    pytest.importorskip("matplotlib")
     with pytest.raises(ConfigError, match=told):
         draw(runs, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'statekv\[plot\]'"):
-        draw([RUN], tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from statekv.cache.stream import StreamState
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
-from statekv.errors import ConfigError, check_drawing
+from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, Question, questions, write_story
 from statekv.video.file import read_frames
@@ -168,12 +168,7 @@ _SMOOTHED_OVER = 16  # steps
 
 
 def draw_step_times(results: Sequence[MethodResult], path: Path, title: str) -> None:
-    """Write a PNG with one line per method, the median over the videos.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    check_drawing()
+    """Write a PNG with one line per method, the median over the videos."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from PIL import Image
 
 from statekv.engine.engine import Engine, load
-from statekv.errors import ConfigError
 from statekv.evals.cards.compare import METHODS, REFERENCE, MethodResult, compare, draw_step_times
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, write_story
 from statekv.video.file import probe
@@ -179,14 +177,12 @@ def colors(path: Path) -> int:
 
 
 def test_a_png_with_something_on_it(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "new" / "times.png"
     draw_step_times([RISING, FLAT], path, "64 frames")
     assert colors(path) > 30
 
 
 def test_lines_that_differ_give_pictures_that_differ(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     pictures = []
     for index, result in enumerate((FLAT, RISING)):
         draw_step_times([MethodResult("x", step_ms=result.step_ms)], tmp_path / f"{index}.png", "")
@@ -196,14 +192,5 @@ def test_lines_that_differ_give_pictures_that_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 15, 20])
 def test_few_steps_can_be_drawn(tmp_path: Path, steps: int) -> None:
-    pytest.importorskip("matplotlib")
     draw_step_times([MethodResult("full", step_ms=[[1.0] * steps])], tmp_path / "few.png", "")
     assert colors(tmp_path / "few.png") > 1
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'statekv\[plot\]'") as caught:
-        draw_step_times([FLAT], tmp_path / "times.png", "")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "times.png").exists()
