@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from statekv.video.frame import Frame
 
 __version__ = version("statekv")
+
+logging.getLogger("statekv").addHandler(logging.NullHandler())  # heard once the application listens
 
 # Looked up at first use: importing statekv imports neither torch nor transformers.
 _HOMES = {
@@ -42,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

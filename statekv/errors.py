@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StateKVError(Exception):
     """Anything a user can mend.
@@ -55,6 +58,25 @@ class StorageWarning(UserWarning):
 
 class SpeedWarning(UserWarning):
     """Something that makes the work slower than it could be, but not wrong."""
+
+
+@contextmanager
+def need(package: str, extra: str, why: str = "") -> Iterator[None]:
+    """Around the imports of an optional package: without it, what to install is said.
+
+    Args:
+        package: its name.
+        extra: of statekv, that brings it.
+        why: what cannot be done without it.
+
+    Raises:
+        ConfigError: the package is not there, or does not load.
+    """
+    try:
+        yield
+    except ImportError as error:
+        reason = f"the package {package} does not load: {error}"
+        raise ConfigError(f"{why}, but {reason}" if why else reason, f"pip install 'statekv[{extra}]'") from None
 
 
 def explained(error: Exception) -> Exception:

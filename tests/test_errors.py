@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from importlib import import_module
 
 import pytest
 
 from statekv import errors
-from statekv.errors import StateKVError
+from statekv.errors import ConfigError, StateKVError, need
 
 KINDS = [
     kind
@@ -46,3 +47,22 @@ def test_survives_copies_and_pickles(kind: type[StateKVError]) -> None:
 def test_warnings_are_not_errors() -> None:
     assert issubclass(errors.VideoWarning, UserWarning)
     assert not issubclass(errors.VideoWarning, StateKVError)
+
+
+def test_an_optional_package_that_is_missing_says_how_to_install_it() -> None:
+    with pytest.raises(ConfigError) as told, need("there_is_none", "eval", "x.parquet is a Parquet file"):
+        import_module("there_is_none")
+    assert told.value.message == (
+        "x.parquet is a Parquet file, but the package there_is_none does not load: No module named 'there_is_none'"
+    )
+    assert told.value.hint == "pip install 'statekv[eval]'"
+    with pytest.raises(ConfigError, match=r"^the package there_is_none does not load"), need("there_is_none", "gpu"):
+        import_module("there_is_none")
+
+
+def test_an_optional_package_that_is_there_is_imported_and_other_errors_pass() -> None:
+    with need("json", "eval"):
+        import json
+    assert json.loads("1") == 1
+    with pytest.raises(ZeroDivisionError), need("json", "eval"):
+        _ = 1 / 0

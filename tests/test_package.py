@@ -25,9 +25,17 @@ def test_importing_imports_neither_torch_nor_transformers() -> None:
     assert run(f"import sys, statekv; print([name for name in {heavy!r} if name in sys.modules])") == "[]"
 
 
-def test_settings_and_errors_need_no_torch() -> None:
-    code = "import sys, statekv; statekv.Config(budget=3); statekv.StateKVError; print('torch' in sys.modules)"
-    assert run(code) == "False"
+def test_settings_and_the_command_line_need_no_torch() -> None:
+    """So that help, versions and bad input are told at once."""
+    commands = [f"statekv.cli.{file.stem}" for file in (Path(statekv.__file__).parent / "cli").glob("[a-z]*.py")]
+    light = ["statekv.config", "statekv.errors", "statekv.engine.interrupts", *commands]
+    code = f"""
+import importlib, sys
+for name in {light!r}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
+    assert run(code) == ""
 
 
 def test_importing_everything_leaves_transformers_as_it_was() -> None:
@@ -65,7 +73,19 @@ def test_public_names() -> None:
     assert set(statekv.__all__) >= {"Config", "Frame", "Session", "StateKVError", "__version__", "generate", "load"}
     for name in statekv.__all__:
         assert getattr(statekv, name) is not None
-    assert set(statekv.__all__) <= set(dir(statekv))
+    assert dir(statekv) == statekv.__all__ == sorted(statekv.__all__)
+
+
+def test_a_library_is_silent_until_somebody_listens() -> None:
+    """What is logged goes to the application's handlers; without any, nothing is written to stderr."""
+    code = """
+import logging, statekv, sys
+sys.stderr = sys.stdout
+logging.getLogger("statekv.engine").warning("unheard")
+logging.basicConfig(stream=sys.stdout, format="%(name)s: %(message)s")
+logging.getLogger("statekv.engine").warning("heard")
+"""
+    assert run(code) == "statekv.engine: heard"
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, need
 from statekv.evals.task import Broken, EvalQuestion, EvalVideo
 
 _KINDS: Mapping[type, str] = {str: "text", list: "a list of texts", int: "a whole number", float: "a number"}
@@ -158,14 +158,9 @@ def _text(file: Path) -> str:
 
 
 def _parquet(file: Path) -> list[Any]:
-    try:
+    with need("pyarrow", "eval", f"{file.name} is a Parquet file"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(
-            f"{file.name} is a Parquet file, which pyarrow reads, and pyarrow is not installed",
-            "pip install 'statekv[eval]', or convert the file to JSON lines",
-        ) from None
     try:
         found: list[Any] = parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:

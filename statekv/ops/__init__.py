@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from statekv.errors import ConfigError, SpeedWarning
+from statekv.errors import ConfigError, SpeedWarning, need
 from statekv.ops import cpu, reference
 
 __all__ = ["IMPLEMENTATIONS", "attention_with_key_scores", "implementation"]
@@ -127,9 +127,10 @@ def _announce(reason: str, way_out: str) -> None:
 def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str] | None:
     """Why the kernels in `flash` cannot run, and what would help; None where they can."""
     try:
-        from statekv.ops import triton
-    except ImportError as error:
-        return f"the package triton does not load: {error}", "pip install 'statekv[gpu]'"
+        with need("triton", "gpu"):
+            from statekv.ops import triton
+    except ConfigError as error:
+        return error.message, error.hint
     if device.type == "cuda" and triton.INTERPRETED:
         return "TRITON_INTERPRET is set, which is for CPUs", "unset TRITON_INTERPRET"
     if device.type != "cuda" and not triton.INTERPRETED:
