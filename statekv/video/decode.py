@@ -34,6 +34,8 @@ from statekv.video.frame import Orientation
 from statekv.video.sampling import Sampler
 
 _UNSTAMPED = ("mjpeg", "mpjpeg", "h264", "hevc", "m4v", "image2pipe", "jpeg_pipe")
+# Metadata that is not UTF-8 ends PyAV 18 unless it is told otherwise; 19 reads it, and knows no such argument.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
 _URL_TIMEOUTS_SECONDS = (30.0, 60.0)  # to connect, to read on
 
 
@@ -140,7 +142,7 @@ def open_track(
             mode="r",
             format=piped.format if piped else address.format,
             options={**address.options, **(options or {})},
-            metadata_errors="replace",
+            **_LENIENT,
             timeout=None if patient else timeouts_seconds,
         )
     except (FFmpegError, OSError) as error:

@@ -216,7 +216,7 @@ def test_a_long_film_is_rendered_piece_by_piece_as_it_is_written(monkeypatch: py
 
     def counting(story: Story, times: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
         rendered.append(len(times))
-        return rendering.render(story, times, size)
+        return render(story, times, size)
 
     def consume(path: Any, frames: Any, fps: float) -> None:
         nonlocal written
