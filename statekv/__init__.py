@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from statekv.errors import explained
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from statekv.errors import StateKVError
     from statekv.video.frame import Frame
 
-__version__ = version("statekv")
+    __version__: str
 
 logging.getLogger("statekv").addHandler(logging.NullHandler())  # heard once the application listens
 
@@ -36,6 +35,8 @@ __all__ = ["Config", "Engine", "Frame", "Session", "StateKVError", "__version__"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it takes longer than everything else here
+        return import_module("importlib.metadata").version("statekv")
     if name not in _HOMES:
         raise AttributeError(f"module 'statekv' has no attribute {name!r}")
     try:

@@ -1,30 +1,26 @@
-"""Every setting and its default, in one frozen, checked place."""
+"""Every setting, declared once: default, help, range, and all that follows from them, in one frozen, checked place.
+
+The options of the commands, their pages in the docs, the JSON schema, what may differ in a batch and what a restore may
+change derive from the fields of `Config`.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
 RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
-# Dials of carry="attention" beyond the paper; with their defaults they do nothing.
-ATTENTION_DIALS = ("decay", "value_norms", "layer_slope", "pin_newest", "coverage")
-RETRIEVED_POSITIONS = ("keep", "reindex")
-ON_HORIZON = ("error", "compact")
-BITS = (8, 4, 2)
-CAPS = ("memory", "host_memory", "disk")
-LAYOUTS = ("hf", "release")
-KERNELS = ("auto", "naive", "blocked", "triton")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
-# What each method sets. All of it makes the method what it is, but for numbers, which only say how much.
+# What each method sets. All of it makes the method what it is, but for whole numbers, which only say how much.
 METHODS: Mapping[str, Mapping[str, str | bool | int]] = {
     "statekv": {"carry": "attention", "recall": "all"},
     "full": {"carry": "all", "recall": "all"},
@@ -39,176 +35,448 @@ METHODS: Mapping[str, Mapping[str, str | bool | int]] = {
 }
 
 
-@dataclass(frozen=True)
+class Kind(NamedTuple):
+    """What a setting may be.
+
+    Attributes:
+        option: what the command line reads.
+        schema: JSON schema of it.
+        read: from the setting's name and a value to the value as it is kept; raises ConfigError where it is none of
+            this kind.
+        known: all there are, where there are so few.
+    """
+
+    option: type
+    schema: Mapping[str, Any]
+    read: Callable[[str, Any], Any]
+    known: tuple[str, ...] = ()
+
+
+def _one_of(*known: str) -> Kind:
+    def read(name: str, value: Any) -> Any:
+        check_name(f"`{name}`", value, known)
+        return value
+
+    return Kind(str, {"enum": known}, read, known)
+
+
+def _some_of(known: tuple[str, ...]) -> Kind:
+    def read(name: str, value: Any) -> Any:
+        for part in value.split(","):
+            check_name(name.removesuffix("s"), part, known)
+        return value
+
+    return Kind(str, {"type": "string"}, read)
+
+
+def _whole(least: int, bits: int | None = None) -> Kind:
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            rule = f"`{name}` is {value!r}, but must be a whole number of at least {least}"
+            raise ConfigError(rule, f"give {least} or more")
+        if bits is not None and value >= 2**bits:
+            raise ConfigError(f"`{name}` is {value}, but must be below 2^{bits}", "give a smaller one")
+        return value
+
+    return Kind(int, {"type": "integer", "minimum": least} | ({} if bits is None else {"maximum": 2**bits - 1}), read)
+
+
+def _number(told: str, schema: Mapping[str, Any], fine: Callable[[float], bool]) -> Kind:
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fine(value):
+            rule = f"`{name}` is {value!r}, but must be a number {told}"
+            raise ConfigError(rule, "leave it out for the default")
+        return value
+
+    return Kind(float, {"type": "number", **schema}, read)
+
+
+def _share(least: int, most: int) -> Kind:
+    told, schema = f"from {least} to {most}", {"minimum": least, "maximum": most}
+    return _number(told, schema, lambda value: least <= value <= most)
+
+
+def _switch(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{name}` is {value!r}, but must be True or False", "leave it out for the default")
+    return value
+
+
+def _bits(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or value not in (8, 4, 2):
+        raise ConfigError(f"`{name}` is {value!r}, but must be 8, 4 or 2", "leave it out to quantise nothing")
+    return value
+
+
+SWITCH = Kind(bool, {"type": "boolean"}, _switch)
+RATE = _number("above 0", {"exclusiveMinimum": 0}, lambda value: 0 < value < float("inf"))
+SECONDS = _number("of at least 0", {"minimum": 0}, lambda value: 0 <= value < float("inf"))
+BYTES = Kind(str, {"type": ["integer", "string"]}, lambda name, value: bytes_of(f"`{name}`", value))
+BITS = Kind(int, {"enum": (8, 4, 2)}, _bits)
+TEXT = Kind(str, {"type": "string"}, lambda _, value: value)
+
+
+class Needs(NamedTuple):
+    """What has to stand beside a setting for it to mean something.
+
+    Attributes:
+        other: the setting that decides.
+        met: whether it does, among all values by name.
+        told: what the other has to be, in words.
+        way_out: how it becomes that, in words.
+    """
+
+    other: str
+    met: Callable[[Mapping[str, Any]], bool]
+    told: str
+    way_out: str
+
+
+def _given(other: str) -> Needs:
+    return Needs(other, lambda values: values[other] is not None, f"`{other}`", f"give `{other}`")
+
+
+ATTENTION = Needs(
+    "carry", lambda values: values["carry"] == "attention", "`carry` 'attention'", "set `carry` to 'attention'"
+)
+
+
+class Scope(NamedTuple):
+    """Where a setting may differ.
+
+    Attributes:
+        of_one_stream: streams may differ in it and yet step as one batch, because it is of sources, answers, the
+            detailed cache, or of how a step alone is run.
+        on_restore: a restored session may have it anew, because it is of answers, of how fast things go, or of the
+            source.
+        planned: but not where memory has a cap, for the plan that shares the memory out has counted on it.
+    """
+
+    of_one_stream: bool = False
+    on_restore: bool = False
+    planned: bool = False
+
+
+# A setting that comes to exist keeps streams apart and stays as it is, until somebody has thought about it.
+OF_THE_STEP = Scope()
+OF_THE_STREAM = Scope(of_one_stream=True)
+FREE = Scope(of_one_stream=True, on_restore=True)
+
+
+class Setting(NamedTuple):
+    """A field of `Config`, and all that is known of it.
+
+    Attributes:
+        name: of the field.
+        default: the value where none is given.
+        optional: whether it may be None.
+        help: what it is.
+        kind: what it may be.
+        panel: where the help of the commands shows it.
+        needs: that without which it means nothing; None: it always does.
+        scope: where it may differ.
+    """
+
+    name: str
+    default: Any
+    optional: bool
+    help: str
+    kind: Kind
+    panel: str
+    needs: Needs | None = None
+    scope: Scope = OF_THE_STEP
+
+    @property
+    def option(self) -> str:
+        """As the command line has it: --max-frames."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def description(self) -> str:
+        """The help, and the names that are known."""
+        return f"{self.help} One of: {', '.join(self.kind.known)}." if self.kind.known else self.help
+
+    def shown(self, value: Any) -> str:
+        """A value of it, in words."""
+        return told(value) if self.kind is BYTES and isinstance(value, int) else repr(value)
+
+    def may_change(self, capped: bool) -> bool:
+        """Whether a restored session may have it anew; `capped`: whether its memory has a cap."""
+        return self.scope.on_restore and not (capped and self.scope.planned)
+
+
+def _setting(
+    default: Any, help: str, kind: Kind, panel: str, scope: Scope = OF_THE_STEP, needs: Needs | None = None
+) -> Any:
+    known = {"help": help, "kind": kind, "panel": panel, "needs": needs, "scope": scope}
+    return field(default=default, metadata=known)
+
+
+@dataclass(frozen=True, repr=False)
 class Config:
     """How a stream is watched and answered.
 
-    Attributes:
-        budget: tokens kept per layer and KV head in the carried cache (the paper's B).
-        carry: which keys go on to the next step: attention (best key scores), recent, sink_recent, all, random.
-        recall: which keys an answer sees: all, recent (the newest `budget`), sink_recent, retrieve (the steps that
-            match the question best, chosen layer by layer), last_frames (the newest frames alone, encoded anew for
-            each question; no frame enters the stream).
-        sinks: tokens from the start of the stream that sink_recent keeps; they count towards the budget.
-        pin_prefix: keep the prompt's prefix in the carried cache whatever its scores; it counts towards the budget.
-        decay: what the score that a carried key had before counts beside its score in a new step, 0 … 1; 0 forgets
-            it, 1 adds up.
-        value_norms: multiply a key's score by the length (L2) of its value.
-        layer_slope: the first layer's budget is `budget` · (1 + layer_slope), the last one's `budget` · (1 -
-            layer_slope), those between lie on a line, so that the sum stays; between -1 and 1.
-        pin_newest: newest steps whose keys stay carried whatever their scores; they count towards the budget.
-        coverage: share of the budget (without a pinned prefix) that goes to a sample of the whole stream, drawn as
-            carry="random" draws it, 0 … 1; the rest goes by score.
-        retrieve: steps that recall="retrieve" shows to an answer in each layer, besides the text around the frames.
-        retrieve_newest: newest steps that it shows besides those, whatever the question.
-        retrieve_carried: whether it shows the carried keys too.
-        retrieve_positions: positions of retrieved keys: keep (where they were seen, with gaps between them) or reindex
-            (moved up to the question, as if the steps that are left out had never been).
-        last_frames: frames that recall="last_frames" shows.
-        uniform: spread max_frames over the whole video, and refuse a source whose length is unknown.
-        layout: prompt around the frames: hf (the checkpoint's processor) or release (the public StateKV code).
-        fps: frames per second at most; None keeps every frame.
-        max_frames: frames at most, spread over the video; None sets no cap.
-        horizon: positions that RoPE is scaled for; None: the video's length where it is known, else the trained length.
-        on_horizon: what happens when the next step would pass the horizon: error, or compact (older steps move closer
-            together, and the stream goes on); None: error for a file of known length, else compact.
-        memory: cap on what one stream takes on the model's device, in bytes or as "8GiB" (docs/tiers.md); None: none.
-        host_memory: cap on what moves from there to the host's memory; None: nothing does.
-        disk: cap on what moves from there to files; None: nothing does.
-        disk_folder: where these files lie; None: the system's folder for temporary files.
-        bits: keys and values that leave the newest part of the device's memory are quantised: 8, 4 or 2; None: not.
-        max_new_tokens: longest answer, in tokens.
-        kernel: implementation of attention with key scores: auto, naive, blocked, triton.
-        score_every: score keys with every n-th query of a step, counted from its last; 1, all, is the method.
-        seed: of carry="random" and of sampled answers.
-        prefetch: frames decoded ahead of the model.
-        schemes: protocols of sources that may be opened, with commas.
-        max_lag_seconds: how long a frame of a live source waits before a newer one pushes it out.
-        reconnect_seconds: how long a live source that went away is waited for; 0: its end is the end.
-        vision_batch: steps whose pictures pass the vision tower together while a source is watched.
-        graph: on CUDA, replay recorded steps once the carried cache is full.
-        pack: on a CPU in float32, step on a second copy of the weights that MKL has laid out, where memory allows it.
-
     Raises:
-        ConfigError: a value outside its range, or an unknown name.
+        ConfigError: a value outside its range, an unknown name, or settings that do not go together.
     """
 
-    budget: int = 4096
-    carry: str = "attention"
-    recall: str = "all"
-    sinks: int = 4
-    pin_prefix: bool = False
-    decay: float = 0.0
-    value_norms: bool = False
-    layer_slope: float = 0.0
-    pin_newest: int = 0
-    coverage: float = 0.0
-    retrieve: int = 64
-    retrieve_newest: int = 0
-    retrieve_carried: bool = False
-    retrieve_positions: str = "keep"
-    last_frames: int = 4
-    uniform: bool = False
-    layout: str = "hf"
-    fps: float | None = 1.0
-    max_frames: int | None = None
-    horizon: int | None = None
-    on_horizon: str | None = None
-    memory: int | str | None = None
-    host_memory: int | str | None = None
-    disk: int | str | None = None
-    disk_folder: str | None = None
-    bits: int | None = None
-    max_new_tokens: int = 128
-    kernel: str = "auto"
-    score_every: int = 1
-    seed: int = 0
-    prefetch: int = 8
-    schemes: str = ",".join(SCHEMES)
-    max_lag_seconds: float = 2.0
-    reconnect_seconds: float = 300.0
-    vision_batch: int = 8
-    graph: bool = True
-    pack: bool = True
+    budget: int = _setting(4096, "Tokens carried per layer and KV head: the paper's B.", _whole(1), "Method")
+    carry: str = _setting("attention", "Which keys go on to the next step.", _one_of(*CARRIES), "Method")
+    recall: str = _setting(
+        "all",
+        "Which keys an answer sees: all, the newest of the budget with or without sinks, the steps that match the "
+        "question best, or those of the newest frames alone.",
+        _one_of(*RECALLS),
+        "Method",
+        OF_THE_STREAM,
+    )
+    sinks: int = _setting(
+        4,
+        "Tokens from the start of the stream that sink_recent keeps; they count towards the budget.",
+        _whole(0),
+        "Method",
+    )
+    pin_prefix: bool = _setting(
+        False,
+        "Carry the prompt's prefix whatever its scores; it counts towards the budget. Some methods do.",
+        SWITCH,
+        "Method",
+    )
+    decay: float = _setting(
+        0.0,
+        "What the score that a carried key had before counts beside its score in a new step: 0 forgets it, 1 adds up.",
+        _share(0, 1),
+        "Method",
+        needs=ATTENTION,
+    )
+    value_norms: bool = _setting(
+        False, "Multiply a key's score by the length (L2) of its value.", SWITCH, "Method", needs=ATTENTION
+    )
+    layer_slope: float = _setting(
+        0.0,
+        "Share by which the first layer's budget is above the mean and the last one's below it; those between lie on a "
+        "line.",
+        _share(-1, 1),
+        "Method",
+        needs=ATTENTION,
+    )
+    pin_newest: int = _setting(
+        0,
+        "Newest steps whose keys stay carried whatever their scores; they count towards the budget.",
+        _whole(0),
+        "Method",
+        needs=ATTENTION,
+    )
+    coverage: float = _setting(
+        0.0,
+        "Share of the budget, without a pinned prefix, that goes to a random sample of the whole stream.",
+        _share(0, 1),
+        "Method",
+        needs=ATTENTION,
+    )
+    retrieve: int = _setting(
+        64,
+        "Steps that recall retrieve shows to an answer, chosen in each layer, besides the text around the frames.",
+        _whole(1),
+        "Answers",
+        FREE._replace(planned=True),
+    )
+    retrieve_newest: int = _setting(
+        0,
+        "Newest steps that recall retrieve shows besides those, whatever the question.",
+        _whole(0),
+        "Answers",
+        FREE._replace(planned=True),
+    )
+    retrieve_carried: bool = _setting(
+        False, "Let recall retrieve show the carried keys too.", SWITCH, "Answers", OF_THE_STREAM
+    )
+    retrieve_positions: str = _setting(
+        "keep",
+        "Positions of retrieved keys: where they were seen, with gaps between them, or moved up to the question, as if "
+        "the steps that are left out had never been.",
+        _one_of("keep", "reindex"),
+        "Answers",
+        OF_THE_STREAM,
+    )
+    last_frames: int = _setting(
+        4,
+        "Newest frames that recall last_frames shows, encoded anew for each question; no frame enters the stream.",
+        _whole(1),
+        "Answers",
+        OF_THE_STREAM,
+    )
+    uniform: bool = _setting(
+        False,
+        "Spread max_frames over the whole video, and refuse a source whose length is unknown.",
+        SWITCH,
+        "Source",
+        OF_THE_STREAM,
+    )
+    layout: str = _setting(
+        "hf",
+        "Prompt around the frames: the checkpoint's processor's, or that of the public StateKV code.",
+        _one_of("hf", "release"),
+        "Prompt",
+        OF_THE_STREAM,
+    )
+    fps: float | None = _setting(1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM)
+    max_frames: int | None = _setting(
+        None, "Frames at most, spread over the video.", _whole(1), "Source", OF_THE_STREAM
+    )
+    horizon: int | None = _setting(
+        None,
+        "Positions that RoPE is scaled for; by default the video's length where it is known, else the trained length.",
+        _whole(1),
+        "Prompt",
+        OF_THE_STREAM,
+    )
+    on_horizon: str | None = _setting(
+        None,
+        "When the next step would pass the horizon: stop, or move older steps closer together and go on; by default "
+        "error for a file of known length, else compact.",
+        _one_of("error", "compact"),
+        "Prompt",
+        OF_THE_STREAM,
+    )
+    memory: int | str | None = _setting(
+        None,
+        "Most that one stream may take on the model's device, in bytes or as 8GiB, 500MB; by default there is no cap.",
+        BYTES,
+        "Memory",
+        OF_THE_STREAM,
+    )
+    host_memory: int | str | None = _setting(
+        None,
+        "Most that moves from there to the host's memory; nothing if left out.",
+        BYTES,
+        "Memory",
+        OF_THE_STREAM,
+        _given("memory"),
+    )
+    disk: int | str | None = _setting(
+        None,
+        "Most that moves from there to files; nothing if left out.",
+        BYTES,
+        "Memory",
+        OF_THE_STREAM,
+        _given("memory"),
+    )
+    disk_folder: str | None = _setting(
+        None,
+        "Where these files lie; by default among the system's temporary files.",
+        TEXT,
+        "Memory",
+        FREE,
+        _given("disk"),
+    )
+    bits: int | None = _setting(
+        None,
+        "Quantise what leaves the newest part of the device's memory: 8, 4 or 2.",
+        BITS,
+        "Memory",
+        OF_THE_STREAM,
+        _given("memory"),
+    )
+    max_new_tokens: int = _setting(128, "Longest answer, in tokens.", _whole(1), "Answers", FREE)
+    kernel: str = _setting(
+        "auto",
+        "Implementation of attention with key scores.",
+        _one_of("auto", "naive", "blocked", "triton"),
+        "Speed",
+        Scope(on_restore=True),
+    )
+    score_every: int = _setting(
+        1,
+        "Score keys with every n-th query of a step, counted from its last; 1, all, is the method.",
+        _whole(1),
+        "Method",
+    )
+    seed: int = _setting(0, "Of what is drawn: carry random, coverage, sampled answers.", _whole(0, bits=63), "Method")
+    prefetch: int = _setting(8, "Frames decoded ahead of the model.", _whole(1), "Speed", FREE)
+    schemes: str = _setting(
+        ",".join(SCHEMES), "Protocols of sources that may be opened, with commas.", _some_of(SCHEMES), "Source", FREE
+    )
+    max_lag_seconds: float = _setting(
+        2.0, "Seconds that a frame of a live source waits before newer ones push it out.", SECONDS, "Source", FREE
+    )
+    reconnect_seconds: float = _setting(
+        300.0,
+        "Seconds that a live source that went away is waited for; 0: its end is the end.",
+        SECONDS,
+        "Source",
+        FREE,
+    )
+    vision_batch: int = _setting(
+        8, "Steps whose pictures pass the vision tower together while a source is watched.", _whole(1), "Speed", FREE
+    )
+    graph: bool = _setting(
+        True, "On CUDA, replay recorded steps once the carried cache is full.", SWITCH, "Speed", FREE
+    )
+    pack: bool = _setting(
+        True,
+        "On a CPU in float32, step on a second copy of the weights that MKL has laid out, where memory allows it.",
+        SWITCH,
+        "Speed",
+        FREE,
+    )
+    _method: str = field(default="", compare=False)  # the name that it was made with; `replace` hands it on
 
     def __post_init__(self) -> None:
-        for name, known in _NAMES.items():
-            if name != "on_horizon" or self.on_horizon is not None:
-                check_name(name, getattr(self, name), known)
-        for name in CAPS:
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, bytes_of(name, getattr(self, name)))  # "8GiB" and its bytes are equal
-        if self.bits is not None and (isinstance(self.bits, bool) or self.bits not in BITS):
-            raise ConfigError(f"bits is {self.bits!r}, but must be 8, 4 or 2", "leave it out to quantise nothing")
-        for name, least in _COUNTS.items():
-            _check_count(name, getattr(self, name), least)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}, but must be below 2^63", "give a smaller one")
-        _check_rate(self.fps)
-        for scheme in self.schemes.split(","):
-            check_name("scheme", scheme, SCHEMES)
-        for name in ("max_lag_seconds", "reconnect_seconds"):
-            _check_seconds(name, getattr(self, name))
-        for name, (least, most) in _SHARES.items():
-            _check_share(name, getattr(self, name), least, most)
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                rule = f"{name} is {getattr(self, name)!r}, but must be True or False"
-                raise ConfigError(rule, "leave it out for the default")
-        for rule, way_out in self._contradictions():
+        for setting in SETTINGS.values():
+            value = getattr(self, setting.name)
+            if not (value is None and setting.optional):
+                object.__setattr__(self, setting.name, setting.kind.read(setting.name, value))
+        for rule, way_out in (*self._without_meaning(), *self._contradictions()):
             raise ConfigError(rule, way_out)
+        object.__setattr__(self, "_method", _name_of(self.settings, self._method))
+
+    def _without_meaning(self) -> Iterator[tuple[str, str]]:
+        """Settings that mean nothing beside the others: the rule, and the way out."""
+        values = self.settings
+        for setting in SETTINGS.values():
+            value, needs = values[setting.name], setting.needs
+            if needs is None or value == setting.default or needs.met(values):
+                continue
+            other = values[needs.other]
+            beside = f"without `{needs.other}`" if other is None else f"with `{needs.other}` {other!r}"
+            rule = f"`{setting.name}` is {setting.shown(value)} {beside}, but means something only with {needs.told}"
+            yield rule, f"{needs.way_out}, or leave `{setting.name}` out"
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together: the rule, and the way out."""
         if "sink_recent" in (self.carry, self.recall) and self.sinks >= self.budget:
-            yield (
-                f"sinks is {self.sinks} with a budget of {self.budget}, but the sinks count towards the budget",
-                "raise budget or lower sinks",
-            )
-        for name in ATTENTION_DIALS:
-            value = getattr(self, name)
-            if self.carry != "attention" and value:
-                rule = f"{name} is {value!r} with carry {self.carry!r}, but it is a dial of carry 'attention'"
-                yield rule, f"set carry to 'attention', or leave {name} out"
+            rule = f"`sinks` is {self.sinks} with a `budget` of {self.budget}, but the sinks count towards the budget"
+            yield rule, "raise `budget` or lower `sinks`"
         if self.budget * (1 - abs(self.layer_slope)) < 1:
+            slope = f"`layer_slope` is {self.layer_slope} with a `budget` of {self.budget}"
+            yield f"{slope}, which leaves a layer without a key", "raise `budget`, or bring `layer_slope` nearer to 0"
+        if self.recall == "retrieve" and self.retrieve_carried and self.carry == "all":
+            rule = "`retrieve_carried` is True with `carry` 'all', but where all keys are carried there is no choice"
+            yield rule, "set `recall` to 'all', or `retrieve_carried` to False"
+        if self.recall == "retrieve" and self.retrieve_carried and self.retrieve_positions == "reindex":
             rule = (
-                f"layer_slope is {self.layer_slope} with a budget of {self.budget}, which leaves a layer without a key"
+                "`retrieve_carried` is True with `retrieve_positions` 'reindex', but carried keys keep their positions"
             )
-            yield rule, "raise budget, or bring layer_slope nearer to 0"
-        if self.recall == "retrieve" and self.retrieve_carried:
-            if self.carry == "all":
-                rule = "retrieve_carried is True with carry 'all', but where all keys are carried there is no choice"
-                yield rule, "set recall to 'all', or retrieve_carried to False"
-            if self.retrieve_positions == "reindex":
-                rule = (
-                    "retrieve_carried is True with retrieve_positions 'reindex', but carried keys keep their positions"
-                )
-                yield rule, "set retrieve_positions to 'keep', or retrieve_carried to False"
+            yield rule, "set `retrieve_positions` to 'keep', or `retrieve_carried` to False"
         if self.recall == "last_frames" and self.carry != "all":
-            rule = (
-                f"carry is {self.carry!r} with recall 'last_frames', but frames that are encoded anew carry nothing on"
-            )
-            yield rule, "set carry to 'all', or use the method last_frames"
+            rule = f"`carry` is {self.carry!r} with `recall` 'last_frames', but frames encoded anew carry nothing on"
+            yield rule, "set `carry` to 'all', or use the method last_frames"
         if self.uniform and self.max_frames is None:
-            yield "max_frames is None, but uniform spreads a number of frames over the video", "give max_frames"
+            rule = "`max_frames` is None, but `uniform` spreads a number of frames over the video"
+            yield rule, "give `max_frames`"
+        yield from self._uncappable()
 
-        for name in ("host_memory", "disk", "bits"):
-            value = getattr(self, name)
-            if value is not None and self.memory is None:
-                rule = (
-                    f"{name} is {_shown(name, value)} without memory, but only what memory has no room for goes there"
-                )
-                yield rule, f"give memory, or leave {name} out"
-        if self.disk_folder is not None and self.disk is None:
-            yield f"disk_folder is {self.disk_folder!r} without disk, so that no file goes there", "give disk"
-        if self.memory is not None and self.carry == "all":
-            rule = f"memory is {_shown('memory', self.memory)} with carry 'all', but such steps need all of it"
-            yield rule, "choose a method with a budget, or leave memory out"
-        if self.memory is not None and self.recall in ("recent", "sink_recent"):
-            rule = (
-                f"memory is {_shown('memory', self.memory)} with recall {self.recall!r}, which shows the newest alone"
-            )
-            yield rule, "set recall to 'all' or 'retrieve', or leave memory out"
+    def _uncappable(self) -> Iterator[tuple[str, str]]:
+        if self.memory is None:
+            return
+        capped = f"`memory` is {SETTINGS['memory'].shown(self.memory)}"
+        if self.carry == "all":
+            rule = f"{capped} with `carry` 'all', but such steps need all of it"
+            yield rule, "choose a method with a `budget`, or leave `memory` out"
+        if self.recall in ("recent", "sink_recent"):
+            rule = f"{capped} with `recall` {self.recall!r}, which shows the newest alone"
+            yield rule, "set `recall` to 'all' or 'retrieve', or leave `memory` out"
 
     @classmethod
     def of(cls, method: str | None = None, **settings: Any) -> Config:
@@ -219,88 +487,86 @@ class Config:
         """
         return cls().with_(method, **settings)
 
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> Config:
+        """What `facts` has written down. Saves of format 0.1 hold no method; it is told from their settings."""
+        return cls(**{"_method" if name == "method" else name: value for name, value in facts.items()})
+
     def with_(self, method: str | None = None, **settings: Any) -> Config:
         """A copy with another method and other settings; what the former method had set goes with it."""
-        known = [field.name for field in fields(self)]
         for name in settings:
-            check_name("setting", name, known)
+            check_name("setting", name, tuple(SETTINGS))
         if method is not None:
             check_name("method", method, tuple(METHODS))
             settings = {**self._of_method(), **METHODS[method], **settings}
-        return replace(self, **settings)
+        return Config(**{**self.settings, **settings}, _method=method or self._method)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The method and every setting, for JSON."""
+        return {"method": self.method, **self.settings}
 
     @property
     def method(self) -> str:
-        """Name of the dials' setting; `carry+recall` where it has none."""
-        found = [
-            name
-            for name, settings in METHODS.items()
-            if all(getattr(self, field) == value for field, value in settings.items() if field not in _COUNTS)
-        ]
-        # Uniform sampling is full attention too: the more a method asks for, the more its name says.
-        return max(found, key=lambda name: len(METHODS[name]), default=f"{self.carry}+{self.recall}")
+        """The method that it was made with, for as long as it is that: numbers and what the method leaves open may
+        differ. Else the method that its dials make, or `carry+recall`."""
+        return self._method
 
     def _of_method(self) -> dict[str, Any]:
         """Defaults of what this configuration has from its method."""
         taken = METHODS.get(self.method, {})
-        return {f.name: f.default for f in fields(self) if f.name in taken and getattr(self, f.name) == taken[f.name]}
+        return {name: SETTINGS[name].default for name, value in taken.items() if getattr(self, name) == value}
+
+    def __repr__(self) -> str:
+        """`Config.of('rekv', budget=99)`: the method, and what differs from it and from the defaults."""
+        named = METHODS.get(self.method, {})
+        plain = {name: setting.default for name, setting in SETTINGS.items()}
+        others = [f"{name}={value!r}" for name, value in self.settings.items() if value != {**plain, **named}[name]]
+        return f"Config.of({', '.join([repr(self.method), *others])})" if named else f"Config({', '.join(others)})"
 
 
-_NAMES = {
-    "carry": CARRIES,
-    "recall": RECALLS,
-    "retrieve_positions": RETRIEVED_POSITIONS,
-    "layout": LAYOUTS,
-    "on_horizon": ON_HORIZON,
-    "kernel": KERNELS,
+SETTINGS: Mapping[str, Setting] = {
+    one.name: Setting(one.name, one.default, "None" in str(one.type), **one.metadata)
+    for one in fields(Config)
+    if one.metadata
 }
-_COUNTS = {
-    **dict.fromkeys(
-        ("budget", "max_frames", "horizon", "max_new_tokens", "score_every", "prefetch", "vision_batch"), 1
-    ),
-    **dict.fromkeys(("retrieve", "last_frames"), 1),
-    **dict.fromkeys(("sinks", "seed", "retrieve_newest", "pin_newest"), 0),
-}
-_SHARES = {"decay": (0, 1), "layer_slope": (-1, 1), "coverage": (0, 1)}
-_SWITCHES = ("pin_prefix", "value_norms", "retrieve_carried", "uniform", "graph", "pack")
+_listed = "\n".join(f"        {setting.name}: {setting.description}" for setting in SETTINGS.values())
+Config.__doc__ = (Config.__doc__ or "").replace("    Raises:", f"    Attributes:\n{_listed}\n\n    Raises:")
 
 
-def _shown(name: str, value: int | str | None) -> str:
-    return told(value) if name in CAPS and isinstance(value, int) else str(value)
+def schema() -> dict[str, Any]:
+    """JSON schema of the settings, every one of which may be left out."""
+    properties = {}
+    for name, setting in SETTINGS.items():
+        kind = {"anyOf": [setting.kind.schema, {"type": "null"}]} if setting.optional else setting.kind.schema
+        properties[name] = {**kind, "default": setting.default, "description": setting.description}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _name_of(values: Mapping[str, Any], made_with: str) -> str:
+    """The method's name: that which it was made with if it is still true, else the one that asks for the most."""
+
+    def fits(method: str) -> bool:
+        own = METHODS.get(method)
+        return own is not None and all(
+            values[name] == value for name, value in own.items() if SETTINGS[name].kind.option is not int
+        )
+
+    if fits(made_with):
+        return made_with
+    found = [method for method in METHODS if fits(method)]
+    return max(found, key=lambda method: len(METHODS[method]), default=f"{values['carry']}+{values['recall']}")
 
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:
     """Raise a ConfigError that lists the known names unless `value` is one of them."""
     if value not in known:
         raise ConfigError(f"unknown {what} {value!r}", f"known: {', '.join(known)}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if value is None and name in ("max_frames", "horizon"):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        rule = f"{name} is {value!r}, but must be a whole number of at least {least}"
-        raise ConfigError(rule, f"give {least} or more")
-
-
-def _check_share(name: str, value: object, least: int, most: int) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and least <= value <= most):  # type: ignore[operator]
-        raise ConfigError(
-            f"{name} is {value!r}, but must be a number from {least} to {most}", "leave it out for the default"
-        )
-
-
-def _check_seconds(name: str, value: object) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 <= value < float("inf")):  # type: ignore[operator]
-        raise ConfigError(f"{name} is {value!r}, but must be a number of at least 0", "leave it out for the default")
-
-
-def _check_rate(fps: object) -> None:
-    number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
-    if fps is not None and not (number and 0 < fps < float("inf")):  # type: ignore[operator]
-        raise ConfigError(f"fps is {fps!r}, but must be a number above 0", "leave it out for 1 frame per second")
 
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_SETTING = re.compile(r"`([a-z_]+)`")
 
 
 class StateKVError(Exception):
@@ -21,7 +24,18 @@ class StateKVError(Exception):
 
 
 class ConfigError(StateKVError):
-    """A setting outside its range, or two settings that contradict each other."""
+    """A setting outside its range, or two settings that contradict each other.
+
+    Settings may be named in backquotes. They are shown without; elsewhere a setting may have another spelling.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self._written = message, hint
+        super().__init__(*(_SETTING.sub(r"\1", text) for text in self._written))
+
+    def spelled(self, spell: Callable[[str], str]) -> ConfigError:
+        """The same error, each setting's name as `spell` has it."""
+        return ConfigError(*(_SETTING.sub(lambda found: spell(found[1]), text) for text in self._written))
 
 
 class VideoError(StateKVError):

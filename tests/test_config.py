@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,28 @@ import pytest
 import torch
 
 from statekv.config import (
-    ATTENTION_DIALS,
-    CAPS,
+    ATTENTION,
+    BYTES,
     CARRIES,
-    KERNELS,
-    LAYOUTS,
     METHODS,
-    ON_HORIZON,
     RECALLS,
-    RETRIEVED_POSITIONS,
+    SETTINGS,
     Config,
+    Setting,
     bytes_of,
     check_name,
     load_named,
+    schema,
     spell,
     told,
 )
 from statekv.errors import ConfigError
+
+CAPS = [name for name, setting in SETTINGS.items() if setting.kind is BYTES]
+
+
+def known(name: str) -> tuple[str, ...]:
+    return SETTINGS[name].kind.known
 
 
 def test_the_defaults_are_the_paper() -> None:
@@ -34,7 +41,7 @@ def test_the_defaults_are_the_paper() -> None:
     assert config.method == "statekv"
     assert (config.carry, config.recall, config.budget, config.pin_prefix) == ("attention", "all", 4096, False)
     assert config.score_every == 1
-    assert not any(getattr(config, name) for name in ATTENTION_DIALS)
+    assert not any(getattr(config, name) for name, setting in SETTINGS.items() if setting.needs is ATTENTION)
     assert config == Config.of() == Config.of("statekv")
 
 
@@ -93,6 +100,85 @@ def test_another_method_replaces_both_dials_and_nothing_else() -> None:
     assert config.with_(None, budget=11).carry == "recent"
 
 
+def test_the_method_is_what_it_was_made_with() -> None:
+    """Not what its dials would be called by somebody who has not made it."""
+    config = Config.of("full", uniform=True, max_frames=9)
+    assert config.method == "full"
+    assert Config(carry="all", uniform=True, max_frames=9).method == "uniform"
+    assert config == Config(carry="all", uniform=True, max_frames=9)  # who made it changes nothing about it
+    for kept in (config.with_(budget=3), dataclasses.replace(config, budget=3), copy.deepcopy(config)):
+        assert kept.method == "full"
+
+
+@pytest.mark.parametrize("changed", [{"carry": "recent"}, {"recall": "sink_recent"}], ids=str)
+def test_another_dial_takes_the_name_away(changed: dict[str, Any]) -> None:
+    expected = Config(**{"carry": "attention", **changed}).method
+    assert Config.of("statekv", **changed).method == expected != "statekv"
+    assert dataclasses.replace(Config(), **changed).method == expected
+
+
+@pytest.mark.parametrize("config", [Config(), Config.of("full", uniform=True, max_frames=9), Config(recall="recent")])
+def test_what_is_written_down_comes_back(config: Config) -> None:
+    facts = json.loads(json.dumps(config.facts))
+    found = Config.of_facts(facts)
+    assert (found, found.method) == (config, config.method)
+    del facts["method"]  # as 0.1 wrote it
+    assert Config.of_facts(facts) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (Config(), "Config.of('statekv')"),
+        (Config.of("rekv", budget=99), "Config.of('rekv', budget=99)"),
+        (Config(carry="random", recall="recent"), "Config(carry='random', recall='recent')"),
+        (Config.of("uniform"), "Config.of('uniform')"),
+        (Config.of("uniform", max_frames=None, uniform=False), "Config.of('full')"),
+        (Config(memory="1GiB", fps=None), "Config.of('statekv', fps=None, memory=1073741824)"),
+    ],
+    ids=str,
+)
+def test_it_shows_what_is_not_as_it_would_be_anyway(config: Config, shown: str) -> None:
+    assert repr(config) == shown
+    again = eval(shown)
+    assert (again, again.method) == (config, config.method)
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_is_declared(setting: Setting) -> None:
+    assert getattr(Config(), setting.name) == setting.default
+    assert setting.help[0].isupper()
+    assert setting.help.endswith(".")
+    assert (setting.default is None) <= setting.optional
+    assert setting.scope.planned <= setting.scope.on_restore
+    assert f"{setting.name}: {setting.help}" in (Config.__doc__ or "")
+
+
+def test_the_schema_is_that_of_the_declarations() -> None:
+    found = json.loads(json.dumps(schema()))
+    assert found["properties"].keys() == SETTINGS.keys()
+    assert found["properties"]["coverage"] | {"description": ""} == {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.0,
+        "description": "",
+    }
+    assert found["properties"]["max_frames"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"type": "null"}]
+    assert found["properties"]["recall"]["enum"] == list(RECALLS)
+    for name, setting in SETTINGS.items():
+        assert found["properties"][name]["default"] == setting.default
+        assert setting.help in found["properties"][name]["description"]
+
+
+def test_errors_can_be_spelled_as_the_command_line_does() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(max_frames=0)
+    assert str(caught.value).startswith("max_frames is 0, but must be")
+    told = caught.value.spelled(lambda name: SETTINGS[name].option)
+    assert str(told) == str(caught.value).replace("max_frames", "--max-frames")
+
+
 @pytest.mark.parametrize("former", METHODS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_leaves_nothing_to_the_next(former: str, method: str) -> None:
@@ -108,7 +194,7 @@ def test_what_was_set_by_hand_stays() -> None:
     [
         ({"carry": "best"}, ["carry 'best'", *CARRIES]),
         ({"recall": "best"}, ["recall 'best'", *RECALLS]),
-        ({"retrieve_positions": "new"}, ["retrieve_positions 'new'", *RETRIEVED_POSITIONS]),
+        ({"retrieve_positions": "new"}, ["retrieve_positions 'new'", *known("retrieve_positions")]),
         ({"retrieve": 0}, ["retrieve is 0", "at least 1"]),
         ({"retrieve_newest": -1}, ["retrieve_newest is -1", "at least 0"]),
         ({"retrieve_carried": 1}, ["retrieve_carried is 1", "True or False"]),
@@ -124,8 +210,8 @@ def test_what_was_set_by_hand_stays() -> None:
             {"recall": "retrieve", "retrieve_carried": True, "retrieve_positions": "reindex"},
             ["retrieve_carried is True", "'reindex'", "set retrieve_positions to 'keep'"],
         ),
-        ({"layout": "chat"}, ["layout 'chat'", *LAYOUTS]),
-        ({"kernel": "cuda"}, ["kernel 'cuda'", *KERNELS]),
+        ({"layout": "chat"}, ["layout 'chat'", *known("layout")]),
+        ({"kernel": "cuda"}, ["kernel 'cuda'", *known("kernel")]),
         ({"budget": 0}, ["budget is 0", "at least 1"]),
         ({"budget": -5}, ["budget is -5", "at least 1"]),
         ({"budget": 2.5}, ["budget is 2.5", "whole number"]),
@@ -136,7 +222,7 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"vision_batch": 0}, ["vision_batch is 0", "at least 1"]),
         ({"graph": "off"}, ["graph is 'off'", "True or False"]),
         ({"horizon": 0}, ["horizon is 0", "at least 1"]),
-        ({"on_horizon": "wrap"}, ["on_horizon 'wrap'", *ON_HORIZON]),
+        ({"on_horizon": "wrap"}, ["on_horizon 'wrap'", *known("on_horizon")]),
         ({"max_new_tokens": 0}, ["max_new_tokens is 0", "at least 1"]),
         ({"prefetch": 0}, ["prefetch is 0", "at least 1"]),
         ({"sinks": -1}, ["sinks is -1", "at least 0"]),
@@ -249,7 +335,7 @@ def test_an_unknown_setting_lists_the_known() -> None:
     with pytest.raises(ConfigError) as caught:
         Config.of(bugdet=3)
     assert "'bugdet'" in str(caught.value)
-    assert all(field.name in caught.value.hint for field in dataclasses.fields(Config))
+    assert all(name in caught.value.hint for name in SETTINGS)
 
 
 def test_check_name_returns_for_known_names() -> None:

@@ -22,7 +22,7 @@ from statekv.cache.tiers.base import Content
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import MemoryPlan
-from statekv.config import Config
+from statekv.config import SETTINGS, Config
 from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 
 _STEPS = "steps"
@@ -144,7 +144,7 @@ def _layer_name(layer: int) -> str:
 def _facts(state: StreamState) -> dict[str, Any]:
     return {
         "geometry": _geometry(state.spec),
-        "config": dataclasses.asdict(state.config),
+        "config": state.config.facts,
         "pinned": state.pinned,
         "compaction": dataclasses.asdict(state.compaction),
         "carried": list(state.carried.lengths),
@@ -178,11 +178,11 @@ def _check_geometry(saved: Saved, found: dict[str, Any], expected: dict[str, Any
 
 
 def _config(saved: Saved, settings: dict[str, Any]) -> Config:
-    unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
+    unknown = settings.keys() - SETTINGS.keys() - {"method"}
     if unknown:
         rule = f"{saved.folder} was saved with the setting {min(unknown)!r}, which this version does not know"
         raise SaveError(rule, "restore it with the version that saved it")
-    return Config(**settings)
+    return Config.of_facts(settings)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,49 +13,40 @@ from rich.table import Table
 import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, out, progress
-from statekv.config import Config
+from statekv.config import SETTINGS, Config
 from statekv.errors import ConfigError
-from statekv.video.address import check_file, local_path
 
 if TYPE_CHECKING:
     from statekv.analysis.holdings import Analysis
 
-_DEFAULT = Config()
+# Of answers and of memory that is short nothing is shown, and both streams take one step at a time.
+_NOT = ("recall", "on_horizon", "uniform", "max_lag_seconds", "reconnect_seconds", "vision_batch")
+_SETTINGS = [
+    name for name, setting in SETTINGS.items() if setting.panel not in ("Answers", "Memory") and name not in _NOT
+]
 
 
+@options.generated(_SETTINGS, max_frames=options.Default(128))
 def analyze(
     video: options.Video,
-    model: options.Model = "demo",
-    budget: options.Budget = _DEFAULT.budget,
+    *,
     layers: Annotated[str | None, typer.Option(help="Layers to look at, with commas; all if left out.")] = None,
-    fps: options.Fps = 1.0,
-    max_frames: Annotated[int, typer.Option(help="Frames at most, spread over the video.")] = 128,
-    horizon: options.Horizon = None,
     folder: Annotated[Path, typer.Option("--out", help="Where tables and pictures go.")] = Path("statekv-analysis"),
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    loading: options.Loading,
+    method: options.Method = None,
+    settings: options.Settings,
 ) -> None:
     """Show where attention goes in VIDEO, how long it stays there, and which patches are carried on."""
-    settings: dict[str, Any] = {"budget": budget, "fps": fps, "horizon": horizon}
-    Config.of(**settings, max_frames=max_frames)
+    from statekv.video.address import check_file, local_path
+
+    Config.of(method, **settings)
     chosen = None if layers is None else _numbers(layers)
     path = local_path(video)
     if path is not None:
         check_file(path)
     _make(folder)
-    engine = statekv.load(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **settings,
-    )
+    engine = statekv.load(**loading, method=method, **settings)
     from statekv.analysis.holdings import analyse
 
     with progress() as bar:
@@ -63,11 +54,11 @@ def analyze(
         found = analyse(
             engine,
             video,
-            max_frames=max_frames,
+            max_frames=settings["max_frames"],
             layers=chosen,
             on_step=lambda frames: bar.update(task, completed=frames),
         )
-    _publish(found, Path(model).name, folder, as_json)
+    _publish(found, Path(loading.get("model", "demo")).name, folder, as_json)
 
 
 def _publish(found: Analysis, name: str, folder: Path, as_json: bool) -> None:

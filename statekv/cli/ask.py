@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, progress
-from statekv.config import ATTENTION_DIALS, CAPS, Config
+from statekv.config import Config
 from statekv.errors import ConfigError, StateKVError, VideoError
 
 if TYPE_CHECKING:
@@ -21,133 +21,65 @@ if TYPE_CHECKING:
     from statekv.engine.session import Session
 
 
-_DEFAULT = Config()
-_SETTINGS = (
-    "budget",
-    "fps",
-    "max_frames",
-    "max_new_tokens",
-    "carry",
-    "recall",
-    "sinks",
-    "pin_prefix",
-    *ATTENTION_DIALS,
-    "retrieve",
-    "retrieve_newest",
-    "retrieve_carried",
-    "retrieve_positions",
-    "last_frames",
-    "layout",
-    "horizon",
-    "on_horizon",
-    *CAPS,
-    "disk_folder",
-    "bits",
-    "kernel",
-    "score_every",
-    "vision_batch",
-    "graph",
-    "pack",
-    "seed",
-)
+AskedVideo = Annotated[
+    str | None, typer.Argument(help="A video file or URL; left out with --restore.", show_default=False)
+]
+AskedQuestions = Annotated[list[str] | None, typer.Argument(help="One or more questions.", show_default=False)]
+Restore = Annotated[
+    Path | None,
+    typer.Option(help="Go on with what --save kept; every argument is a question, model and settings stay."),
+]
 
 
+@options.generated()
 def ask(
     context: typer.Context,
-    video: options.AskedVideo = None,
-    questions: options.AskedQuestions = None,
-    model: options.Model = "demo",
-    method: options.Method = None,
-    budget: options.Budget = _DEFAULT.budget,
-    fps: options.Fps = 1.0,
-    max_frames: options.MaxFrames = None,
-    max_new_tokens: options.MaxNewTokens = _DEFAULT.max_new_tokens,
-    carry: options.Carry = None,
-    recall: options.Recall = None,
-    sinks: options.Sinks = _DEFAULT.sinks,
-    pin_prefix: options.PinPrefix = None,
-    decay: options.Decay = _DEFAULT.decay,
-    value_norms: options.ValueNorms = False,
-    layer_slope: options.LayerSlope = _DEFAULT.layer_slope,
-    pin_newest: options.PinNewest = _DEFAULT.pin_newest,
-    coverage: options.Coverage = _DEFAULT.coverage,
-    retrieve: options.Retrieve = _DEFAULT.retrieve,
-    retrieve_newest: options.RetrieveNewest = _DEFAULT.retrieve_newest,
-    retrieve_carried: options.RetrieveCarried = False,
-    retrieve_positions: options.RetrievePositions = _DEFAULT.retrieve_positions,
-    last_frames: options.LastFrames = _DEFAULT.last_frames,
-    layout: options.LayoutName = _DEFAULT.layout,
-    horizon: options.Horizon = None,
-    on_horizon: options.OnHorizon = None,
-    memory: options.Memory = None,
-    host_memory: options.HostMemory = None,
-    disk: options.Disk = None,
-    disk_folder: options.DiskFolder = None,
-    bits: options.Bits = None,
-    kernel: options.Kernel = _DEFAULT.kernel,
-    score_every: options.ScoreEvery = _DEFAULT.score_every,
-    vision_batch: options.VisionBatch = _DEFAULT.vision_batch,
-    graph: options.Graph = _DEFAULT.graph,
-    pack: options.Pack = _DEFAULT.pack,
-    seed: options.Seed = _DEFAULT.seed,
-    stream: options.VideoStream = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    video: AskedVideo = None,
+    questions: AskedQuestions = None,
+    *,
     save: options.Save = None,
-    restore: options.Restore = None,
-    as_json: options.AsJson = False,
+    restore: Restore = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    loading: options.Loading,
+    method: options.Method = None,
+    settings: options.Settings,
+    stream: options.VideoStream = None,
 ) -> None:
     """Watch VIDEO once, answer every QUESTION about it."""
-    given = dict(locals())
     asked = list(questions or ())
     if restore is not None and video is not None:
         asked.insert(0, video)
-    # Checked before the model is loaded, which takes its time.
     if not asked:
         context.fail("Missing argument 'QUESTIONS...'.")
-    _check(asked, save)
-    _watch_and_answer(given, typed_options(context), asked)
-
-
-def _watch_and_answer(given: dict[str, Any], typed: set[str], questions: list[str]) -> None:
-    save, restore = given["save"], given["restore"]
-    name, engine, session = _open(given) if restore is None else _restore(given, typed)
+    # Checked before the model is loaded, and before torch is, which take their time.
+    if any(not question.strip() for question in asked):
+        raise ConfigError("the question is empty", "ask something about the video")
+    if restore is None:
+        Config.of(method, **settings)
+        _check_source(str(video))
+    check_target(save)
+    if restore is None:
+        name, engine = loading.get("model", "demo"), statekv.load(**loading, method=method, **settings)
+        session = engine.open(str(video), stream=stream)
+    else:
+        name, engine = load_again(restore, loading, method=method, stream=stream)
+        session = engine.restore(restore, **settings)
     with session:
-        for question in questions:
+        for question in asked:
             engine.check_question(question)
         if session.source is not None:  # else its frames were pushed
             _watch(session, save, restore)
         _save(session, save)
-        for question in questions:
-            _answer(session, question, name, given["as_json"])
+        for question in asked:
+            _answer(session, question, name, as_json)
 
 
-def _open(given: dict[str, Any]) -> tuple[str, Engine, Session]:
-    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
-    Config.of(given["method"], **settings)
-    _check_source(given["video"])
-    loading = {name: given[name] for name in LOADING}
-    engine = statekv.load(given["model"], given["method"], **loading, **settings)
-    return given["model"], engine, engine.open(given["video"], stream=given["stream"])
-
-
-def _restore(given: dict[str, Any], typed: set[str]) -> tuple[str, Engine, Session]:
-    """The session in a folder, on the model that the folder names; both with what was typed beside it."""
-    name, engine = load_again(given["restore"], given, typed)
-    anew = {name: given[name] for name in typed & set(_SETTINGS)}
-    return name, engine, engine.restore(given["restore"], **anew)
-
-
-def _check(questions: list[str], save: Path | None) -> None:
-    from statekv.cache.folder import check_target
-
-    if any(not question.strip() for question in questions):
-        raise ConfigError("the question is empty", "ask something about the video")
+def check_target(save: Path | None) -> None:
+    """Complain of a folder that cannot be saved to; it is a matter of `torch`, which takes its time."""
     if save is not None:
-        check_target(save)
+        from statekv.cache import folder
+
+        folder.check_target(save)
 
 
 def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
@@ -224,29 +156,19 @@ def _check_source(video: str) -> None:
         check_file(path)
 
 
-LOADING = ("dtype", "device", "device_map", "revision", "trust_remote_code")
-_STAYS = ("method", "stream")
-
-
-def typed_options(context: typer.Context) -> set[str]:
-    """Names of the options on the command line, all others having their defaults."""
-    sources = ((name, context.get_parameter_source(name)) for name in context.params)
-    return {name for name, source in sources if source is not None and source.name == "COMMANDLINE"}
-
-
-def load_again(folder: Path, given: Mapping[str, Any], typed: Collection[str]) -> tuple[str, Engine]:
+def load_again(folder: Path, loading: Mapping[str, Any], **staying: Any) -> tuple[str, Engine]:
     """The model that a folder names, with what was typed in place of it.
 
     Args:
         folder: a saved session.
-        given: every option's value.
-        typed: names of those on the command line.
+        loading: what was typed of `statekv.load`'s arguments.
+        staying: options that a session has once and for all; None where they were not typed.
 
     Returns:
         The model's name, and the engine to restore the session on.
 
     Raises:
-        ConfigError: an option that a session has once and for all, unless it is the method that it has.
+        ConfigError: such an option, unless it is the method that the session has.
         SaveError: the folder holds no session.
         ModelError: the model cannot be loaded.
     """
@@ -254,15 +176,14 @@ def load_again(folder: Path, given: Mapping[str, Any], typed: Collection[str]) -
 
     saved = read_folder(folder)
     with saved.reading():
-        for name in sorted(set(_STAYS) & set(typed)):
-            if name == "method" and Config(**saved.facts["stream"]["config"]).method == given["method"]:
+        for name, value in sorted(staying.items()):
+            if value is None or (name == "method" and Config.of_facts(saved.facts["stream"]["config"]).method == value):
                 continue  # one command line for every start names it each time
             rule = f"--{name} was given with --restore, but a session stays as it was opened"
             raise ConfigError(rule, f"leave --{name} out, or watch the video again")
         then = saved.facts["model"]
-        name = given["model"] if "model" in typed else then["name"]
-        kept = {"dtype"} if "model" in typed else {"dtype", "revision"}
-        loading = {name: given[name] for name in LOADING} | {name: then[name] for name in kept - set(typed)}
-    if not name:
+        kept = {"dtype"} if "model" in loading else {"dtype", "revision"}
+        again = {"model": then["name"], **{name: then[name] for name in kept}, **loading}
+    if not again["model"]:
         raise ConfigError(f"{saved.folder} was saved with a model that has no name", "say where it is with --model")
-    return name, statekv.load(name, **loading)
+    return again["model"], statekv.load(**again)

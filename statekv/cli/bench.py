@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -123,8 +123,6 @@ def numbers(option: str, text: str) -> list[int]:
     return sorted({int(part) for part in found})
 
 
-_DEFAULT = Config()
-
 StepTokens = Annotated[int, typer.Option(help="Tokens of a step.", min=1)]
 Layers = Annotated[int | None, typer.Option(help="Measure the first so many layers; rows say so.")]
 
@@ -187,10 +185,12 @@ def answer(
     report.publish(f"answer, {rates}", rows, panels(rows), where)
 
 
+@options.generated(("budget",), budget=options.Default(1024))
 def sessions(
+    *,
     models: Annotated[str, typer.Option(help="Language models in real size, or demo, with commas.")] = "demo",
     count: Annotated[str, typer.Option("--sessions", help="How many sessions, with commas.")] = "1,2,4,8",
-    budget: options.Budget = 1024,
+    settings: options.Settings,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a step; by default the model's own.", min=1)] = None,
     layers: Layers = None,
     runs: options.Runs = 20,
@@ -207,37 +207,35 @@ def sessions(
     where, kind = place(device, dtype)
     chosen = [name if name == DEMO else names(name)[0] for name in dict.fromkeys(models.replace(" ", "").split(","))]
     numbered = tuple(numbers("sessions", count))
-    plans = {name: Plan(name, numbered, budget, tokens, layers, runs, seconds) for name in chosen}
+    plans = {name: Plan(name, numbered, settings["budget"], tokens, layers, runs, seconds) for name in chosen}
     report = Report("sessions", csv, picture)
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
     report.publish("sessions, ms per step of one session", rows, panels(rows), where)
 
 
+@options.generated(("budget", "fps", "max_frames"))
 def video(
     file: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
-    model: options.Model = "demo",
-    method: options.Method = None,
-    budget: options.Budget = _DEFAULT.budget,
-    fps: options.Fps = 1.0,
-    max_frames: options.MaxFrames = None,
+    *,
     runs: options.Runs = 5,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    loading: options.Loading,
+    method: options.Method = None,
+    settings: options.Settings,
 ) -> None:
     """Watch FILE with decoding in line and overlapped, and show where the time goes."""
     import statekv
-    from statekv.bench.video import measure
     from statekv.video.address import check_file
 
-    settings: dict[str, Any] = {"budget": budget, "fps": fps, "max_frames": max_frames}
     Config.of(method, **settings)
     check_file(file)
+    from statekv.bench.video import measure
+
     report = Report("video", csv, picture)
-    engine = statekv.load(model, method, device=device, dtype=dtype, **settings)
+    engine = statekv.load(**loading, method=method, **settings)
     rows, panels = measure(engine, file, runs)
-    report.publish(f"video, {model}", rows, panels, engine.model.model.device)
+    report.publish(f"video, {loading.get('model', 'demo')}", rows, panels, engine.model.model.device)
 
 
 def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Row]:

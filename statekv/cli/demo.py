@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 import statekv
+from statekv.cli import options
 from statekv.cli.console import notes, out, progress
 from statekv.config import Config
 
@@ -17,21 +18,22 @@ if TYPE_CHECKING:
     from statekv.evals.cards.compare import MethodResult
 
 
+@options.generated(("budget",), budget=options.Default(None, "A tenth of a video's if left out."))
 def demo(
+    *,
     videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 10,
     frames: Annotated[int, typer.Option(help="Frames of each video, at one a second.", min=20)] = 512,
-    budget: Annotated[int | None, typer.Option(help="Carried tokens; a tenth of a video's if left out.")] = None,
     folder: Annotated[Path, typer.Option(help="Where videos and picture go.")] = Path("statekv-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    settings: options.Settings,
 ) -> None:
     """Write synthetic videos, question them with every method, show accuracy, time and memory side by side."""
-    if budget is not None:
-        Config.of("streaming_llm", budget=budget)  # the strictest of the methods
+    Config.of("streaming_llm", **settings)  # the strictest of the methods
     engine = statekv.load("demo")
     from statekv.evals.cards.compare import compare, draw_step_times
 
     tokens = engine.model.max_positions(frames, 64, 64, "hf")
-    chosen = tokens // 10 if budget is None else budget
+    chosen = settings.get("budget", tokens // 10)
     with progress() as bar:
         task = bar.add_task("videos", total=videos)
         results = compare(
@@ -40,8 +42,8 @@ def demo(
     picture = folder / "step-time.png"
     draw_step_times(results, picture, f"{frames} frames, {tokens} tokens, budget {chosen}")
     if as_json:
-        settings = {"videos": videos, "frames": frames, "tokens": tokens, "budget": chosen}
-        typer.echo(json.dumps({**settings, "methods": [result.summary() for result in results]}, indent=2))
+        told = {"videos": videos, "frames": frames, "tokens": tokens, "budget": chosen}
+        typer.echo(json.dumps({**told, "methods": [result.summary() for result in results]}, indent=2))
     else:
         _show(results, f"{videos} videos of {frames} frames ({tokens} tokens each), budget {chosen}")
     notes.print(f"time per step: {picture}    a video to ask: {folder / 'cards-0.mp4'}", soft_wrap=True)

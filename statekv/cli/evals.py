@@ -20,7 +20,7 @@ import statekv
 from statekv.cli import options
 from statekv.cli.bench import numbers
 from statekv.cli.console import notes, out, progress
-from statekv.config import METHODS, Config, check_name
+from statekv.config import METHODS, SETTINGS, Config, check_name
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from statekv.evals.report import Figures
     from statekv.evals.task import Task
 
-_DEFAULT = Config()
 _METHODS = "full,statekv,recency_window,random"
 
 
@@ -60,50 +59,43 @@ app = typer.Typer(
 )
 
 
+# What tells methods apart is told with them, and a benchmark's videos are files.
+_NOT = ("budget", "carry", "recall", "uniform", "schemes", "max_lag_seconds", "reconnect_seconds")
+_PRESCRIBED = options.Default(None, "Instead of what the task prescribes.")
+
+
 @app.command()
+@options.generated(
+    [name for name in SETTINGS if name not in _NOT],
+    fps=_PRESCRIBED,
+    max_frames=_PRESCRIBED,
+    max_new_tokens=_PRESCRIBED,
+)
 def run(
     task: TaskName,
     folder: Folder = None,
-    model: options.Model = "demo",
-    method: Methods = None,
-    budgets: options.Budgets = str(_DEFAULT.budget),
+    *,
     out: Out = None,
     frames: Frames = None,
     videos: Videos = None,
     shard: Part = None,
-    max_frames: Annotated[int | None, typer.Option(help="Instead of what the task prescribes.", min=1)] = None,
-    layout: options.LayoutName = _DEFAULT.layout,
-    horizon: options.Horizon = None,
-    on_horizon: options.OnHorizon = None,
-    retrieve: options.Retrieve = _DEFAULT.retrieve,
-    last_frames: options.LastFrames = _DEFAULT.last_frames,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: options.Loading,
+    method: Methods = None,
+    budgets: options.Budgets = str(SETTINGS["budget"].default),
+    settings: options.Settings,
 ) -> None:
     """Answer a benchmark's questions with several methods side by side. Run again, it goes on where it stopped."""
     from statekv.evals.results import Shard
     from statekv.evals.runner import evaluate
 
-    given = {"layout": layout, "horizon": horizon, "retrieve": retrieve, "last_frames": last_frames}
-    given |= {"on_horizon": on_horizon}
-    if max_frames is not None:
-        given["max_frames"] = max_frames
     chosen = _open_task(task, folder, frames, videos)
-    configs = _configs(method or [_METHODS], numbers("budgets", budgets), chosen.settings, given)
+    configs = _configs(method or [_METHODS], numbers("budgets", budgets), chosen.settings, settings)
     part = Shard.launched() if shard is None else Shard.parse(shard)
+    model, revision = loading.get("model", "demo"), loading.get("revision")
     place = out or Path("statekv-eval", chosen.name, model.replace("/", "--"))
-    loading: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": device_map,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
     if next(iter(chosen.videos()), None) is None:  # data that are not there are told before the model is loaded
         raise ConfigError(f"{chosen.name} has no videos", "check the folder of its data")
-    engine = statekv.load(model, device=_device(device), **loading)
+    engine = statekv.load(**loading | {"device": _device(loading.get("device", "auto"))})
     failed: list[str] = []
     with progress() as bar:
         line = bar.add_task("videos", total=None)

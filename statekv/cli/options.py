@@ -1,86 +1,27 @@
-"""Options and arguments, each with its help."""
+"""Options and arguments, each with its help; those of settings are made from their declarations."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from statekv.config import CARRIES, KERNELS, LAYOUTS, METHODS, ON_HORIZON, RECALLS, RETRIEVED_POSITIONS
+from statekv.config import METHODS, SETTINGS
 from statekv.errors import ConfigError
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
-Questions = Annotated[list[str], typer.Argument(help="One or more questions.", show_default=False)]
-AskedVideo = Annotated[
-    str | None, typer.Argument(help="A video file or URL; left out with --restore.", show_default=False)
+Method = Annotated[str | None, typer.Option(help=f"One of: {', '.join(METHODS)}.", rich_help_panel="Method")]
+VideoStream = Annotated[
+    int | None, typer.Option(help="Which video stream of the file, from 0.", rich_help_panel="Source")
 ]
-AskedQuestions = Annotated[list[str] | None, typer.Argument(help="One or more questions.", show_default=False)]
-Model = Annotated[str, typer.Option(help="A hub id, a folder, or demo.")]
-Method = Annotated[str | None, typer.Option(help=f"One of: {', '.join(METHODS)}.")]
-Budget = Annotated[int, typer.Option(help="Tokens carried per layer and KV head.")]
-Fps = Annotated[float, typer.Option(help="Frames per second at most.")]
-MaxFrames = Annotated[int | None, typer.Option(help="Frames at most, spread over the video.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Carry = Annotated[str | None, typer.Option(help=f"Keys that go on: {', '.join(CARRIES)}.")]
-Recall = Annotated[str | None, typer.Option(help=f"Keys that answers see: {', '.join(RECALLS)}.")]
-Sinks = Annotated[int, typer.Option(help="First tokens that sink_recent keeps.")]
-PinPrefix = Annotated[
-    bool | None,
-    typer.Option(
-        "--pin-prefix/--no-pin-prefix", help="Always carry the prompt's prefix; by default as the method does."
-    ),
-]
-Decay = Annotated[float, typer.Option(help="What a key's former score counts, 0 to 1.")]
-ValueNorms = Annotated[bool, typer.Option("--value-norms", help="Multiply a key's score by the length of its value.")]
-LayerSlope = Annotated[
-    float, typer.Option(help="Share by which the first layer carries more than the mean, and the last less.")
-]
-PinNewest = Annotated[int, typer.Option(help="Newest steps that are carried whatever their scores.")]
-Coverage = Annotated[float, typer.Option(help="Share of the budget for a random sample of the whole stream, 0 to 1.")]
-Retrieve = Annotated[int, typer.Option(help="Steps that recall retrieve shows to an answer, chosen in each layer.")]
-RetrieveNewest = Annotated[int, typer.Option(help="Newest steps that it shows besides those.")]
-RetrieveCarried = Annotated[bool, typer.Option("--retrieve-carried", help="Let it show the carried keys too.")]
-RetrievePositions = Annotated[str, typer.Option(help=f"Positions of retrieved keys: {', '.join(RETRIEVED_POSITIONS)}.")]
-LastFrames = Annotated[int, typer.Option(help="Newest frames that recall last_frames shows.")]
-LayoutName = Annotated[str, typer.Option(help=f"Prompt layout: {', '.join(LAYOUTS)}.")]
-Horizon = Annotated[int | None, typer.Option(help="Positions that RoPE is scaled for.")]
-OnHorizon = Annotated[
-    str | None,
-    typer.Option(
-        help=f"When the horizon is reached: {', '.join(ON_HORIZON)}; by default error for files, else compact."
-    ),
-]
-Memory = Annotated[str | None, typer.Option(help="Most that the stream may take on the device: 8GiB, 500MB.")]
-HostMemory = Annotated[
-    str | None, typer.Option(help="Most that moves from there to the host's memory; nothing if left out.")
-]
-Disk = Annotated[str | None, typer.Option(help="Most that moves from there to files; nothing if left out.")]
-DiskFolder = Annotated[str | None, typer.Option(help="Where these files lie; by default among temporary files.")]
-Bits = Annotated[
-    int | None, typer.Option(help="Quantise what leaves the newest part of the device's memory: 8, 4 or 2.")
-]
-Kernel = Annotated[str, typer.Option(help=f"Attention with key scores: {', '.join(KERNELS)}.")]
-ScoreEvery = Annotated[int, typer.Option(help="Score keys with every n-th query only.")]
-VisionBatch = Annotated[int, typer.Option(help="Steps whose pictures pass the vision tower together.")]
-Graph = Annotated[bool, typer.Option(help="On CUDA, replay recorded steps.")]
-Pack = Annotated[bool, typer.Option(help="On a CPU in float32, step on packed weights: a second copy in memory.")]
-Seed = Annotated[int, typer.Option(help="Of carry random.")]
-VideoStream = Annotated[int | None, typer.Option(help="Which video stream of the file, from 0.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, for example auto.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Save = Annotated[
     Path | None, typer.Option(help="Folder that keeps what was seen, for --restore; a session in it is replaced.")
 ]
-Restore = Annotated[
-    Path | None,
-    typer.Option(help="Go on with what --save kept; every argument is a question, model and settings stay."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer.")]
 
 Csv = Annotated[
     Path | None,
@@ -95,6 +36,107 @@ Budgets = Annotated[str, typer.Option(help="Carried tokens, with commas.")]
 BenchDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 BenchDtype = Annotated[str, typer.Option("--dtype", help="auto: bfloat16 on CUDA, else float32.")]
 Peer = Annotated[Path | None, typer.Option(help="A Python file with flash_attn_with_key_scores; it is run.")]
+
+Settings = dict[str, Any]  # of `Config`, by name
+Loading = dict[str, Any]  # arguments of `statekv.load` that say which model, and where
+
+_OF_METHODS = {name for settings in METHODS.values() for name in settings}
+_AS_THE_METHOD = "By default as the method has it."
+_DEVICE, _DTYPE = "auto, cpu, cuda, cuda:1 …", "auto, float32, bfloat16 or float16."
+_LOADING: Mapping[str, tuple[Any, Any, str]] = {
+    "model": (str, "demo", "A hub id, a folder, or demo."),
+    "dtype": (str, "auto", _DTYPE),
+    "device": (str, "auto", _DEVICE),
+    "device_map": (str | None, None, "Passed on to transformers, for example auto."),
+    "revision": (str | None, None, "Branch, tag or commit on the hub."),
+    "trust_remote_code": (bool, False, "Run code that comes with the checkpoint."),
+}
+
+
+class Default(NamedTuple):
+    """What a setting is with one command where nothing was typed; None: what the command makes of that.
+
+    Attributes:
+        value: of the setting.
+        told: what is to be said of it besides the setting's help.
+    """
+
+    value: Any
+    told: str = ""
+
+
+def generated(names: Iterable[str] = SETTINGS, **defaults: Default) -> Callable[[Callable[..., None]], Any]:
+    """Give a command the options that are declared elsewhere.
+
+    It has `settings`, and `loading` if it loads a model, among its keyword-only parameters. Each is handed what was
+    typed, by name, and nothing else: so a command knows what was asked for. Where it raises a ConfigError, settings are
+    spelled as the options that they are.
+
+    Args:
+        names: of the settings.
+        defaults: those that differ from the settings' own; they are handed on as if they had been typed.
+    """
+    known = {
+        "settings": [_setting(name, defaults.get(name)) for name in names],
+        "loading": [_loading(name, *declared) for name, declared in _LOADING.items()],
+    }
+    spelling = {option.name: SETTINGS[option.name].option for option in known["settings"]}
+
+    def decorate(command: Callable[..., None]) -> Any:
+        own = inspect.signature(command, eval_str=True).parameters
+
+        @functools.wraps(command)
+        def run(context: typer.Context, **given: Any) -> None:
+            there = typed(context) | {name for name, default in defaults.items() if default.value is not None}
+            for group in known.keys() & own.keys():
+                values = {option.name: given.pop(option.name) for option in known[group]}
+                given[group] = {name: value for name, value in values.items() if name in there}
+            try:
+                command(**given, **({"context": context} if "context" in own else {}))
+            except ConfigError as error:
+                raise error.spelled(lambda name: spelling.get(name, name)) from error
+
+        parameters = list(_spread(own, known))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def typed(context: typer.Context) -> set[str]:
+    """Names of the options on the command line, all others having their defaults."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return {name for name, source in sources if source is not None and source.name == "COMMANDLINE"}
+
+
+def _spread(
+    own: Mapping[str, inspect.Parameter], known: Mapping[str, list[inspect.Parameter]]
+) -> Iterator[inspect.Parameter]:
+    """A command's parameters, each group as its options."""
+    if "context" not in own:
+        yield inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    for name, parameter in own.items():
+        yield from known.get(name, [parameter])
+
+
+def _setting(name: str, changed: Default | None) -> inspect.Parameter:
+    setting = SETTINGS[name]
+    default, told = changed or Default(setting.default, _AS_THE_METHOD if name in _OF_METHODS else "")
+    kind = setting.kind.option
+    switch = [f"{setting.option}/--no-{setting.option[2:]}"] if kind is bool else []
+    text = f"{setting.description} {told}".rstrip()
+    option = typer.Option(*switch, help=text, rich_help_panel=setting.panel, show_default=told is not _AS_THE_METHOD)
+    return _option(name, kind | None if default is None or setting.optional else kind, default, option)
+
+
+def _loading(name: str, kind: Any, default: Any, told: str) -> inspect.Parameter:
+    switch = ["--trust-remote-code"] if kind is bool else []
+    return _option(name, kind, default, typer.Option(*switch, help=told, rich_help_panel="Model"))
+
+
+def _option(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}

@@ -15,11 +15,11 @@ import typer
 
 import statekv
 from statekv.cli import options
-from statekv.cli.ask import LOADING, load_again, typed_options
+from statekv.cli.ask import check_target, load_again
 from statekv.cli.console import notes
 from statekv.cli.options import clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
-from statekv.config import CAPS, Config
+from statekv.config import SETTINGS, Config
 from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError, MemoryLimitError, SaveError, StateKVError
 
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from statekv.engine.progress import Progress
     from statekv.engine.session import Session
 
-
-_DEFAULT = Config()
-_SETTINGS = (
-    *("budget", "fps", "max_frames", "max_new_tokens", "carry", "recall", "pin_prefix", "retrieve", "layout"),
-    *("horizon", "on_horizon", "kernel", "max_lag_seconds", "reconnect_seconds", "schemes"),
-    *(*CAPS, "disk_folder", "bits"),
-)
 
 LiveSource = Annotated[
     str, typer.Argument(help="A file, a URL, a camera (/dev/video0), or - for a pipe.", show_default=False)
@@ -45,8 +38,6 @@ AskEvery = Annotated[
     typer.Option(help="A time of the stream and a question that is asked so often: 30s 'what happens?'"),
 ]
 Log = Annotated[Path | None, typer.Option(help="Append each answer to this file, one JSON object per line.")]
-MaxLag = Annotated[float, typer.Option(help="Seconds that a live frame waits before newer ones push it out.")]
-Reconnect = Annotated[float, typer.Option(help="Seconds that a source that went away is waited for; 0: not at all.")]
 Autosave = Annotated[str | None, typer.Option(help="How often the stream is saved to the folder of --save: 60s, 5m.")]
 Restore = Annotated[
     Path | None,
@@ -54,61 +45,45 @@ Restore = Annotated[
         help="Go on with what --save kept. Where both name one folder, nothing need be in it at the first start."
     ),
 ]
-Schemes = Annotated[str, typer.Option(help="Protocols that may be opened, with commas.")]
 
 
+@options.generated()
 def watch(
-    context: typer.Context,
     source: LiveSource,
-    model: options.Model = "demo",
+    *,
     realtime: Realtime = False,
     ask_every: AskEvery = None,
     log: Log = None,
     save: options.Save = None,
     autosave: Autosave = None,
     restore: Restore = None,
+    loading: options.Loading,
     method: options.Method = None,
-    budget: options.Budget = _DEFAULT.budget,
-    fps: options.Fps = 1.0,
-    max_frames: options.MaxFrames = None,
-    max_new_tokens: options.MaxNewTokens = _DEFAULT.max_new_tokens,
-    carry: options.Carry = None,
-    recall: options.Recall = None,
-    pin_prefix: options.PinPrefix = None,
-    retrieve: options.Retrieve = _DEFAULT.retrieve,
-    layout: options.LayoutName = _DEFAULT.layout,
-    horizon: options.Horizon = None,
-    on_horizon: options.OnHorizon = None,
-    memory: options.Memory = None,
-    host_memory: options.HostMemory = None,
-    disk: options.Disk = None,
-    disk_folder: options.DiskFolder = None,
-    bits: options.Bits = None,
-    kernel: options.Kernel = _DEFAULT.kernel,
-    max_lag_seconds: MaxLag = _DEFAULT.max_lag_seconds,
-    reconnect_seconds: Reconnect = _DEFAULT.reconnect_seconds,
-    schemes: Schemes = _DEFAULT.schemes,
+    settings: options.Settings,
     stream: options.VideoStream = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Watch SOURCE as it comes and answer questions meanwhile; quit or Ctrl-C ends it."""
-    given, typed = dict(locals()), typed_options(context)
-    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
-    standing = SessionSnapshot(seconds_of(ask_every[0], "--ask-every"), ask_every[1]) if ask_every else None
-    every_seconds = _check_saving(save, autosave)
-    name = _check_source(source, Config.of(method, **settings))
+    standing = StandingQuestion(seconds_of(ask_every[0], "--ask-every"), ask_every[1]) if ask_every else None
+    every_seconds = _every_seconds(save, autosave)
+    if restore is None:
+        Config.of(method, **settings)
+    name = _check_source(source, settings.get("schemes", SETTINGS["schemes"].default))
+    check_target(save)
     restored = _restored(save, restore)
     with ExitStack() as stack:
         stack.enter_context(endings_interrupt())
         answers = stack.enter_context(closing(_open_log(log))) if log is not None else None
-        engine = _load(given, settings) if restored is None else load_again(restored, given, typed)[1]
+        if restored is None:
+            engine = statekv.load(**loading, method=method, **settings)
+        else:
+            _, engine = load_again(restored, loading, method=method, stream=stream)
         if standing is not None:
             engine.check_question(standing.question)
-        session = stack.enter_context(_open(engine, given, typed, restored))
+        if restored is None:
+            session = engine.open(source, stream=stream, realtime=realtime)
+        else:
+            session = _again(engine, restored, source, settings, realtime)
+        stack.enter_context(session)
         facts, questions = Facts(session, name), Questions()
         view = _view(stack, facts, questions, source == "-")
         keeper = Keeper(session, save, every_seconds, view.say, restored is not None and restored == save)
@@ -133,15 +108,9 @@ def _view(stack: ExitStack, facts: Facts, questions: Questions, stdin_is_video: 
     return stack.enter_context(Plain(facts))
 
 
-def _load(given: dict[str, Any], settings: dict[str, Any]) -> Engine:
-    return statekv.load(given["model"], given["method"], **{name: given[name] for name in LOADING}, **settings)
-
-
-def _open(engine: Engine, given: dict[str, Any], typed: set[str], restored: Path | None) -> Session:
-    if restored is None:
-        return engine.open(given["source"], stream=given["stream"], realtime=given["realtime"])
-    session = engine.restore(restored, given["source"], **{name: given[name] for name in typed & set(_SETTINGS)})
-    if given["realtime"] and session.live is None:
+def _again(engine: Engine, folder: Path, source: str, settings: dict[str, Any], realtime: bool) -> Session:
+    session = engine.restore(folder, source, **settings)
+    if realtime and session.live is None:
         rule = "--realtime was given with --restore, but a session stays as it was opened"
         raise ConfigError(rule, "leave --realtime out, or watch the video again")
     return session
@@ -154,11 +123,7 @@ def _restored(save: Path | None, restore: Path | None) -> Path | None:
     return None if restore is None or (restore == save and not (restore / FACTS).exists()) else restore
 
 
-def _check_saving(save: Path | None, autosave: str | None) -> float | None:
-    from statekv.cache.folder import check_target
-
-    if save is not None:
-        check_target(save)
+def _every_seconds(save: Path | None, autosave: str | None) -> float | None:
     if autosave is None:
         return None
     if save is None:
@@ -173,11 +138,11 @@ def _open_log(path: Path) -> TextIO:
         raise ConfigError(f"{path} cannot be written: {(error.strerror or '').lower()}", "name another file") from None
 
 
-def _check_source(source: str, config: Config) -> str:
+def _check_source(source: str, schemes: str) -> str:
     """Complain before the model is loaded, which takes its time; returns the source's name."""
     from statekv.video.address import check_scheme, check_there, display_name, locate
 
-    check_scheme(source, tuple(config.schemes.split(",")))
+    check_scheme(source, tuple(schemes.split(",")))
     check_there(source)
     locate(source)
     return display_name(source)
@@ -186,7 +151,7 @@ def _check_source(source: str, config: Config) -> str:
 _WAIT_SECONDS = 0.1
 
 
-class SessionSnapshot:
+class StandingQuestion:
     """A question that is asked again and again, by the stream's time."""
 
     def __init__(self, every_seconds: float, question: str) -> None:
@@ -224,7 +189,7 @@ class Watching:
         facts: Facts,
         questions: Questions,
         view: Screen | Plain,
-        standing: SessionSnapshot | None,
+        standing: StandingQuestion | None,
         log: TextIO | None,
         keeper: Keeper,
     ) -> None:

@@ -15,20 +15,13 @@ import torch
 from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.folder import Piece, Saved
 from statekv.cache.stream import StreamState
-from statekv.config import Config
+from statekv.config import SETTINGS, Config
 from statekv.engine.progress import Seconds
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import EncodedStep, VideoModel
 from statekv.models.loading import Identity, identify
 from statekv.video.frame import Frame
 
-# Settings that a restored session may have anew: of answers, of how fast things go, and of its source.
-_FREE = (
-    *("max_new_tokens", "retrieve", "retrieve_newest", "kernel", "graph", "pack", "prefetch", "vision_batch"),
-    "disk_folder",
-    *("schemes", "max_lag_seconds", "reconnect_seconds"),
-)
-_PLANNED = ("retrieve", "retrieve_newest")  # what an answer brings in is part of a cap on memory
 _MADE_WITH = ("statekv", "torch", "transformers")
 _FRAMES = "frames"
 
@@ -194,8 +187,7 @@ def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Confi
     new = config.with_(None, **settings)
     for name in settings:
         then, now = getattr(config, name), getattr(new, name)
-        planned = config.memory is not None and name in _PLANNED
-        if (name not in _FREE or planned) and then != now:
-            rule = f"{saved.folder} was watched with {name} {then!r}, not {now!r}"
-            raise ConfigError(rule, f"leave {name} out, or watch the video again")
+        if then != now and not SETTINGS[name].may_change(capped=config.memory is not None):
+            rule = f"{saved.folder} was watched with `{name}` {then!r}, not {now!r}"
+            raise ConfigError(rule, f"leave `{name}` out, or watch the video again")
     return new

@@ -16,13 +16,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from statekv.config import CAPS, METHODS, Config, bytes_of, told
+from statekv.config import BYTES, METHODS, SETTINGS, Config, bytes_of, told
 from statekv.errors import ConfigError
 from statekv.evals import open_task
 from statekv.evals.results import Results, read
@@ -50,8 +50,8 @@ class Run:
     @property
     def config(self) -> Config:
         """Settings as the file has them; such as are no longer known are left out."""
-        known = {setting.name for setting in fields(Config)}
-        return Config(**{name: value for name, value in self.first.header.config.items() if name in known})
+        facts = self.first.header.config
+        return Config.of_facts({name: value for name, value in facts.items() if name in SETTINGS or name == "method"})
 
     @property
     def method(self) -> str:
@@ -61,9 +61,7 @@ class Run:
         prescribed = open_task(self.first.header.task).settings
         horizon = config.horizon if config.on_horizon is None else None
         plain = Config(**{"budget": config.budget, "horizon": horizon, **prescribed, **own})
-        names = [
-            setting.name for setting in fields(Config) if getattr(config, setting.name) != getattr(plain, setting.name)
-        ]
+        names = [name for name in SETTINGS if getattr(config, name) != getattr(plain, name)]
         return " ".join([config.method, *(f"{name}={_written(name, getattr(config, name))}" for name in names)])
 
     @property
@@ -190,7 +188,7 @@ def _figures(run: Run, reference: Run | None) -> Figures:
 
 def _written(name: str, value: Any) -> str:
     """A setting as it can be given; caps with a unit where that says all."""
-    if name in CAPS and value is not None:
+    if SETTINGS[name].kind is BYTES and value is not None:
         short = told(value).replace(".0 ", "").replace(" ", "")
         return short if bytes_of(name, short) == value else str(value)
     return str(value)

@@ -195,7 +195,7 @@ def _header(engine: Engine, task: Task, config: Config, model: str, revision: st
         revision=revision,
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
-        config=vars(config),
+        config=config.facts,
         shard=f"{shard.index}/{shard.count}",
     )
 
@@ -221,7 +221,7 @@ class Stream:
 
     def __init__(self, engine: Engine, path: Path, config: Config, until_seconds: float | None = None) -> None:
         self.engine, self.path, self.config, self.until_seconds = engine, path, config, until_seconds
-        self.session = engine.open(path, until_seconds=until_seconds, **vars(config))
+        self.session = engine.open(path, until_seconds=until_seconds, **config.settings)
         self.failure = ""
         self.flops = self.tokens = 0
         self._newest: Frame | None = None
@@ -251,7 +251,7 @@ class Stream:
         """
         if self.config.uniform:  # frames spread over what has been shown until then
             self.close()
-            self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **vars(self.config))
+            self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **self.config.settings)
             self.session.watch()
 
     def ask(self, question: str) -> str:

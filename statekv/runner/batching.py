@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,19 +11,10 @@ import torch
 from statekv.cache.batched import BatchedCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
-from statekv.config import Config
+from statekv.config import SETTINGS
 from statekv.models.adapter import Segment, VideoModel
 
-# Settings in which streams of one batch may differ: of sources, answers, the detailed cache, and of how a step alone
-# is run. What is not listed here must be equal: a setting that comes to exist keeps streams apart until somebody has
-# thought about it.
-_OF_ONE_STREAM = {
-    *("recall", "retrieve", "retrieve_newest", "retrieve_carried", "retrieve_positions", "last_frames"),
-    *("uniform", "layout", "fps", "max_frames", "horizon", "on_horizon", "max_new_tokens", "prefetch", "schemes"),
-    *("max_lag_seconds", "reconnect_seconds", "vision_batch", "graph", "pack"),
-    *("memory", "host_memory", "disk", "disk_folder", "bits"),
-}
-_OF_A_STEP = [field.name for field in fields(Config) if field.name not in _OF_ONE_STREAM]
+_OF_A_STEP = [name for name, setting in SETTINGS.items() if not setting.scope.of_one_stream]
 
 
 def stream_key(model: VideoModel, state: StreamState) -> Hashable:

@@ -61,7 +61,7 @@ def test_what_is_wrong_is_one_line(film: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     assert "does not exist" in refused("analyze", tmp_path / "none.mp4", *out)
     assert "budget is 0" in refused("analyze", film, "--budget", "0", *out)
-    assert "max_frames is 0" in refused("analyze", film, "--max-frames", "0", *out)
+    assert "--max-frames is 0" in refused("analyze", film, "--max-frames", "0", *out)
     assert "must be at least 3" in refused("analyze", film, "--max-frames", "2", *out)
     assert "layers is '1,x'" in refused("analyze", film, "--layers", "1,x", *out)
     assert "layer 7 is not there, the model has 0 to 4" in refused("analyze", film, "--layers", "7", *out)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only 
 PROGRAM = """
 import resource
 import torch
-from statekv.cli.heap import keep_freed_memory
+from statekv.cli import keep_freed_memory
 
 kept = {call}
 def work():  # 64 MiB in blocks that are alive together, as a step's activations are

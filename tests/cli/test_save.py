@@ -119,8 +119,8 @@ def test_the_method_that_it_has_may_be_named(kept: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--budget", "50"), "was watched with budget 40, not 50"),
-        (("--fps", "2"), "was watched with fps 1.0, not 2.0"),
+        (("--budget", "50"), "was watched with --budget 40, not 50"),
+        (("--fps", "2"), "was watched with --fps 1.0, not 2.0"),
         (("--method", "full"), "--method was given with --restore"),
         (("--stream", "0"), "--stream was given with --restore"),
         (("--dtype", "bfloat16"), "in float32, this one is bfloat16"),

@@ -18,7 +18,7 @@ import pytest
 
 from statekv.cli.options import clock, seconds_of
 from statekv.cli.terminal import Line, Questions
-from statekv.cli.watch import SessionSnapshot
+from statekv.cli.watch import StandingQuestion
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
@@ -123,7 +123,7 @@ def test_past_the_horizon_it_goes_on_where_that_is_wanted(film: Path, monkeypatc
         (["tcp://127.0.0.1:1"], "connection refused"),
         (["x.mp4", "--ask-every", "soon", COUNT], "--ask-every is 'soon'"),
         (["x.mp4", "--ask-every", "0s", COUNT], "--ask-every is '0s'"),
-        (["x.mp4", "--max-lag-seconds", "-1"], "max_lag_seconds is -1"),
+        (["x.mp4", "--max-lag-seconds", "-1"], "--max-lag-seconds is -1"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments: list[str], told: str) -> None:
@@ -274,7 +274,7 @@ def test_questions_wait_in_order() -> None:
 
 
 def test_a_standing_question_makes_up_for_nothing() -> None:
-    standing = SessionSnapshot(10.0, "what?")
+    standing = StandingQuestion(10.0, "what?")
     assert [pts for pts in (3.0, 12.9, 13.0, 14.0, 47.0, 48.0, 53.0) if standing.due(pts)] == [13.0, 47.0, 53.0]
 
 

@@ -206,7 +206,7 @@ def test_what_is_wrong_is_one_line(
     [
         (["--method", "full"], "--method was given with --restore"),
         (["--realtime"], "--realtime was given with --restore"),
-        (["--budget", "41"], "was watched with budget 4096, not 41"),
+        (["--budget", "41"], "was watched with --budget 4096, not 41"),
     ],
 )
 def test_what_a_session_has_once_and_for_all(

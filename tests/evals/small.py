@@ -54,7 +54,7 @@ def videos_of(paths: Sequence[Path]) -> list[EvalVideo]:
 def header(method: str = "full", shard: str = "0/1", **changes: Any) -> Header:
     """Of a run on cards; settings of `Config` and fields of `Header` may be changed."""
     named = {name: changes.pop(name) for name in ("task", "variant", "model", "versions") if name in changes}
-    config = vars(Config.of(method, fps=1.0, max_new_tokens=8, **changes))
+    config = Config.of(method, fps=1.0, max_new_tokens=8, **changes).facts
     told = {"task": "cards", "variant": "1024 frames", "model": "demo", "versions": {"torch": "2"}, **named}
     return Header(revision=None, dtype="float32", device="cpu", config=config, shard=shard, **told)
 

@@ -54,10 +54,10 @@ def alone(engine: Engine, path: Path, name: str, at_seconds: float | None, until
     config = CONFIGS[name]
     if config.uniform:
         ends = [end for end in (until, None if at_seconds is None else at_seconds + 1) if end is not None]
-        session = engine.open(path, until_seconds=min(ends, default=None), **vars(config))
+        session = engine.open(path, until_seconds=min(ends, default=None), **config.settings)
         session.watch()
         return session
-    session = engine.open(path, until_seconds=until, **vars(config))
+    session = engine.open(path, until_seconds=until, **config.settings)
     session.watch(until_seconds=at_seconds)
     return session
 
@@ -102,7 +102,7 @@ def test_the_rows_say_everything(clips: list[Path], tmp_path: Path) -> None:
     found = run(tmp_path, Small(videos_of(clips[:1])))
     assert set(found) == {"full", "statekv"}
     for name, results in found.items():
-        assert results.header.config == vars(TWO[name])
+        assert results.header.config == TWO[name].facts
         assert (results.header.task, results.header.model, results.header.shard) == ("small", "tiny", "0/1")
         assert results.header.versions["torch"] == torch.__version__
         first, last = results.questions

@@ -14,7 +14,7 @@ import torch
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import plan
-from statekv.config import CAPS, Config
+from statekv.config import BYTES, SETTINGS, Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError, StorageError
 from statekv.ops.quantise import dequantise, quantise
@@ -220,7 +220,9 @@ def test_eight_bits_are_nearer_than_four_and_these_than_two(family: str) -> None
 @TWO_FAMILIES
 def test_caps_hold_at_every_step(family: str, recall: dict[str, Any], lower: dict[str, Any]) -> None:
     session = opened(family, **tight(family, **recall, **lower))
-    caps: dict[str, Any] = {name: getattr(session.state.config, name) or 0 for name in CAPS}
+    caps: dict[str, Any] = {
+        name: getattr(session.state.config, name) or 0 for name, s in SETTINGS.items() if s.kind is BYTES
+    }
     for frame in pictures():
         session.push([frame])
         taken = session.state.nbytes

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from statekv import ops
-from statekv.config import KERNELS
+from statekv.config import SETTINGS
 from statekv.errors import ConfigError, SpeedWarning
 from statekv.ops import IMPLEMENTATIONS, cpu, implementation, reference
 from tests.ops.inputs import SHAPES, Shape, Ways, spoil
@@ -88,7 +88,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_configuration_knows_every_implementation() -> None:
-    assert set(KERNELS) == {"auto", *IMPLEMENTATIONS}
+    assert set(SETTINGS["kernel"].kind.known) == {"auto", *IMPLEMENTATIONS}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
