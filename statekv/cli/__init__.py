@@ -6,11 +6,12 @@ import ctypes
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import statekv
 from statekv.cli import analyze, ask, bench, demo, evals, models, watch
 from statekv.cli.console import notes, show_warning
 from statekv.errors import StateKVError
@@ -30,11 +31,28 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="statekv",
     cls=_Commands,
-    help="Watch videos with a frozen video language model at a flat cost per frame, and question them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"statekv {statekv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _statekv(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Watch videos with a frozen video language model at a flat cost per frame, and question them."""
+
+
 app.command()(ask.ask)
 app.command()(watch.watch)
 app.command()(demo.demo)
