@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,8 +102,12 @@ PICTURE = 64  # pixels
 _PIECE = 256  # frames rendered at once
 
 
-def write_film(story: Story, path: Path) -> None:
+def write_film(story: Story, path: str | os.PathLike[str]) -> None:
     """Write a story as an MP4 file.
+
+    Args:
+        story: what to show.
+        path: the file; one that is there is replaced.
 
     Raises:
         VideoError: the file cannot be written.
