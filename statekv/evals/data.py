@@ -59,7 +59,7 @@ class DataSet:
                 number += 1
         if not usable:
             told = f"no record in {files[0]} can be used; the first {first}" if first else f"{files[0]} has no records"
-            raise ConfigError(told, "docs/data-sets.md lists the fields")
+            raise ConfigError(told, "docs/evals.md lists the fields")
 
     def _matches(self, folder: Path) -> list[Path]:
         return next((found for pattern in self.patterns if (found := sorted(folder.glob(pattern)))), [])

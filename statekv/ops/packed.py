@@ -20,7 +20,7 @@ class PackedProducts(TorchFunctionMode):
     """While entered, `F.linear` with `rows` rows and one of the weights uses that weight's packed copy.
 
     Nothing is changed in the modules that own the weights, and other threads see nothing of it. Results differ from
-    unpacked ones by rounding. On two cores with AVX-512, 256 rows took about a sixth less time (`docs/log.md`).
+    unpacked ones by rounding. On two cores with AVX-512, 256 rows took about a sixth less time (`docs/log/speed.md`).
 
     Args:
         weights: [out, in] each, `packable`; the copies take as many bytes again.

@@ -95,7 +95,7 @@ def test_a_second_record_with_an_id_is_told(tmp_path: Path) -> None:
         ('[{"id": 3, ', r"test\.json is not JSON: .+ \(mend it or download it again\)"),
         ('{"id": 3, "text": "a"}', r"test\.json holds dict, but must hold a list of records"),
         ("[]", r"test\.json has no records"),
-        ('[{"id": 3}]', r"no record in .*test\.json can be used; the first lacks the field 'text'.*data-sets\.md"),
+        ('[{"id": 3}]', r"no record in .*test\.json can be used; the first lacks the field 'text'.*evals\.md"),
     ],
 )
 def test_files_of_no_use_are_errors(tmp_path: Path, text: str, told: str) -> None:

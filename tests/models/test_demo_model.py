@@ -181,7 +181,7 @@ def told(rows: list[Row], method: str) -> str:
     return f"{method}: {accuracy(rows, method):.2f} of {len(rows)} (guessing: {chance:.2f}); {', '.join(parts)}"
 
 
-# Under what the shipped weights reach, so that a fault in the pipeline shows. The goal is 0.95 (docs/log.md).
+# Under what the shipped weights reach, so that a fault in the pipeline shows. The goal is 0.95 (docs/log/training.md).
 FLOOR = 0.93
 
 

@@ -3,7 +3,7 @@
 One file in which pieces come and go.
 
 Such a file is memory that happens to be on disk, not a save: which bytes are whose is known to its process alone, and
-the file goes with it. It is described in docs/tiers.md.
+the file goes with it. It is described in docs/fixed-memory.md.
 """
 
 from __future__ import annotations
