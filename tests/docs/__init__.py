@@ -1,0 +1,1 @@
+"""What README, docs and examples say is run, and is so."""
