@@ -25,11 +25,13 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/.ready-dev
+# Opens as site/index.html; mkdocs-material's advice to leave mkdocs 1 is not about a page of ours.
+docs: $(VENV)/.ready-docs
 	$(BIN)/typer statekv.cli utils docs --name statekv --output docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) statekv-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site statekv-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # torch comes first and alone: its exact version is what finds a CPU build on machines that offer one.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -45,4 +47,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready tests/lmms-eval.txt
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/stock torchvision==0.28.0
 	$(PIP) --no-deps --upgrade --target $(VENV)/lmms -r tests/lmms-eval.txt
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
+	$(PIP) -e '.[docs]'
 	touch $@
