@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import statekv
+from statekv.cache.carried import CarriedCache
 from statekv.engine.session import Session
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
@@ -19,8 +20,11 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 def shared(one: Session, other: Session) -> float:
     """Share of the carried tokens that two streams have in common, mean over layers and heads."""
     shares = []
-    for layer in range(len(one.state.carried)):
-        kept, also = one.state.carried.kept(layer).flatten(0, 1), other.state.carried.kept(layer).flatten(0, 1)
+    first, second = one.state.carried, other.state.carried
+    assert isinstance(first, CarriedCache)
+    assert isinstance(second, CarriedCache)
+    for layer in range(one.state.spec.layers):
+        kept, also = first.kept(layer).flatten(0, 1), second.kept(layer).flatten(0, 1)
         for ours, theirs in zip(kept.tolist(), also.tolist(), strict=True):
             shares.append(len(set(ours) & set(theirs)) / len(ours))
     return sum(shares) / len(shares)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import statekv
-from statekv.bench.harness import Circumstances, Row, append, check_columns
+from statekv.bench.harness import Circumstances, Row, Setting, append, check_columns
 from statekv.cache.tiers.block import SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.fetch import BlockFetcher
@@ -104,7 +104,7 @@ def rows_of(session: Session, steps: int, costs: Costs) -> Iterator[Row]:
     """Time and bytes of an answer at one moment; `session` is the one with a cap."""
     config = session.state.config
     caps = {name: value for name in ("memory", "disk") if (value := getattr(config, name)) is not None}
-    setting = {"model": "demo", "budget": config.budget, "steps": steps}
+    setting: Setting = {"model": "demo", "budget": config.budget, "steps": steps}
     own = {**setting, "retrieve": config.retrieve, **caps}
     whole = tuple(1e3 * seconds for seconds in costs.seconds["all"])
     yield Row("tiers", "answer, recall=all without a cap", setting, "ms", whole)

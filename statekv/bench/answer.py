@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
-from statekv.bench.harness import Panel, Row, wait
+from statekv.bench.harness import Panel, Row, Setting, wait
 from statekv.bench.models import Size, build, fill, stand, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
@@ -132,7 +132,7 @@ def _floor(plan: Plan, kind: str, steps: int, dtype: torch.dtype, machine: Machi
     return machine.seconds(flops, answer_bytes(plan.size, past, dtype))
 
 
-def _setting(plan: Plan, steps: int, dtype: torch.dtype) -> dict[str, str | int | float]:
+def _setting(plan: Plan, steps: int, dtype: torch.dtype) -> Setting:
     kind = str(dtype).removeprefix("torch.")
-    model: dict[str, str | int | float] = {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind}
+    model: Setting = {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind}
     return {**model, "tokens": plan.tokens, "question": plan.question, "answer": plan.answer, "steps": steps}

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from statekv.bench.harness import Panel, Row, alternate
+from statekv.bench.harness import Panel, Row, Setting, alternate
 from statekv.bench.models import size_of
 from statekv.errors import ConfigError, StateKVError
 from statekv.ops import IMPLEMENTATIONS, attention_with_key_scores
@@ -50,7 +50,7 @@ class Shape:
         return 2 * 2 * self.heads * self.head_dim * self.pairs
 
     @property
-    def setting(self) -> dict[str, str | int | float]:
+    def setting(self) -> Setting:
         heads = f"{self.heads}/{self.kv_heads} x {self.head_dim}"
         return {"models": self.models, "heads": heads, "budget": self.budget, "queries": self.queries}
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from statekv.bench.harness import Panel, Row, alternate, matmul_rate
+from statekv.bench.harness import Panel, Row, Setting, alternate, matmul_rate
 from statekv.bench.models import Size, build, size_of
 from statekv.config import Config
 from statekv.models import adapter_of
@@ -152,5 +152,5 @@ def _steps(size: Size, frames: int) -> list[int]:
     return [size.tokens_per_step] * -(-frames // adapter_of(size.family).frames_per_step)
 
 
-def _setting(name: str, frames: int, budget: int | None) -> dict[str, str | int | float]:
+def _setting(name: str, frames: int, budget: int | None) -> Setting:
     return {"model": name, "frames": frames, "budget": "" if budget is None else budget}

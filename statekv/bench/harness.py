@@ -19,6 +19,8 @@ import torch
 from statekv.errors import ConfigError
 from statekv.models.loading import read_device, read_dtype
 
+Setting = dict[str, str | int | float]
+
 _PACKAGES = ("statekv", "torch", "transformers", "triton", "flash-attn")
 
 
@@ -39,7 +41,7 @@ class Row:
 
     bench: str
     subject: str
-    setting: Mapping[str, str | int | float]
+    setting: Setting
     unit: str
     samples: tuple[float, ...]
     floor: float | None = None

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from statekv.bench.harness import Panel, Row
+from statekv.bench.harness import Panel, Row, Setting
 from statekv.bench.models import Size, build, size_of
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
@@ -153,7 +153,7 @@ def _geometry(size: Size, dtype: torch.dtype) -> KVSpec:
     return KVSpec(size.kv_heads, size.head_dim, dtype, (torch.device("meta"),) * size.layers)
 
 
-def _setting(name: str, dtype: torch.dtype) -> dict[str, str | int | float]:
+def _setting(name: str, dtype: torch.dtype) -> Setting:
     return {"model": name, "dtype": str(dtype).removeprefix("torch.")}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product
+from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
 from statekv.bench.models import Size, build, fill_carried, fill_detailed, products_alone, random_step, stand, stride
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
@@ -155,11 +155,11 @@ def _products_row(plan: Plan, name: str, seconds: Iterable[float], dtype: torch.
     return Row("prefill", name, _setting(plan, dtype), "ms", samples, 1000 * floor)
 
 
-def _setting(plan: Plan, dtype: torch.dtype) -> dict[str, str | int | float]:
+def _setting(plan: Plan, dtype: torch.dtype) -> Setting:
     kind = str(dtype).removeprefix("torch.")
     return {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind, "tokens": plan.tokens}
 
 
-def _moment(method: Config, step: int) -> dict[str, str | int | float]:
-    budget: dict[str, str | int | float] = {} if method.carry == "all" else {"budget": method.budget}
+def _moment(method: Config, step: int) -> Setting:
+    budget: Setting = {} if method.carry == "all" else {"budget": method.budget}
     return {"step": step, **budget, **({} if method.graph else {"plain": "yes"})}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product
+from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
 from statekv.bench.models import Size, build, fill, random_step, size_of, stand, stride
 from statekv.cache.stream import StreamState
 from statekv.config import Config
@@ -86,7 +86,7 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
     floor = 1000 * segment_flops(size, tokens, plan.budget) / best_rate(seconds[LARGE])
     kind = str(dtype).removeprefix("torch.")
-    setting: dict[str, str | int | float] = {"model": plan.name, "layers": size.layers, "dtype": kind, "tokens": tokens}
+    setting: Setting = {"model": plan.name, "layers": size.layers, "dtype": kind, "tokens": tokens}
     large = tuple(1000 * second for second in seconds[LARGE])
     rows = [Row("sessions", LARGE, setting, "ms", large, min(large))]
     for count in plan.sessions:

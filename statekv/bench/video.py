@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from statekv.bench.harness import Panel, Row, wait
+from statekv.bench.harness import Panel, Row, Setting, wait
 from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.errors import VideoError
@@ -85,7 +85,7 @@ def measure(engine: Engine, file: Path, runs: int) -> tuple[list[Row], list[Pane
             done.append(watch(engine, file, overlapped=kind == OVERLAPPED))
     timed = {kind: done[1:] for kind, done in passes.items()}
     config = engine.config
-    setting: dict[str, str | int | float] = {
+    setting: Setting = {
         "file": file.name,
         "frames": timed[OVERLAPPED][0].frames,
         "method": config.method,
@@ -129,7 +129,7 @@ def watch(engine: Engine, file: Path, *, overlapped: bool) -> Watch:
         return Watch(total, parts, session.frames, course)
 
 
-def _rows(timed: dict[str, list[Watch]], setting: dict[str, str | int | float]) -> list[Row]:
+def _rows(timed: dict[str, list[Watch]], setting: Setting) -> list[Row]:
     in_line = timed[SEQUENTIAL]
     work = median(done.parts["vision"] + done.parts["prefill"] for done in in_line)
     floor = max(work, median(done.parts["decode"] for done in in_line))
