@@ -12,12 +12,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from statekv.errors import ConfigError
 
 CARRIES = ("attention", "recent", "sink_recent", "all", "random")
 RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
+# Reducers by name, and where they are: nothing is imported before one is used.
+REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
 # What each method sets. All of it makes the method what it is, but for whole numbers, which only say how much.
@@ -100,6 +103,22 @@ def _switch(name: str, value: Any) -> Any:
     if not isinstance(value, bool):
         raise ConfigError(f"`{name}` is {value!r}, but must be True or False", "leave it out for the default")
     return value
+
+
+def _named(table: Mapping[str, str]) -> Kind:
+    """A method by its spelling, or the object; whether there is such a class is found when it is loaded."""
+
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, type):
+            rule = f"`{name}` is the class {value.__name__}"
+            raise ConfigError(rule, f"give an instance: {value.__name__}(…)")
+        if isinstance(value, str):
+            read_named(value, table, f"`{name}`")
+        else:
+            spell(value, table)
+        return value
+
+    return Kind(str, {"type": "string"}, read)
 
 
 def _bits(name: str, value: Any) -> Any:
@@ -273,6 +292,14 @@ class Config:
         _share(0, 1),
         "Method",
         needs=ATTENTION,
+    )
+    reduce: str | object | None = _setting(
+        None,
+        "Which tokens of a step go on to the language model: static, static(threshold=0.1), package.module:Class, or a "
+        "statekv.reduce.base.Reducer; by default all.",
+        _named(REDUCERS),
+        "Method",
+        OF_THE_STREAM,
     )
     retrieve: int = _setting(
         64,
@@ -508,8 +535,11 @@ class Config:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The method and every setting, for JSON."""
-        return {"method": self.method, **self.settings}
+        """The method and every setting, for JSON; a reducer is spelled."""
+        spelled = (
+            {} if self.reduce is None or isinstance(self.reduce, str) else {"reduce": spell(self.reduce, REDUCERS)}
+        )
+        return {"method": self.method, **self.settings, **spelled}
 
     @property
     def method(self) -> str:
@@ -601,7 +631,7 @@ def told(count: int) -> str:
     return f"{count} B"
 
 
-_SPELLING = re.compile(r"\s*(?P<name>\w+|[\w.]+:\w+)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
+_SPELLING = re.compile(r"\s*(?P<name>\w+|[\w.]+:[\w.<>]+)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
 _HOW_TO_SPELL = "write name, name(parameter=value) or package.module:Class(parameter=value)"
 
 
@@ -694,7 +724,7 @@ def _class_at(place: str | type[Any], told: str) -> Any:
         return place
     module, name = place.split(":")
     try:
-        return getattr(import_module(module), name)
+        return attrgetter(name)(import_module(module))
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"{told}, but {module} needs {error.name}", "install it") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from statistics import fmean
 from typing import Any
 
@@ -18,8 +17,9 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
-from statekv.errors import ConfigError, ModelError, VideoError
-from statekv.models.adapter import EncodedStep, Segment
+from statekv.errors import ConfigError, VideoError
+from statekv.models.adapter import Segment
+from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 
 MOST_MOMENTS = 48  # at which the cache is looked at
@@ -35,7 +35,7 @@ class Picture:
     Attributes:
         step: number of the step, from 0.
         pts_seconds: time of the frame.
-        tokens: [rows, columns] int64; the patches cover the whole frame, row by row.
+        tokens: [rows, columns] int64; the patches cover the whole frame, row by row; -1: left out by a reducer.
         pixels: [H, W, 3] uint8, reduced.
     """
 
@@ -93,11 +93,11 @@ class Holdings:
             first_token: of the segment in the stream.
             placeholder: the id that stands for a patch.
 
-        Raises:
-            ModelError: a picture whose tokens make no grid.
         """
-        places = (segment.ids[0] == placeholder).nonzero()[:, 0].cpu().numpy() + first_token
-        tokens = places.reshape(token_grid(len(places), seen.grid))
+        entered = (segment.ids[0] == placeholder).nonzero()[:, 0].cpu().numpy() + first_token
+        tokens = np.full(seen.total, -1, np.int64)
+        tokens[slice(None) if segment.kept is None else segment.kept.numpy()] = entered
+        tokens = tokens.reshape(seen.grid)
         frame = seen.frames[0]
         self.pictures.append(Picture(len(self.pictures), frame.pts_seconds, tokens, reduced(frame.data)))
 
@@ -118,7 +118,7 @@ class Holdings:
 
     def _note(self, carried: CarriedCache, tokens: int) -> None:
         held = held_shares([carried.kept(layer) for layer in self.layers], tokens)
-        patches = [held[picture.tokens] for picture in self.pictures]
+        patches = [np.where(picture.tokens < 0, 0, held[picture.tokens]) for picture in self.pictures]
         text = 1 - sum(float(shares.sum()) for shares in patches) / float(held.sum())
         newest = self.pictures[-1]
         halves = [shares.astype(np.float16) for shares in patches]
@@ -137,32 +137,6 @@ def held_shares(kept: Sequence[torch.Tensor], tokens: int) -> Shares:
     heads = sum(layer.shape[0] * layer.shape[1] for layer in kept)
     shares: Shares = (counts.float() / heads).numpy()
     return shares
-
-
-def token_grid(tokens: int, patches: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a picture's tokens.
-
-    Families merge square blocks of the vision tower's patches into a token, or resize every frame to a square.
-
-    Args:
-        tokens: of one picture.
-        patches: rows and columns of patches; (0, 0) where every frame is a square.
-
-    Raises:
-        ModelError: so many tokens make no such grid.
-    """
-    rows, columns = patches
-    if not rows * columns:
-        rows = columns = isqrt(tokens)
-    elif tokens:
-        merged = isqrt(rows * columns // tokens)
-        rows, columns = rows // max(1, merged), columns // max(1, merged)
-    if not tokens or rows * columns != tokens:
-        raise ModelError(
-            f"a picture of {patches[0]} x {patches[1]} patches has {tokens} tokens, which make no grid",
-            "this family cannot be drawn",
-        )
-    return rows, columns
 
 
 def reduced(pixels: torch.Tensor) -> NDArray[np.uint8]:
@@ -197,7 +171,7 @@ class Analysis:
     @property
     def text(self) -> float:
         """Share of the stream's tokens that are no patches."""
-        return 1 - sum(picture.tokens.size for picture in self.pictures) / self.tokens
+        return 1 - sum(int((picture.tokens >= 0).sum()) for picture in self.pictures) / self.tokens
 
     def mean_shares(self) -> LayerShares:
         """The mean over layers, as layer -1."""
@@ -250,8 +224,8 @@ def watch(
     concentration, holdings = Concentration(layers), Holdings(layers, expected)
     assert session.source is not None
     for frames in _steps(session.source, runner.model.frames_per_step):
-        (seen,) = runner.model.encode([frames], state.frames_expected)
-        for segment in runner.model.segments_of(seen, state):
+        (seen,) = runner.encode([frames], state.frames_expected)
+        for segment in runner.segments_of(state, seen, compact=False):
             first = state.tokens
             observed = segment.kind == "step" and bool(holdings.pictures)
             if observed:

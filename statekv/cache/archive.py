@@ -26,6 +26,7 @@ from statekv.config import SETTINGS, Config
 from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 
 _STEPS = "steps"
+_MEMORIES = "memories"
 _PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
 
 
@@ -99,6 +100,8 @@ def _pieces(state: StreamState) -> Iterator[Piece]:
         for layer in range(state.spec.layers):
             yield Piece(_layer_name(layer), partial(_carried, state.carried, layer))
     yield Piece(_STEPS, partial(_steps, state))
+    if state.memories:
+        yield Piece(_MEMORIES, partial(_memory_tensors, state))
 
 
 def _carried(carried: CarriedCache, layer: int) -> dict[str, torch.Tensor]:
@@ -129,6 +132,35 @@ def _steps(state: StreamState) -> dict[str, torch.Tensor]:
     return found
 
 
+def _memory_tensors(state: StreamState) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.cpu().contiguous().clone()
+        for name, memory in state.memories.items()
+        for key, value in memory.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _memory_facts(state: StreamState) -> dict[str, Any]:
+    """Of a tensor, whether it lies on the host."""
+    return {
+        name: {
+            "tensors": {key: value.is_cpu for key, value in memory.items() if isinstance(value, torch.Tensor)},
+            "facts": {key: value for key, value in memory.items() if not isinstance(value, torch.Tensor)},
+        }
+        for name, memory in state.memories.items()
+    }
+
+
+def _restore_memories(state: StreamState, saved: Saved, known: dict[str, Any]) -> None:
+    tensors, device = saved.part(_MEMORIES) if known else {}, state.spec.devices[0]
+    state.memories = {
+        name: memory["facts"]
+        | {key: tensors[f"{name}.{key}"].to("cpu" if on_host else device) for key, on_host in memory["tensors"].items()}
+        for name, memory in known.items()
+    }
+
+
 def _kinds(state: StreamState) -> list[str]:
     return sorted({span.kind for span in state.spans})
 
@@ -151,6 +183,7 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "parts": [(part.first, part.stop) for part in state.detailed.parts()],
         "kinds": _kinds(state),
         "outlived": sorted(state.outlived),
+        "memories": _memory_facts(state),
         "tiers": tier_facts(state.detailed) if isinstance(state.detailed, TieredCache) else None,
         **{name: getattr(state, name) for name in _PLAIN},
     }
@@ -202,6 +235,7 @@ def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
             if carried.scores:
                 carried.scores[layer][:] = tensors["totals"]
     _restore_steps(state, saved.part(_STEPS), facts["kinds"])
+    _restore_memories(state, saved, facts.get("memories", {}))  # 0.1 knew of none
 
 
 def _restore_detailed(state: StreamState, saved: Saved, parts: list[tuple[int, int]], tiers: Any) -> None:

@@ -20,7 +20,7 @@ from statekv.errors import SaveError
 
 FORMAT = 3  # changes whenever an older save could not be gone on with to the bit
 FACTS = "session.json"
-_PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames)\.(\d+)\.safetensors")
+_PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames|memories)\.(\d+)\.safetensors")
 _UNFINISHED = f"{FACTS}.part"
 _CHUNK = 1 << 20  # bytes
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+# What a reducer remembers of a stream: tensors, and what JSON holds, by name. Nobody changes one that a stream holds.
+Memory = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Mark:
     carried: int
     frames: int
     origin_seconds: float | None
+    memories: Mapping[str, Memory]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
@@ -12,7 +12,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Rule
 from statekv.cache.retrieval import RetrievedView, StepIndex
-from statekv.cache.spec import KVSpec, Mark, PositionShift, Span, layer_budgets
+from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span, layer_budgets
 from statekv.cache.tiers.cache import TieredCache
 from statekv.config import Config
 from statekv.errors import ConfigError
@@ -65,6 +65,11 @@ class Compaction:
         return position if position < self.first else self.first + (position - self.first) // self.factor
 
 
+def tensors_of(memory: Memory) -> Iterator[torch.Tensor]:
+    """The tensors in a memory."""
+    return (value for value in memory.values() if isinstance(value, torch.Tensor))
+
+
 @dataclass
 class StreamState:
     """Both memories of one stream, and where it stands.
@@ -82,6 +87,7 @@ class StreamState:
         pinned: tokens of the prefix that stay carried.
         compacts: whether steps move closer together once the horizon is reached.
         compaction: how far they have.
+        memories: what those that reduce its steps remember of it, by name; replaced as a whole, never changed.
     """
 
     spec: KVSpec
@@ -96,6 +102,7 @@ class StreamState:
     pinned: int = 0
     compacts: bool = False
     compaction: Compaction = field(default_factory=Compaction)
+    memories: Mapping[str, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         c = self.config
@@ -135,6 +142,7 @@ class StreamState:
             "carried": self._carried.nbytes if self._carried is not None else 0,
             "detailed": self.detailed.nbytes,
             "blocks": self.blocks.nbytes if self.blocks is not None else 0,
+            "memories": sum(tensor.nbytes for memory in self.memories.values() for tensor in tensors_of(memory)),
             **(self.detailed.bytes_by_tier if isinstance(self.detailed, TieredCache) else {}),
         }
 
@@ -260,7 +268,8 @@ class StreamState:
 
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
-        return Mark(self.tokens, self.position, self.carried.length, self.frames, self.origin_seconds)
+        carried = self.carried.length
+        return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, self.memories)
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
@@ -270,6 +279,7 @@ class StreamState:
         if self.blocks is not None:
             self.blocks.truncate(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
+        self.memories = mark.memories
         while self.spans and self.spans[-1].start >= mark.tokens:
             self.spans.pop()
         self.settle()
@@ -296,6 +306,7 @@ class StreamState:
         self._carried = self._retrieved = None
         self.detailed = DetailedCache(self.spec)
         self.blocks = StepIndex(self.spec) if self.blocks is not None else None
+        self.memories = {}
 
     def _make_carried(self) -> CarriedCache:
         c = self.config

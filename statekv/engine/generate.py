@@ -64,8 +64,9 @@ def generate(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Answer one conversation about videos and images, as `model.generate(**inputs)` would.
 
-    Every picture enters as a step of its own: a frame (InternVL), a temporal patch (Qwen3-VL) or an image. The model
-    is left as it was found, also after an exception. With an unlimited budget the result is the stock model's.
+    Every picture enters as a step of its own: a frame (InternVL), a temporal patch (Qwen3-VL) or an image; a reducer
+    sees them all, for not every family's inputs tell frames from images. The model is left as it was found, also after
+    an exception. With an unlimited budget the result is the stock model's.
 
     Args:
         model: a transformers model of a supported family.
@@ -118,7 +119,7 @@ def _run(
     state = runner.open(config, max(reach, runner.model.trained_length), room=0)
     with torch.inference_mode(), memory_limit(), attention_left_as_found(runner.model.model):
         state.detailed.reserve(longest)
-        for segment in runner.model.segments(inputs):
+        for segment in runner.segments_of_inputs(state, inputs):
             if segment.kind != "question":
                 runner.prefill(state, segment)
                 continue

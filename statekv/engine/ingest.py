@@ -15,7 +15,8 @@ from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError
-from statekv.models.adapter import EncodedStep, Segment, VideoModel
+from statekv.models.adapter import Segment
+from statekv.models.encoded import EncodedStep
 from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
@@ -47,7 +48,7 @@ class FrameQueue:
         self.seconds, self.steps = replace(snapshot.seconds), snapshot.steps
         self.waiting = list(snapshot.waiting)
         self.ended = False
-        self.ahead = VisionPrefetch(runner.model, state, self.seconds)
+        self.ahead = VisionPrefetch(runner, state, self.seconds)
         self.ahead.hold(snapshot.ahead, snapshot.looked)
         self.only_newest = state.config.recall == "last_frames"
         self._passed, self._broken = snapshot.passed, snapshot.broken
@@ -161,19 +162,20 @@ class VisionPrefetch:
     On CUDA the tower works on a stream of its own, a batch ahead of the language model.
 
     Args:
-        model: whose tower it is.
+        runner: whose model's tower it is.
         state: the stream that the frames will enter; it is not changed.
         seconds: where the time is noted.
     """
 
-    def __init__(self, model: VideoModel, state: StreamState, seconds: Seconds) -> None:
-        self._model = model
+    def __init__(self, runner: ModelRunner, state: StreamState, seconds: Seconds) -> None:
+        self._runner = runner
+        self._per_step = runner.model.frames_per_step
         self._state = state
         self._seconds = seconds
         self._frames: deque[Frame] = deque()
         self._error: Exception | None = None  # what ended the source, raised behind the frames before it
         self._looked: deque[tuple[EncodedStep, torch.cuda.Event | None]] = deque()
-        device = model.model.device
+        device = runner.model.model.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait(self, source: Iterator[Frame], pause: Callable[[], bool] | None = None) -> bool:
@@ -206,7 +208,7 @@ class VisionPrefetch:
             MemoryLimitError: the vision tower ran out of memory; no frame is lost.
         """
         live = isinstance(source, LiveSource)
-        batch = 1 if live else self._model.frames_per_step
+        batch = 1 if live else self._per_step
         if self._state.frames and not live:  # the first step does not wait for a batch
             batch *= self._state.config.vision_batch
         if len(self._frames) <= (batch if self._stream is not None and not live else 0):
@@ -233,8 +235,7 @@ class VisionPrefetch:
                 _hand_over(seen, done)
                 return seen
             self._looked.clear()  # other frames were pushed in between
-        with self._model.lock:
-            (seen,) = self._model.encode([frames], self._state.frames_expected)
+        (seen,) = self._runner.encode([frames], self._state.frames_expected)
         return seen
 
     def offer(self, seen: EncodedStep) -> None:
@@ -280,14 +281,14 @@ class VisionPrefetch:
         if self._state.config.recall == "last_frames":
             return  # a question looks at the few frames that it sees
         frames = frames[sum(len(seen.frames) for seen, _ in self._looked) :]
-        size = self._model.frames_per_step
+        size = self._per_step
         steps = [frames[i : i + size] for i in range(0, len(frames) - size + 1, size)]
         if not steps:
             return
         began = time.perf_counter()
         stream = torch.cuda.stream(self._stream)  # None changes nothing
-        with torch.inference_mode(), memory_limit(), self._model.lock, stream:
-            looked = self._model.encode(steps, self._state.frames_expected)
+        with stream:
+            looked = self._runner.encode(steps, self._state.frames_expected)
             done = self._stream.record_event() if self._stream is not None else None
         self._looked.extend((seen, done) for seen in looked)
         self._seconds.vision += time.perf_counter() - began
@@ -337,8 +338,9 @@ class PendingStep:
         """Have the frames looked at, find their place in the stream, and check that there is one."""
         began = time.perf_counter()
         with memory_limit():
-            self.segments = self.runner.enter(self.state, self._ahead.take(self.frames))
-            self._mark = self.state.mark()  # entering may have moved positions
+            self.segments = self.runner.segments_of(self.state, self._ahead.take(self.frames))
+            # Older steps may have moved, which stays if this one is taken back; what it has left to remember does not.
+            self._mark = replace(self.state.mark(), memories=self._mark.memories)
             if len(self.segments) == 1:  # a prefix has to enter before its step can be checked
                 self.runner.check(self.state, self.segments[0])
         self.vision_seconds = time.perf_counter() - began

@@ -13,7 +13,7 @@ from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.runner.batching import batch_key, stream_key
-from statekv.runner.runner import ModelRunner, encode_batch, gather_batch, prefill_batch
+from statekv.runner.runner import ModelRunner, gather_batch, prefill_batch
 
 OnStep = Callable[[Session, Progress], None]
 # A session is no longer watched: its source has ended (None), or this is why it cannot go on.
@@ -133,7 +133,8 @@ class Scheduler:
             if len(group) == 1:
                 continue
             try:
-                seen = encode_batch(model, [step.frames for _, step in group], group[0][0].state.frames_expected)
+                expected = group[0][0].state.frames_expected
+                seen = self._runner.encode([step.frames for _, step in group], expected)
             except Exception:
                 continue  # each looks at its own frames, and fails by itself
             for (session, _), looked in zip(group, seen, strict=True):

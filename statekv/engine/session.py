@@ -15,7 +15,8 @@ from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
 from statekv.errors import ConfigError
-from statekv.models.adapter import EncodedStep, Segment
+from statekv.models.adapter import Segment
+from statekv.models.encoded import EncodedStep
 from statekv.runner.decoding import Detokenizer, SamplingParams
 from statekv.runner.lock import FairLock
 from statekv.runner.runner import ModelRunner
@@ -359,14 +360,19 @@ def _entering(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame],
     """
     model, only_newest = runner.model, state.config.recall == "last_frames"
     segment = model.question(question, state)
-    if not waiting:
-        return segment
-    steps = [waiting[i : i + model.frames_per_step] for i in range(0, len(waiting), model.frames_per_step)]
-    # The newest frames alone are a clip of their own, whose steps follow each other.
-    expected = len(waiting) if only_newest else state.frames_expected
-    with model.lock:
-        looked = model.encode(steps, expected)
-    for seen in looked:
-        for entering in model.segments_of(seen, state):
+    for seen in waiting_steps(runner, state, waiting):
+        for entering in runner.segments_of(state, seen, compact=False):
             runner.prefill(state, entering, "carry" if only_newest else "peek")
-    return model.question(question, state)
+    return model.question(question, state) if waiting else segment
+
+
+def waiting_steps(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame]) -> list[EncodedStep]:
+    """What the vision tower makes of frames that wait, step by step.
+
+    The newest frames alone are a clip of their own, whose steps follow each other.
+    """
+    if not waiting:
+        return []
+    size = runner.model.frames_per_step
+    steps = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+    return runner.encode(steps, len(waiting) if state.config.recall == "last_frames" else state.frames_expected)

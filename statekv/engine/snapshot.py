@@ -18,8 +18,10 @@ from statekv.cache.stream import StreamState
 from statekv.config import SETTINGS, Config
 from statekv.engine.progress import Seconds
 from statekv.errors import ConfigError, ModelError
-from statekv.models.adapter import EncodedStep, VideoModel
+from statekv.models.adapter import VideoModel
+from statekv.models.encoded import EncodedStep
 from statekv.models.loading import Identity, identify
+from statekv.runner.runner import with_reducer
 from statekv.video.frame import Frame
 
 _MADE_WITH = ("statekv", "torch", "transformers")
@@ -85,7 +87,7 @@ def save_session(
             "looked": [
                 {
                     "frames": [numbers[id(frame)] for frame in seen.frames],
-                    "grid": seen.grid,
+                    "tokens": seen.grid,
                     "deepstack": len(seen.deepstack),
                 }
                 for seen in snapshot.looked
@@ -143,9 +145,12 @@ def _standing(saved: Saved, device: torch.device) -> SessionSnapshot:
     frames = [Frame(tensors[f"frame.{number}"], **told) for number, told in enumerate(facts["frames"])]
     looked = []
     for number, seen in enumerate(facts["looked"]):
+        if "tokens" not in seen:
+            continue  # saved by 0.1, which wrote no grid of tokens: the tower will look once more
         deepstack = tuple(tensors[f"deepstack.{number}.{level}"].to(device) for level in range(seen["deepstack"]))
         pictures = tuple(frames[index] for index in seen["frames"])
-        looked.append(EncodedStep(pictures, tensors[f"features.{number}"].to(device), deepstack, tuple(seen["grid"])))
+        features, grid = tensors[f"features.{number}"].to(device), (seen["tokens"][0], seen["tokens"][1])
+        looked.append(EncodedStep(pictures, features, grid, deepstack))
     return SessionSnapshot(
         seconds=Seconds(**facts["seconds"]),
         steps=facts["steps"],
@@ -184,9 +189,16 @@ def _check_frequencies(saved: Saved, now: list[float]) -> None:
 
 
 def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Config:
-    new = config.with_(None, **settings)
+    try:
+        new = with_reducer(config.with_(None, **settings))
+    except ConfigError as error:
+        if "reduce" in settings or config.reduce is None:
+            raise
+        hint = "make it importable as it was then, or give one with the same name and parameters: reduce=…"
+        raise ConfigError(f"{saved.folder} was watched with a reducer: {error.message}", hint) from None
+    facts, facts_then = new.facts, config.facts
     for name in settings:
-        then, now = getattr(config, name), getattr(new, name)
+        then, now = facts_then[name], facts[name]
         if then != now and not SETTINGS[name].may_change(capped=config.memory is not None):
             rule = f"{saved.folder} was watched with `{name}` {then!r}, not {now!r}"
             raise ConfigError(rule, f"leave `{name}` out, or watch the video again")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from statekv.config import Config
-from statekv.engine.session import Session
+from statekv.engine.session import Session, waiting_steps
 from statekv.models.flops import Widths, step_flops
-from statekv.video.frame import Frame
 
 
 def prefill_flops(session: Session) -> int:
@@ -20,20 +17,14 @@ def prefill_flops(session: Session) -> int:
     return flops_of(session, [span.length for span in session.state.spans])
 
 
-def clip_tokens(session: Session, frame: Frame) -> list[int]:
-    """Tokens of each segment that recall="last_frames" encodes for one question.
-
-    Args:
-        session: what has been seen.
-        frame: one of its frames; where labels tell the time, those of the others may differ from its by a token.
-    """
-    model, config = session.runner.model, session.state.config
-    scratch, lengths = session.runner.open(config), []
-    with torch.inference_mode():
-        (seen,) = model.encode([[frame] * model.frames_per_step], session.state.frames_expected)
-        for first in range(0, min(config.last_frames, session.frames), model.frames_per_step):
-            scratch.frames = first
-            lengths += [segment.length for segment in model.segments_of(seen, scratch)]
+def clip_tokens(session: Session) -> list[int]:
+    """Tokens of each segment that recall="last_frames" encodes for one question about what has been seen."""
+    runner = session.runner
+    scratch, lengths = runner.open(session.state.config), []
+    for seen in waiting_steps(runner, scratch, session.queue.waiting):
+        lengths += [segment.length for segment in runner.segments_of(scratch, seen, compact=False)]
+        scratch.frames += len(seen.frames)
+        scratch.origin_seconds = session.queue.waiting[0].pts_seconds
     return lengths
 
 

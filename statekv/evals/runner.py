@@ -16,8 +16,7 @@ from statekv.errors import StateKVError
 from statekv.evals.cost import clip_tokens, flops_of, prefill_flops
 from statekv.evals.results import Header, Line, ResultFile, Shard
 from statekv.evals.task import REFERENCE, Broken, EvalQuestion, EvalVideo, Maker, Task
-from statekv.models.adapter import EncodedStep
-from statekv.runner.memory import memory_limit
+from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 
 
@@ -224,7 +223,6 @@ class Stream:
         self.session = engine.open(path, until_seconds=until_seconds, **config.settings)
         self.failure = ""
         self.flops = self.tokens = 0
-        self._newest: Frame | None = None
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -240,7 +238,6 @@ class Stream:
         Raises:
             StateKVError: as `Session.push`.
         """
-        self._newest = frame
         self.session.push([frame], seen=seen)
 
     def arrive(self, at_seconds: float | None) -> None:
@@ -262,8 +259,8 @@ class Stream:
         """
         answer = self.session.ask(question).strip()
         self.tokens = self.session.state.tokens
-        if self.config.recall == "last_frames" and self._newest is not None:
-            encoded = clip_tokens(self.session, self._newest)
+        if self.config.recall == "last_frames":
+            encoded = clip_tokens(self.session)
             self.flops += flops_of(self.session, encoded)
             self.tokens = sum(encoded)
         return answer
@@ -336,5 +333,4 @@ class FrameQueue:
     def _looked(self, steps: list[list[Frame]]) -> list[EncodedStep]:
         if self._leader is None or not steps:
             return []
-        with torch.inference_mode(), memory_limit():
-            return self._leader.runner.model.encode(steps, self._leader.state.frames_expected)
+        return self._leader.runner.encode(steps, self._leader.state.frames_expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError
+from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.runner.lock import FairLock
@@ -33,6 +34,7 @@ class Segment:
         pts_seconds: time of the first picture.
         extras: further keyword arguments of the language model.
         moment: where it stands on the axis of time, where the family counts that beside its text; else None.
+        kept: which tokens of its picture it has; see `EncodedStep`.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Segment:
     pts_seconds: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     moment: int | None = None
+    kept: torch.Tensor | None = None
 
     @property
     def reach(self) -> int:
@@ -54,28 +57,6 @@ class Segment:
     def length(self) -> int:
         """Tokens."""
         return self.ids.shape[1]
-
-
-@dataclass(frozen=True)
-class EncodedStep:
-    """The pictures of one step after the vision tower, not yet part of any stream.
-
-    Attributes:
-        frames: 1 … frames_per_step pictures; none where only a processor's pixels are known.
-        features: [n, hidden], one for each placeholder.
-        deepstack: features [n, hidden] for the first layers of families that have them.
-        grid: rows and columns of patches.
-    """
-
-    frames: tuple[Frame, ...]
-    features: torch.Tensor
-    deepstack: tuple[torch.Tensor, ...] = ()
-    grid: tuple[int, int] = (0, 0)
-
-    @property
-    def pts_seconds(self) -> float | None:
-        """Time of the first picture, where that is known."""
-        return self.frames[0].pts_seconds if self.frames else None
 
 
 @dataclass(frozen=True)
@@ -185,11 +166,17 @@ class VideoModel(ABC):
 
     @abstractmethod
     def step_text(self, seen: EncodedStep, state: StreamState) -> str:
-        """The text around one step's pictures, placeholders included."""
+        """The text around one step's pictures, with a placeholder for each token of the whole picture."""
 
     @abstractmethod
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
-        """A step out of its text, with one picture in it, and what the vision tower made of that picture."""
+        """A step out of its text, with one picture in it, and what the vision tower made of that picture.
+
+        Args:
+            ids: with a placeholder for each token of the whole picture; those that are not kept leave their places.
+            seen: the picture.
+            position: of the first token.
+        """
 
     @abstractmethod
     def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
@@ -203,8 +190,15 @@ class VideoModel(ABC):
         """
 
     @abstractmethod
-    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
-        """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece."""
+    def segments(
+        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
+    ) -> Iterator[Segment]:
+        """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece.
+
+        Args:
+            inputs: what the processor returned.
+            reduce: applied to each picture before it becomes a step.
+        """
 
     def reach(self, inputs: Mapping[str, Any]) -> int:
         """Positions that a stock processor's inputs take at most."""
@@ -214,7 +208,7 @@ class VideoModel(ABC):
         """Segments of one step; the first step of a stream brings the prompt's prefix along.
 
         Args:
-            seen: what `look` made of the step's pictures.
+            seen: what `encode` made of the step's pictures.
             state: the stream that they enter; it is not changed.
         """
         prompt, text = self.prompts[state.config.layout], self.step_text(seen, state)
@@ -244,25 +238,39 @@ class VideoModel(ABC):
         return Segment(kind, row, self.embed(row), self.text_positions(position, length), position + length)
 
     def embed_picture(
-        self, ids: Sequence[int], token: int, features: torch.Tensor
+        self, ids: Sequence[int], token: int, seen: EncodedStep
     ) -> tuple[torch.Tensor, torch.Tensor, slice]:
         """Text with one picture in it: ids [1, T], embeds [1, T, hidden], and where the picture lies.
 
         Args:
             ids: known to the host, so that nothing has to wait for the device.
-            token: the placeholders' id; they stand in one run.
-            features: [n, hidden].
+            token: the placeholders' id; they stand in one run, one for each token of the whole picture.
+            seen: the picture; T counts the tokens of it that are kept.
 
         Raises:
-            ModelError: there are more or fewer placeholders than features.
+            ModelError: there are more or fewer placeholders than the whole picture has tokens.
         """
-        check_placeholders(ids.count(token), len(features))
+        check_placeholders(ids.count(token), seen.total)
         first = ids.index(token)
-        spot = slice(first, first + len(features))
-        row = torch.tensor([ids], device=self.model.device)
+        spot = slice(first, first + len(seen.features))
+        row = torch.tensor([without_dropped(ids, first, seen)], device=self.model.device)
         embeds = self.embed(row)
-        embeds[:, spot] = features.to(embeds)
+        embeds[:, spot] = seen.features.to(embeds)
         return row, embeds, spot
+
+    def kept_positions(self, positions: torch.Tensor, first: int, seen: EncodedStep) -> torch.Tensor:
+        """Positions of the tokens that a step has, out of those that it would have with its whole picture.
+
+        Args:
+            positions: [1, T] or [3, 1, T], with the whole picture.
+            first: words in front of the picture.
+            seen: the picture.
+        """
+        if seen.kept is None:
+            return positions
+        words = torch.arange(positions.shape[-1])
+        here = torch.cat([words[:first], first + seen.kept, words[first + seen.total :]])
+        return positions[..., here.to(positions.device)]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[streams, T] → [streams, T, hidden]."""
@@ -291,6 +299,12 @@ class VideoModel(ABC):
             )
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
+
+
+def without_dropped(ids: Sequence[int], first: int, seen: EncodedStep) -> list[int]:
+    """Ids of a step with a placeholder for each token that is kept, out of those with the whole picture."""
+    stop = first + seen.total
+    return [*ids[: first + len(seen.features)], *ids[stop:]]
 
 
 def check_placeholders(placeholders: int, features: int) -> None:

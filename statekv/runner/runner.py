@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
@@ -13,13 +13,16 @@ from statekv.cache.batched import StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.retrieval import RetrievedView, StepIndexEntry
+from statekv.cache.spec import Memory
 from statekv.cache.stream import StreamState
 from statekv.cache.tiers.cache import TieredCache
-from statekv.config import Config
+from statekv.config import REDUCERS, Config, load_named
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError
-from statekv.models.adapter import EncodedStep, Segment, VideoModel
+from statekv.models.adapter import Segment, VideoModel
+from statekv.models.encoded import EncodedStep
 from statekv.models.hooks import Observer, Pass, take_attention
 from statekv.ops import implementation
+from statekv.reduce.base import Reducer, reduced
 from statekv.runner.batching import StepBatches, joined
 from statekv.runner.cuda_graph import StepGraphs
 from statekv.runner.decoding import SamplingParams
@@ -35,6 +38,20 @@ Mode = Literal["carry", "peek", "answer"]
 # Positions that a stream leaves to a question, besides the longest answer.
 _QUESTION_ROOM = 512
 _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
+
+
+_REDUCE = "reduce"  # where the reducer's memory is among those of a stream
+
+
+def with_reducer(config: Config) -> Config:
+    """The same settings with the reducer itself in place of its spelling.
+
+    Raises:
+        ConfigError: there is no such reducer, or it does not take such parameters.
+    """
+    if config.reduce is None or isinstance(config.reduce, Reducer):
+        return config
+    return config.with_(reduce=load_named(config.reduce, REDUCERS, "`reduce`", Reducer))
 
 
 def room_for_answers(config: Config) -> int:
@@ -77,29 +94,66 @@ class ModelRunner:
             compacts: whether steps move closer together once the horizon is reached.
 
         Raises:
-            ConfigError: the kernel that was asked for cannot run here.
+            ConfigError: the kernel that was asked for cannot run here, or there is no such reducer.
         """
         self.check_kernel(config)
+        config = with_reducer(config)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
         return StreamState(self.model.kv_spec(), config, horizon, frames_expected, room, compacts=compacts)
 
     @torch.inference_mode()
-    def enter(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
-        """Segments of one step, at the stream's next position; where its range is used up, room is made first.
+    def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
+        """Send the pictures of several steps, of one stream or of many, through the vision tower together.
 
         Args:
-            state: the stream; where it compacts, older steps may move.
-            seen: what `look` made of the step's pictures.
+            steps: as for `VideoModel.encode`.
+            frames_expected: frames of the whole video where that is known; some families size pictures by it.
 
         Raises:
-            HorizonError: the range of a stream that compacts is too small for such steps; nothing has changed.
+            MemoryLimitError: the device is out of memory.
+        """
+        with self.model.lock, memory_limit():
+            return self.model.encode(steps, frames_expected)
+
+    @torch.inference_mode()
+    def segments_of(self, state: StreamState, seen: EncodedStep, compact: bool = True) -> list[Segment]:
+        """Segments of a step whose turn has come, reduced as the stream's settings say.
+
+        Args:
+            state: the stream. What its reducer remembers moves on; where it compacts, older steps may move.
+            seen: what `encode` made of the step's pictures.
+            compact: whether room is made first where the range of a stream that compacts is used up.
+
+        Raises:
+            HorizonError: that range is too small for such steps; nothing has changed.
+            ConfigError: what the reducer made of the step cannot enter; nothing has changed.
         """
         with self.model.lock:
-            return self._enter(state, seen)
+            step, memories = self._reduced(state, seen)
+            entering = self._with_room(state, step) if compact else self.model.segments_of(step, state)
+        state.memories = memories
+        return entering
 
-    def _enter(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
+    def segments_of_inputs(self, state: StreamState, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+        """A stock processor's inputs cut into segments, vision computed piece by piece; each picture is reduced."""
+
+        def reduce(seen: EncodedStep) -> EncodedStep:
+            step, state.memories = self._reduced(state, seen)
+            return step
+
+        return self.model.segments(inputs, reduce)
+
+    def _reduced(self, state: StreamState, seen: EncodedStep) -> tuple[EncodedStep, Mapping[str, Memory]]:
+        """A step after the stream's reducer, and what the stream remembers from then on."""
+        reducer: Reducer | None = with_reducer(state.config).reduce  # type: ignore[assignment]
+        if reducer is None:
+            return seen, state.memories
+        step, memory = reduced(reducer, seen, state.memories.get(_REDUCE, {}))
+        return step, {**state.memories, _REDUCE: memory}
+
+    def _with_room(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
         entering, reach = self.model.segments_of(seen, state), state.horizon - state.room
         step = entering[-1]
         if not state.compacts or step.reach <= reach or not state.frames:
@@ -202,7 +256,9 @@ class ModelRunner:
         if isinstance(cache, CarriedCache):
             cache.make_room(segment.length)
             evicting = mode == "carry" and cache.must_evict(segment.length)
-            if evicting and observer is None and state.config.graph and self.graphs.fits(cache, segment):
+            # Steps that lose tokens are of many lengths: recordings of all of them would fill the device.
+            steady = segment.kept is None and observer is None
+            if evicting and steady and state.config.graph and self.graphs.fits(cache, segment):
                 return self.graphs.step(cache, segment, partial(forward, evicting=True))
         return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
 
@@ -297,13 +353,6 @@ def _check_follows(state: StreamState, segment: Segment) -> None:
             "retrieve_positions is 'reindex', but this model counts the time of its steps beside its text",
             "set retrieve_positions to 'keep'",
         )
-
-
-@torch.inference_mode()
-def encode_batch(model: VideoModel, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
-    """What the vision tower makes of one step of each of several streams; see `VideoModel.look`."""
-    with model.lock, memory_limit():
-        return model.encode(steps, frames_expected)
 
 
 @torch.inference_mode()

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from statekv.analysis.concentration import BUDGETS
-from statekv.analysis.holdings import MOST_MOMENTS, Holdings, analyse, held_shares, reduced, token_grid, watch
-from statekv.errors import ConfigError, ModelError, VideoError
+from statekv.analysis.holdings import MOST_MOMENTS, Holdings, analyse, held_shares, reduced, watch
+from statekv.errors import ConfigError, VideoError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
-from statekv.models.adapter import EncodedStep, VideoModel
+from statekv.models.adapter import VideoModel
 from statekv.video.frame import Frame
 from tests.analysis.streams import opened, watched
 from tests.runner.test_cuda_graph import Tape
@@ -26,28 +26,10 @@ from tests.tiny import FAMILIES
 EVERY_FAMILY = pytest.mark.parametrize("family", [*FAMILIES, "eagle2_5"])
 
 
-def grid_of(seen: EncodedStep) -> tuple[int, int]:
-    return token_grid(len(seen.features), seen.grid)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "patches", "expected"),
-    [(4, (0, 0), (2, 2)), (196, (0, 0), (14, 14)), (6, (4, 6), (2, 3)), (24, (4, 6), (4, 6)), (5, (2, 10), (1, 5))],
-)
-def test_tokens_make_a_grid(tokens: int, patches: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert token_grid(tokens, patches) == expected
-
-
-@pytest.mark.parametrize(("tokens", "patches"), [(5, (0, 0)), (0, (0, 0)), (7, (4, 6)), (0, (4, 6))])
-def test_tokens_that_make_no_grid_are_refused(tokens: int, patches: tuple[int, int]) -> None:
-    with pytest.raises(ModelError, match="make no grid"):
-        token_grid(tokens, patches)
-
-
 def features(model: VideoModel, frames: list[Frame]) -> tuple[Any, tuple[int, int]]:
     with torch.inference_mode():
         (seen,) = model.encode([frames])
-    return seen.features, grid_of(seen)
+    return seen.features, seen.grid
 
 
 @EVERY_FAMILY
@@ -77,8 +59,8 @@ def entered(family: str, frames: int, expected: int, **settings: Any) -> tuple[H
     found, pictures, size = Holdings(range(3), expected), some_frames(frames), runner.model.frames_per_step
     with torch.inference_mode():
         for start in range(0, frames, size):
-            (seen,) = runner.model.encode([pictures[start : start + size]], state.frames_expected)
-            for segment in runner.model.segments_of(seen, state):
+            (seen,) = runner.encode([pictures[start : start + size]], state.frames_expected)
+            for segment in runner.segments_of(state, seen):
                 first = state.tokens
                 runner.prefill(state, segment)
                 if segment.kind == "step":

@@ -25,7 +25,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.models import adapter_of
-from statekv.models.adapter import EncodedStep
+from statekv.models.encoded import EncodedStep
 from statekv.models.families.qwen3_vl import Qwen3VL
 from statekv.runner.runner import ModelRunner
 from tests.bench.small import CPU, FAMILIES, INTERNVL, QWEN3_VL, shrunk, small
@@ -167,9 +167,8 @@ def test_qwen_steps_are_made_as_the_adapter_makes_them(monkeypatch: pytest.Monke
     assert isinstance(model, Qwen3VL)
     step = random_step(model, 18, 2)
     monkeypatch.setattr(model.model.config, "video_token_id", 3)  # a small model's vocabulary ends before the real one
-    merge = model.model.config.vision_config.spatial_merge_size
     features = torch.zeros(16, QWEN3_VL.hidden)
-    seen = EncodedStep((), features, (features,) * 3, (4 * merge, 4 * merge))
+    seen = EncodedStep((), features, (4, 4), (features,) * 3)
     own = model.vision_segment([3] * 16 + [1, 2], seen, 6)
     assert torch.equal(step.positions, own.positions)
     assert step.next_position == own.next_position == 12

@@ -12,7 +12,7 @@ from statekv.engine.ingest import VisionPrefetch
 from statekv.engine.progress import Seconds
 from statekv.engine.session import Session
 from statekv.errors import VideoError
-from statekv.models.adapter import EncodedStep
+from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 from tests.talk import assert_same_stream, shared_engine, some_frames
 from tests.tiny import FAMILIES
@@ -104,7 +104,7 @@ def test_an_error_of_the_source_comes_behind_the_frames_before_it(family: str) -
 def test_time_is_noted_where_it_was_spent() -> None:
     engine, seconds = shared_engine("internvl"), Seconds()
     state = engine.runner.open(Config())
-    ahead = VisionPrefetch(engine.model, state, seconds)
+    ahead = VisionPrefetch(engine.runner, state, seconds)
     frame = ahead.draw(iter(some_frames(3)), [])
     assert frame is not None
     assert seconds.decode > 0 < seconds.vision
@@ -139,7 +139,7 @@ def test_of_other_frames_it_is_not_taken() -> None:
 
 def test_frames_let_go_are_gone() -> None:
     engine = shared_engine("internvl")
-    ahead = VisionPrefetch(engine.model, engine.runner.open(Config()), Seconds())
+    ahead = VisionPrefetch(engine.runner, engine.runner.open(Config()), Seconds())
     source = iter(some_frames(3))
     ahead.draw(source, [])
     ahead.forget()

@@ -13,7 +13,8 @@ from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError, StateKVError, VideoError
-from statekv.models.adapter import EncodedStep, Segment
+from statekv.models.adapter import Segment
+from statekv.models.encoded import EncodedStep
 from statekv.runner.runner import ModelRunner, prefill_batch
 from statekv.video.frame import Frame
 from statekv.video.live import FrameBuffer, LiveSource, LiveStatus
@@ -358,16 +359,20 @@ def test_a_picture_that_cannot_be_looked_at_troubles_its_own_session_alone() -> 
 
 
 def test_where_pictures_cannot_be_looked_at_together_each_session_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise MemoryLimitError("out of memory")
-
     engine = shared_engine("internvl")
+    encode = engine.runner.encode
+
+    def refuse(steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
+        if len(steps) > 1:
+            raise MemoryLimitError("out of memory")
+        return encode(steps, frames_expected)
+
     cameras, alone, rounds = (
         [filming(engine) for _ in range(2)],
         [engine.open(budget=20) for _ in range(2)],
         engine.scheduler(),
     )
-    monkeypatch.setattr("statekv.engine.scheduler.encode_batch", refuse)
+    monkeypatch.setattr(engine.runner, "encode", refuse)
     for number, (session, camera) in enumerate(cameras):
         rounds.add(session)
         camera.show(some_frames(4, seed=number))

@@ -19,7 +19,7 @@ from statekv.evals import runner
 from statekv.evals.results import Results, Shard, read
 from statekv.evals.runner import FrameQueue, Stream, evaluate, watch
 from statekv.evals.task import Broken, EvalVideo
-from statekv.models.adapter import EncodedStep
+from statekv.models.encoded import EncodedStep
 from statekv.models.flops import Widths, step_flops
 from statekv.video.frame import Frame
 from tests.evals.small import SETTINGS, Small, question, videos_of, write_clips

@@ -9,6 +9,7 @@ from statekv.errors import ModelError
 from statekv.models import FAMILIES as KNOWN
 from statekv.models import adapter_of
 from statekv.models.adapter import Segment, runs
+from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import EVERY_MODEL, FAMILIES, tiny
@@ -19,16 +20,15 @@ def test_features_stand_where_the_placeholders_are() -> None:
     model = shared_engine("internvl").model
     hidden = model.text_config.hidden_size
     ids, token = [5, 9, 9, 6], 9
-    row, embeds, spot = model.embed_picture(
-        ids, token, torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, hidden)
-    )
+    features = torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, hidden)
+    row, embeds, spot = model.embed_picture(ids, token, EncodedStep((), features, (1, 2)))
     assert (row.tolist(), spot) == ([ids], slice(1, 3))
     assert embeds.dtype == torch.float32
     assert embeds[0, 1:3, 0].tolist() == [1, 2]
     assert torch.equal(embeds[:, ::3], model.embed(torch.tensor([[5, 6]])))
     for wrong in (1, 3):
         with pytest.raises(ModelError, match=f"placeholders for 2 vision features, the pictures make {wrong}"):
-            model.embed_picture(ids, token, torch.zeros(wrong, hidden))
+            model.embed_picture(ids, token, EncodedStep((), torch.zeros(wrong, hidden), (1, wrong)))
 
 
 @pytest.mark.parametrize("family", EVERY_MODEL)

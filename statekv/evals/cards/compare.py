@@ -125,13 +125,13 @@ def compare(
 
 
 def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
-    model, runner = sessions[0].runner.model, sessions[0].runner
+    runner = sessions[0].runner
     spent: list[list[float]] = [[] for _ in sessions]
     for frame in read_frames(path, fps=1.0, ahead=8):
         with torch.inference_mode():
-            (seen,) = model.encode([[frame]])
-            entering = model.segments_of(seen, sessions[0].state)
+            (seen,) = runner.encode([[frame]], None)
             for session, times in zip(sessions, spent, strict=True):
+                entering = runner.segments_of(session.state, seen)
                 began = time.perf_counter()
                 for segment in entering:
                     runner.prefill(session.state, segment)

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM, SiglipVision
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import EncodedStep
+from statekv.models.encoded import EncodedStep
 from statekv.models.families.internvl import InternVL
 from statekv.models.preprocess import Eagle25Recipe
 from statekv.models.prompt import Layout, VisionTokens, eagle2_5_step, eagle2_5_tokens

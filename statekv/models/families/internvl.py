@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
+from statekv.models.adapter import Segment, check_placeholders, runs
+from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.families.square import SquareFrames
 from statekv.models.preprocess import InternVLRecipe
 from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
@@ -41,20 +43,23 @@ class InternVL(SquareFrames):
         return self._numbered(state.frames, state.config.layout)
 
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
-        row, embeds, _ = self.embed_picture(ids, self.video_token_id, seen.features)
+        row, embeds, spot = self.embed_picture(ids, self.video_token_id, seen)
+        positions = self.kept_positions(self.text_positions(position, len(ids)), spot.start, seen)
         following = position + len(ids)
-        return Segment("step", row, embeds, self.text_positions(position, len(ids)), following, 1, seen.pts_seconds)
+        return Segment("step", row, embeds, positions, following, 1, seen.pts_seconds, kept=seen.kept)
 
     def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         prompt = self.prompts[layout]
         first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
         return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
 
-    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+    def segments(
+        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
+    ) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pixels, token = inputs.get("pixel_values"), self.video_token_id
         check_placeholders(ids.count(token), 0 if pixels is None else len(pixels) * self.tokens_per_tile)
-        done, tile, position = 0, 0, 0
+        done, tile, position, side = 0, 0, 0, isqrt(self.tokens_per_tile)
         for start, stop, _ in runs(ids, [token]):
             if not done and start > 1:
                 prefix = self.text("prefix", ids[: start - 1], position)  # all but the picture's start token
@@ -62,8 +67,9 @@ class InternVL(SquareFrames):
                 done, position = start - 1, prefix.next_position
             tiles = (stop - start) // self.tokens_per_tile
             features = self.features(inputs["pixel_values"][tile : tile + tiles]).flatten(0, 1)
+            seen = reduce(EncodedStep((), features, (tiles * side, side)))
             # The picture's end token still belongs to the step.
-            step = self.vision_segment(ids[done : stop + 1], EncodedStep((), features), position)
+            step = self.vision_segment(ids[done : stop + 1], seen, position)
             yield step
             done, tile, position = stop + 1, tile + tiles, step.next_position
         yield self.text("question", ids[done:], position)

@@ -6,15 +6,17 @@ a stream that goes on never holds one in its middle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
+from statekv.models.adapter import Segment, check_placeholders, runs, without_dropped
+from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.families.square import SquareFrames
 from statekv.models.preprocess import LlavaOnevisionRecipe
 from statekv.models.prompt import Layout, VisionTokens, llava_onevision_tokens
@@ -46,13 +48,16 @@ class LlavaOnevision(SquareFrames):
         return found[:, : self.tokens_per_frame]
 
     def step_text(self, seen: EncodedStep, state: StreamState) -> str:
-        return self.prompts[state.config.layout].tokens.pad * len(seen.features)
+        return self.prompts[state.config.layout].tokens.pad * seen.total
 
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int) -> Segment:
         """The picture stands behind the text; a video's placeholder within the text is a newline."""
-        segment = self.text("step", ids, position)
-        segment.embeds[:, len(ids) - len(seen.features) :] = seen.features.to(segment.embeds)
-        return replace(segment, frames=1, pts_seconds=seen.pts_seconds)
+        first = len(ids) - seen.total
+        segment = self.text("step", without_dropped(ids, first, seen), position)
+        segment.embeds[:, first:] = seen.features.to(segment.embeds)
+        positions = self.kept_positions(self.text_positions(position, len(ids)), first, seen)
+        placed = replace(segment, positions=positions, next_position=position + len(ids), kept=seen.kept)
+        return replace(placed, frames=1, pts_seconds=seen.pts_seconds)
 
     def text(self, kind: str, ids: Sequence[int] | torch.Tensor, position: int) -> Segment:
         segment = super().text(kind, ids, position)
@@ -63,7 +68,9 @@ class LlavaOnevision(SquareFrames):
         prompt = self.prompts[layout]
         return len(prompt.head_ids(prompt.tokens.pad)) + frames * self.tokens_per_frame
 
-    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+    def segments(
+        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
+    ) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pieces = dict(zip(self._placeholders, (self._images(inputs), self._videos(inputs)), strict=True))
         done = position = 0
@@ -79,12 +86,18 @@ class LlavaOnevision(SquareFrames):
                     check_placeholders(stop - start, reached + len(features) - start)
                 reached += len(features)
                 if is_picture:
-                    step = self.vision_segment(ids[done:reached], EncodedStep((), features), position)
+                    seen = reduce(EncodedStep((), features, self._grid(len(features))))
+                    step = self.vision_segment(ids[done:reached], seen, position)
                     yield step
                     done, position = reached, step.next_position
         for token, rest in pieces.items():
             check_placeholders(ids.count(token), ids.count(token) + sum(len(features) for features, _ in rest))
         yield self.text("question", ids[done:], position)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Images are several tiles with newlines in them: one row."""
+        side = isqrt(tokens)
+        return (side, side) if tokens == self.tokens_per_frame else (1, tokens)
 
     @property
     def _placeholders(self) -> tuple[int, int]:

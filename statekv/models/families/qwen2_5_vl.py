@@ -9,14 +9,15 @@ the fraction of a step's seconds, so that a video of more than 2 frames a second
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import EncodedStep, Segment, check_placeholders, runs
+from statekv.models.adapter import Segment, check_placeholders, runs
+from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.families.qwen_vl import Qwen25VLRecipe, QwenVL, qwen2_5_vl_size, temporal_patches
 from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
 
@@ -40,22 +41,22 @@ class Qwen25VL(QwenVL):
         return qwen2_5_vl_size(height, width, frames, self.recipe)
 
     def step_text(self, seen: EncodedStep, state: StreamState) -> str:
-        return self.prompts[state.config.layout].tokens.pad * len(seen.features)
+        return self.prompts[state.config.layout].tokens.pad * seen.total
 
     def segments_of(self, seen: EncodedStep, state: StreamState) -> list[Segment]:
         head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
         prefix = [] if state.frames or not head else [self.text("prefix", head, 0)]
-        ids = [self.video_token_id] * len(seen.features)
+        ids = [self.video_token_id] * seen.total
         return [*prefix, self.vision_segment(ids, seen, len(head), moment)]
 
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int, moment: int = 0) -> Segment:
         """As for any family; `moment` is the step's place on the axis of time, counted from the video's start."""
         token = self.video_token_id if self.video_token_id in ids else self.model.config.image_token_id
-        row, embeds, spot = self.embed_picture(ids, token, seen.features)
-        positions, following = self.positions(len(ids), spot.start, seen.grid, position, moment)
-        stands = position + spot.start + moment
-        frames = max(1, len(seen.frames))
-        return Segment("step", row, embeds, positions, following, frames, seen.pts_seconds, moment=stands)
+        row, embeds, spot = self.embed_picture(ids, token, seen)
+        positions, following = self.positions(len(ids), spot.start, seen, position, moment)
+        stands, frames = position + spot.start + moment, max(1, len(seen.frames))
+        times = {"pts_seconds": seen.pts_seconds, "moment": stands}
+        return Segment("step", row, embeds, positions, following, frames, **times, kept=seen.kept)
 
     def max_positions(self, frames: int, height: int, width: int, layout: Layout, seconds: float | None = None) -> int:
         head = len(self.prompts[layout].head_ids(self.prompts[layout].tokens.pad))
@@ -68,7 +69,9 @@ class Qwen25VL(QwenVL):
         waits = (self._moments(count, each)[-1] for count, each in zip(steps, self._intervals(inputs), strict=False))
         return super().reach(inputs) + sum(waits)
 
-    def segments(self, inputs: Mapping[str, Any]) -> Iterator[Segment]:
+    def segments(
+        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
+    ) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pictures = {token: temporal_patches(*source) for token, source in self.sources(inputs).items()}
         intervals = iter(self._intervals(inputs))
@@ -83,7 +86,8 @@ class Qwen25VL(QwenVL):
             for (patches, grid), moment in zip(pieces, moments, strict=True):
                 (features,), _ = self.see(patches, [(1, *grid)], self.modality(token))
                 end = max(done, start) + len(features)
-                step = self.vision_segment(ids[done:end], EncodedStep((), features, (), grid), position, moment)
+                seen = reduce(EncodedStep((), features, self.merged(grid)))
+                step = self.vision_segment(ids[done:end], seen, position, moment)
                 yield step
                 done, position = end, begin
             check_placeholders(stop - start, done - start)

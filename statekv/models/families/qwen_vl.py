@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from statekv.errors import VideoError
-from statekv.models.adapter import EncodedStep, VideoModel, check_placeholders
+from statekv.models.adapter import VideoModel, check_placeholders
+from statekv.models.encoded import EncodedStep
 from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of, value_of
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame
@@ -51,7 +52,7 @@ class QwenVL(VideoModel):
         thw = [(1, rows, columns) for _, (rows, columns) in made]
         features, deepstack = self.see(torch.cat([patches for patches, _ in made]), thw, "video")
         return [
-            EncodedStep(tuple(frames), features[i], tuple(layer[i] for layer in deepstack), grid)
+            EncodedStep(tuple(frames), features[i], self.merged(grid), tuple(layer[i] for layer in deepstack))
             for i, (frames, (_, grid)) in enumerate(zip(steps, made, strict=True))
         ]
 
@@ -94,27 +95,28 @@ class QwenVL(VideoModel):
         return grid[0] // merge, grid[1] // merge
 
     def positions(
-        self, length: int, first: int, grid: tuple[int, int], start: int, moment: int = 0
+        self, length: int, first: int, seen: EncodedStep, start: int, moment: int = 0
     ) -> tuple[torch.Tensor, int]:
         """[3, 1, T] for words, one picture and words again, and the position that follows.
 
-        A picture takes as many positions as its longer side has merged patches (transformers' get_rope_index).
+        A picture takes as many positions as its longer side has merged patches (transformers' get_rope_index), however
+        many of its tokens are kept.
 
         Args:
-            length: T.
+            length: T, with the whole picture.
             first: words in front of the picture.
-            grid: rows and columns of patches.
+            seen: the picture.
             start: position of the first token.
             moment: how far the picture lies behind the words on the axis of time.
         """
-        rows, columns = self.merged(grid)
+        rows, columns = seen.grid
         after = start + first + max(rows, columns)
         rest = length - first - rows * columns
         device = self.model.device
         picture = grid_positions(start + first, rows, columns, device)
         picture[0] += moment
         pieces = [text_positions(start, first, device), picture, text_positions(after, rest, device)]
-        return torch.cat(pieces, dim=-1), after + rest
+        return self.kept_positions(torch.cat(pieces, dim=-1), first, seen), after + rest
 
     def _patches(self, frames: Sequence[Frame], frames_expected: int | None) -> tuple[torch.Tensor, tuple[int, int]]:
         height, width = frames[0].data.shape[-2:]

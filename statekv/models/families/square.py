@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from math import isqrt
 
 import torch
 
-from statekv.models.adapter import EncodedStep, VideoModel
+from statekv.models.adapter import VideoModel
+from statekv.models.encoded import EncodedStep
 from statekv.models.preprocess import SquareRecipe, resize_and_normalise
 from statekv.video.frame import Frame
 
@@ -28,7 +30,9 @@ class SquareFrames(VideoModel):
             pixels = self._pixels(torch.stack(pictures))
         else:
             pixels = torch.cat([self._pixels(picture[None]) for picture in pictures])
-        return [EncodedStep((frame,), found) for frame, found in zip(frames, self.features(pixels), strict=True)]
+        features = self.features(pixels)
+        side = isqrt(features.shape[1])
+        return [EncodedStep((frame,), found, (side, side)) for frame, found in zip(frames, features, strict=True)]
 
     def _pixels(self, frames: torch.Tensor) -> torch.Tensor:
         device = self.model.device
