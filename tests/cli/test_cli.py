@@ -158,7 +158,7 @@ def test_json_has_an_object_per_answer(film: Path, watched: list[Session]) -> No
         assert answer["horizon"] == 32768
         assert set(answer["seconds"]) == {"decode", "vision", "prefill", "answer"}
         assert all(seconds > 0 for seconds in answer["seconds"].values())
-        assert set(answer["bytes"]) == {"carried", "detailed", "blocks"}
+        assert set(answer["bytes"]) == {"carried", "detailed", "blocks", "memories"}
         assert 0 < answer["bytes"]["carried"] < answer["bytes"]["detailed"]
     # Each with its own time to answer, both with the same prefill.
     assert found[0]["seconds"]["prefill"] == found[1]["seconds"]["prefill"]

@@ -182,7 +182,7 @@ def test_a_save_of_a_reducer_that_is_not_there_is_refused_unless_an_equal_one_is
         engine.restore(tmp_path)
     assert "\n" not in str(caught.value)
     for wrong in (Local(2), Rotating(3), "static", None):
-        with pytest.raises(ConfigError, match=r"was watched with `reduce` '.*Local\(by=3\)', not"):
+        with pytest.raises(ConfigError, match=r"was watched with reduce '.*Local\(by=3\)', not"):
             engine.restore(tmp_path, reduce=wrong)
     assert_same(engine.restore(tmp_path, reduce=Local(3)), session)
 
@@ -191,7 +191,7 @@ def test_a_save_without_a_reducer_does_not_get_one(tmp_path: Path) -> None:
     session = opened("internvl", None)
     session.push(some_frames(4))
     session.save(tmp_path)
-    with pytest.raises(ConfigError, match=r"with `reduce` None, not 'static\(threshold=0.1\)'"):
+    with pytest.raises(ConfigError, match=r"with reduce None, not 'static\(threshold=0.1\)'"):
         shared_engine("internvl").restore(tmp_path, reduce="static")
 
 
@@ -315,7 +315,7 @@ def test_a_file_is_watched_in_batches_of_the_tower(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reduce", "told"),
     [
-        ("still", "unknown `reduce` 'still'.*known: static, package.module:Class"),
+        ("still", "unknown reduce 'still'.*known: static, package.module:Class"),
         ("static(0.1)", "cannot be read.*name\\(parameter=value\\)"),
         ("static(size=3)", "parameters: threshold"),
         ("static(threshold=3)", "threshold is 3, but must be a cosine distance"),
