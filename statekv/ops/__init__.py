@@ -25,6 +25,7 @@ def attention_with_key_scores(
     lengths: torch.Tensor | None = None,
     causal: bool = True,
     every: int = 1,
+    bias: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefix-causal attention that also says how much attention every key received (StateKV, section 3).
@@ -42,6 +43,8 @@ def attention_with_key_scores(
         causal: False lets every query see all keys in use.
         every: score with the queries Q - 1, Q - 1 - every, … only, unscaled. The mixed values stay exact; the scores
             sum to fewer queries. 1 is the definition.
+        bias: [streams, kv_heads, K] float32, what is added to every logit of a key: the logarithm of how many keys it
+            stands for, -inf where a slot holds none. At least one key that a query sees is above -inf. None: all 0.
         impl: auto, or one of IMPLEMENTATIONS by name; see `implementation`.
 
     Returns:
@@ -52,7 +55,7 @@ def attention_with_key_scores(
         ConfigError: an unknown implementation, or one that cannot run on such tensors.
     """
     name = implementation(impl, query.device, query.dtype, query.shape[-1])
-    return _named(name)(query, key, value, scale=scale, lengths=lengths, causal=causal, every=every)
+    return _named(name)(query, key, value, scale=scale, lengths=lengths, causal=causal, every=every, bias=bias)
 
 
 class _Implementation(Protocol):
@@ -66,6 +69,7 @@ class _Implementation(Protocol):
         lengths: torch.Tensor | None,
         causal: bool,
         every: int,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 

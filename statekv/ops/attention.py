@@ -28,6 +28,7 @@ def attention(
     *,
     scale: float,
     hidden: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the last Q of K positions to themselves and to everything before.
 
@@ -39,10 +40,13 @@ def attention(
         key, value: [streams, kv_heads, K, D], K ≥ Q.
         scale: factor on the products.
         hidden: [streams, kv_heads, n] bool, which of the first n keys nobody sees; None: none of them.
+        bias: [streams, kv_heads, K] float32, added to every logit of a key, see `statekv.ops`; None: all 0.
 
     Returns:
         [streams, heads, Q, D] of the query's dtype.
     """
+    if bias is not None:
+        return _with_bias(query, key, value, bias, scale=scale)
     if hidden is not None:
         return _with_hidden(query, key, value, hidden, scale=scale)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
@@ -87,6 +91,18 @@ def _with_hidden(
     causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     shown = F.pad(~hidden, (0, keys - hidden.shape[-1]), value=True).repeat_interleave(heads // kv_heads, dim=1)
     mask = shown[:, :, None] & causal  # [streams, heads, Q, K]
+    grouped = heads != kv_heads
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _with_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """As `attention`, with something added to each head's logits, which rules the flash kernels out."""
+    (heads, queries), (kv_heads, keys) = query.shape[1:3], key.shape[1:3]
+    later = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(keys - queries + 1)
+    by_head = bias.to(query.dtype).repeat_interleave(heads // kv_heads, dim=1)[:, :, None]
+    mask = by_head.masked_fill(later, float("-inf"))  # [streams, heads, Q, K]
     grouped = heads != kv_heads
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 

@@ -23,6 +23,7 @@ def attention_with_key_scores(
     lengths: torch.Tensor | None = None,
     causal: bool = True,
     every: int = 1,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `naive`, with never more than a block of probabilities in memory; see `statekv.ops` for shapes."""
     streams, heads, queries, dim = query.shape
@@ -30,7 +31,10 @@ def attention_with_key_scores(
     if lengths is not None:
         if query.device.type == "cpu" and (longest := int(lengths.max())) == int(lengths.min()):  # free to read here
             key, value = key[:, :, :longest], value[:, :, :longest]
-            mixed, scores = attention_with_key_scores(query, key, value, scale=scale, causal=causal, every=every)
+            bias = None if bias is None else bias[..., :longest]
+            mixed, scores = attention_with_key_scores(
+                query, key, value, scale=scale, causal=causal, every=every, bias=bias
+            )
             return mixed, F.pad(scores, (0, keys - longest))
         # A slot that is not in use may hold NaN, which would survive a probability of 0.
         unused = torch.arange(keys, device=query.device) >= lengths[:, None]  # [S, K]
@@ -56,6 +60,8 @@ def attention_with_key_scores(
             shape = (*asking.shape[:2], keys)
             logits = block[: shape[0] * shape[1] * keys].view(shape)  # [h, r, K]
             torch.baddbmm(logits, asking, transposed, beta=0, alpha=scale, out=logits)
+            if bias is not None:
+                logits += bias.reshape(pairs, 1, keys)[head]
             if hidden is not None:
                 stream = 0 if len(hidden) == 1 else torch.arange(head.start, head.stop, device=query.device) // kv_heads
                 logits[..., keys - hidden.shape[2] :].masked_fill_(hidden[stream, row], float("-inf"))

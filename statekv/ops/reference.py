@@ -14,12 +14,15 @@ def attention_with_key_scores(
     lengths: torch.Tensor | None = None,
     causal: bool = True,
     every: int = 1,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: see `statekv.ops.attention_with_key_scores` for shapes; all arithmetic in float32."""
     streams, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     grouped = query.float().view(streams, kv_heads, heads // kv_heads, queries, dim)
     logits = scale * torch.einsum("shgqd,shkd->shgqk", grouped, key.float())
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
     # Query i sits at slot used - queries + i, and sees nothing after itself.
     used = torch.full((streams,), keys, device=query.device) if lengths is None else lengths
     behind = torch.arange(queries - 1, -1, -1, device=query.device) if causal else 0

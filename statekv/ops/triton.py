@@ -92,9 +92,9 @@ def _put(rows, present, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: t
 
 @triton.jit
 def _attend(
-    q, q_tail, key, value, key_step, value_step, low, high, last_seen, factor, peak, total, mixed, mixed_tail,
+    q, q_tail, key, value, bias, key_step, value_step, low, high, last_seen, factor, peak, total, mixed, mixed_tail,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of the rows [ROWS] over keys low … high - 1; MASKED where not every row sees every key."""
     ahead = tl.arange(0, KEYS)
@@ -107,11 +107,13 @@ def _attend(
         if TAIL > 0:
             k_tail = _get(keys, in_use, HEAD, TAIL, DIM, MASKED)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision=PRECISION)
+        if BIASED:
+            logits += tl.load(bias + slot, mask=in_use, other=0.0)[None, :]
         if MASKED:
             logits = tl.where(slot[None, :] <= last_seen[:, None], logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1) * factor)
         pivot = higher
-        if MASKED:
+        if MASKED or BIASED:
             pivot = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing here
         weights = tl.exp2(logits * factor - pivot[:, None])
         shrink = tl.exp2(peak - pivot)
@@ -129,11 +131,11 @@ def _attend(
 @_tuned(_MIX_TILES)
 @triton.jit(do_not_specialize=["queries", "capacity", "parts", "out_part"])
 def mix(
-    query, key, value, out, denominators, lengths, factor, kv_heads, queries, capacity, parts, pairs,
+    query, key, value, bias, out, denominators, lengths, factor, kv_heads, queries, capacity, parts, pairs,
     query_stream, query_head, query_step, key_stream, key_head, key_step, value_stream, value_head, value_step,
     out_part, out_stream, out_head, out_step,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, HEAD: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Pass 1, program (tile of rows, part of the keys, stream and KV head): mixed values and log2 denominators."""
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -156,6 +158,8 @@ def mix(
     rows = query + stream * query_stream + query_heads * query_head + asked.to(tl.int64) * query_step
     key += stream * key_stream + head * key_head
     value += stream * value_stream + head * value_head
+    if BIASED:
+        bias += pair.to(tl.int64) * capacity
     q = _get(rows, present, 0, HEAD, DIM, True)
     q_tail, mixed_tail = q, tl.zeros([ROWS, 1], tl.float32)
     if TAIL > 0:
@@ -163,12 +167,12 @@ def mix(
     peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, HEAD], tl.float32)
     peak, total, mixed, mixed_tail = _attend(
-        q, q_tail, key, value, key_step, value_step, first_seen_by_some, border, last_seen, factor,
-        peak, total, mixed, mixed_tail, DIM, HEAD, TAIL, KEYS, False, PRECISION,
+        q, q_tail, key, value, bias, key_step, value_step, first_seen_by_some, border, last_seen, factor,
+        peak, total, mixed, mixed_tail, DIM, HEAD, TAIL, KEYS, False, BIASED, PRECISION,
     )  # fmt: skip
     peak, total, mixed, mixed_tail = _attend(
-        q, q_tail, key, value, key_step, value_step, border, stop, last_seen, factor,
-        peak, total, mixed, mixed_tail, DIM, HEAD, TAIL, KEYS, True, PRECISION,
+        q, q_tail, key, value, bias, key_step, value_step, border, stop, last_seen, factor,
+        peak, total, mixed, mixed_tail, DIM, HEAD, TAIL, KEYS, True, BIASED, PRECISION,
     )  # fmt: skip
 
     place = (part.to(tl.int64) * pairs + pair) * queries * GROUP + row
@@ -197,8 +201,9 @@ def merge(
     mixed = tl.zeros([ROWS, WIDTH], tl.float32)
     for part in tl.range(0, parts):
         one = tl.load(partial_denominators + tl.cast(part, tl.int64) * pairs * queries * GROUP + place, present, 0.0)
-        higher = tl.maximum(peak, one)  # finite from the first part on: every row sees key 0
-        shrink, weight = tl.exp2(peak - higher), tl.exp2(one - higher)
+        higher = tl.maximum(peak, one)
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: a part may hold empty slots alone
+        shrink, weight = tl.exp2(peak - pivot), tl.exp2(one - pivot)
         total = total * shrink + weight
         values = _get(found + tl.cast(part, tl.int64) * part_size, present, 0, WIDTH, DIM, True)
         mixed = mixed * shrink[:, None] + values * weight[:, None]
@@ -210,9 +215,9 @@ def merge(
 
 @triton.jit
 def _collect(
-    k, k_tail, query, denominators, query_head, query_step, slot, newest, factor, first_query, every, low, high,
+    k, k_tail, bias, query, denominators, query_head, query_step, slot, newest, factor, first_query, every, low, high,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the keys [KEYS], summed over scored rows low … high - 1; query i sees up to slot newest + i."""
     scores = tl.zeros([KEYS], tl.float32)
@@ -225,6 +230,8 @@ def _collect(
         if TAIL > 0:
             q_tail = _get(rows, present, HEAD, TAIL, DIM, True)
             logits = tl.dot(k_tail, tl.trans(q_tail), logits, input_precision=PRECISION)
+        if BIASED:
+            logits += bias[:, None]
         # An absent row has an infinite denominator, so that its probabilities are 0.
         denominator = tl.load(denominators + row, mask=present, other=float("inf"))
         probabilities = tl.exp2(logits * factor - denominator[None, :])
@@ -237,10 +244,10 @@ def _collect(
 @_tuned(_SCORE_TILES)
 @triton.jit(do_not_specialize=["queries", "capacity", "parts", "scored", "first_query", "every"])
 def score(
-    query, key, denominators, scores, lengths, factor, kv_heads, queries, capacity, parts, pairs,
+    query, key, bias, denominators, scores, lengths, factor, kv_heads, queries, capacity, parts, pairs,
     scored, first_query, every, query_stream, query_head, query_step, key_stream, key_head, key_step,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, HEAD: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Pass 2, program (tile of keys, part of the scored rows, stream and KV head): sums of probabilities."""
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -259,18 +266,21 @@ def score(
     keys = key + stream * key_stream + head * key_head + slot.to(tl.int64) * key_step
     denominators += pair.to(tl.int64) * scored * GROUP
     k = _get(keys, in_use, 0, HEAD, DIM, True)
+    added = tl.zeros([KEYS], tl.float32)
+    if BIASED:
+        added = tl.load(bias + pair.to(tl.int64) * capacity + slot, mask=in_use, other=0.0)
     k_tail = k
     if TAIL > 0:
         k_tail = _get(keys, in_use, HEAD, TAIL, DIM, True)
     if CAUSAL and first + KEYS > newest + 1:
         found = _collect(
-            k, k_tail, query, denominators, query_head, query_step, slot, newest, factor, first_query, every, low, high,
-            DIM, HEAD, TAIL, GROUP, ROWS, KEYS, True, PRECISION,
+            k, k_tail, added, query, denominators, query_head, query_step, slot, newest, factor, first_query, every,
+            low, high, DIM, HEAD, TAIL, GROUP, ROWS, KEYS, True, BIASED, PRECISION,
         )  # fmt: skip
     else:
         found = _collect(
-            k, k_tail, query, denominators, query_head, query_step, slot, newest, factor, first_query, every, low, high,
-            DIM, HEAD, TAIL, GROUP, ROWS, KEYS, False, PRECISION,
+            k, k_tail, added, query, denominators, query_head, query_step, slot, newest, factor, first_query, every,
+            low, high, DIM, HEAD, TAIL, GROUP, ROWS, KEYS, False, BIASED, PRECISION,
         )  # fmt: skip
     place = scores + (part.to(tl.int64) * pairs + pair) * capacity + slot
     tl.store(place, tl.where(in_use, found, 0.0), mask=slot < capacity)
@@ -290,6 +300,7 @@ def attention_with_key_scores(
     lengths: torch.Tensor | None = None,
     causal: bool = True,
     every: int = 1,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `naive`, tile by tile; see `statekv.ops` for shapes. float16 and bfloat16 are multiplied as they are."""
     streams, heads, queries, dim = query.shape
@@ -299,6 +310,7 @@ def attention_with_key_scores(
     constants = {
         "CAUSAL": causal,
         "RAGGED": lengths is not None,
+        "BIASED": bias is not None,
         "GROUP": heads // kv_heads,
         "DIM": dim,
         "HEAD": head,
@@ -306,6 +318,8 @@ def attention_with_key_scores(
         # The short way through tensor cores would cost float32 half of its digits.
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
+    # In the units of the products, so that one factor serves both.
+    bias = None if bias is None else (bias / scale).contiguous()
     sizes = (lengths, scale * math.log2(math.e), kv_heads, queries, capacity)
     parts = _parts(_ceil(rows, _NOMINAL) * pairs, _ceil(capacity, _NOMINAL), query.device)
     # In memory [S, Q, H, D], as the output projection reads it.
@@ -321,7 +335,7 @@ def attention_with_key_scores(
         return _ceil(rows, tile["ROWS"]), parts, pairs
 
     mix[grid_of_rows](
-        *(query, key, value, out, logs, *sizes, parts, pairs, *strides, *value.stride()[:3], *out.stride()[:4]),
+        *(query, key, value, bias, out, logs, *sizes, parts, pairs, *strides, *value.stride()[:3], *out.stride()[:4]),
         **constants,
     )
     if parts > 1:
@@ -332,12 +346,13 @@ def attention_with_key_scores(
             WIDTH=_power_of_2(dim),
             ROWS=_MERGED_ROWS,
         )
-    return mixed, _scores(query, key, denominators, sizes, strides, constants, every)
+    return mixed, _scores(query, key, bias, denominators, sizes, strides, constants, every)
 
 
 def _scores(
     query: torch.Tensor,
     key: torch.Tensor,
+    bias: torch.Tensor | None,
     denominators: torch.Tensor,
     sizes: tuple[torch.Tensor | None, float, int, int, int],
     strides: tuple[int, ...],
@@ -356,7 +371,7 @@ def _scores(
         return _ceil(capacity, tile["KEYS"]), parts, pairs
 
     score[grid_of_keys](
-        *(query, key, asked, scores, *sizes, parts, pairs, scored, first_query, every, *strides), **constants
+        *(query, key, bias, asked, scores, *sizes, parts, pairs, scored, first_query, every, *strides), **constants
     )
     return scores.sum(0) if parts > 1 else scores[0]
 

@@ -16,6 +16,7 @@ class Ways(TypedDict, total=False):
     lengths: torch.Tensor
     causal: bool
     every: int
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Shape:
         query = normal(self.streams, self.kv_heads * self.group, self.queries, self.dim)
         buffer = normal(2, self.streams, self.kv_heads, self.keys + slack, self.dim)
         return query, buffer[0, :, :, : self.keys], buffer[1, :, :, : self.keys]
+
+    def bias(self, device: torch.device = CPU) -> torch.Tensor:
+        """[streams, kv_heads, K] float32: log weights of keys before the queries' own, some of them of empty slots."""
+        drawn = 2 * torch.rand(self.streams, self.kv_heads, self.keys, generator=torch.Generator().manual_seed(3))
+        empty = torch.arange(self.keys) % 3 == 1
+        drawn = drawn.masked_fill(empty, float("-inf"))
+        drawn[..., max(0, self.keys - self.queries - 20) :] = 0  # own keys, also where fewer slots are in use
+        return drawn.to(device)
 
     def lengths(self, device: torch.device = CPU) -> torch.Tensor:
         """[streams] int32: as many slots in use as there may be, and fewer from stream to stream."""

@@ -32,6 +32,14 @@ def test_equals_the_definition(shape: Shape) -> None:
     torch.testing.assert_close(attention.attention(query, key, value, scale=0.3), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [*ALIGNMENTS, *SHAPES], ids=str)
+def test_log_weights_count_as_in_the_definition(shape: Shape) -> None:
+    query, key, value = shape.tensors(slack=3)
+    expected, _ = reference.attention_with_key_scores(query, key, value, scale=0.3, bias=shape.bias())
+    mixed = attention.attention(query, key, value, scale=0.3, bias=shape.bias())
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ALIGNMENTS, ids=str)
 def test_bfloat16(shape: Shape) -> None:
     query, key, value = shape.tensors(torch.bfloat16)

@@ -13,6 +13,7 @@ from tests.ops.inputs import SHAPES, Shape, Ways, spoil
 # Bytes of a thread's block: one row, a few rows, several heads at once, the shipped size.
 BLOCKS = [1, 1500, 9000, cpu._BLOCK_BYTES["cpu"]]
 WAYS: dict[str, Ways] = {"every other": {"every": 2}, "not causal": {"causal": False, "every": 3}}
+BIASED = pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 
 
 @pytest.fixture(params=BLOCKS)
@@ -35,9 +36,12 @@ def test_float32_equals_the_definition(shape: Shape, slack: int) -> None:
 @pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@BIASED
 @pytest.mark.parametrize("shape", SHAPES[3:6], ids=str)
-def test_all_ways_equal_the_definition(shape: Shape, ragged: bool, ways: Ways) -> None:
+def test_all_ways_equal_the_definition(shape: Shape, ragged: bool, ways: Ways, biased: bool) -> None:
     inputs = shape.tensors(slack=3)
+    if biased:
+        ways = {**ways, "bias": shape.bias()}
     if ragged:
         ways = {**ways, "lengths": shape.lengths()}
         inputs = spoil(inputs, ways["lengths"])

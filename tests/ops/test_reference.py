@@ -106,3 +106,28 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(mixed, exact.to(dtype))
     assert scores.dtype == torch.float32
     assert torch.equal(scores, exact_scores)
+
+
+@pytest.mark.parametrize("shape", TINY[2:], ids=str)
+def test_a_key_of_weight_three_is_three_keys(shape: Shape) -> None:
+    """Written out three times, the key receives in sum what the weighted one does."""
+    query, key, value = shape.tensors()
+    bias = torch.zeros(key.shape[:3])
+    bias[..., 0] = math.log(3)
+    mixed, scores = attention_with_key_scores(query, key, value, scale=0.7, bias=bias)
+    thrice = [torch.cat([tensor[:, :, :1], tensor[:, :, :1], tensor], dim=2) for tensor in (key, value)]
+    expected, spread = attention_with_key_scores(query, *thrice, scale=0.7)
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(scores, torch.cat([spread[..., :3].sum(-1, keepdim=True), spread[..., 3:]], dim=-1))
+
+
+def test_a_slot_of_weight_zero_holds_no_key() -> None:
+    query, key, value = TINY[2].tensors()
+    bias = torch.zeros(key.shape[:3])
+    bias[..., 1] = float("-inf")
+    mixed, scores = attention_with_key_scores(query, key, value, scale=0.7, bias=bias)
+    left = [0, *range(2, key.shape[2])]
+    expected, scores_left = attention_with_key_scores(query, key[:, :, left], value[:, :, left], scale=0.7)
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(scores[..., left], scores_left)
+    assert not scores[..., 1].any()

@@ -34,8 +34,10 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_processors", lambda _: 64)
 
 
-def check(shape: Shape, device: torch.device, ragged: bool, ways: Ways) -> None:
+def check(shape: Shape, device: torch.device, ragged: bool, ways: Ways, biased: bool = False) -> None:
     inputs = shape.tensors(slack=6, device=device)
+    if biased:
+        ways = {**ways, "bias": shape.bias(device)}
     if ragged:
         ways = {**ways, "lengths": shape.lengths(device)}
         inputs = spoil(inputs, ways["lengths"])
@@ -57,6 +59,25 @@ def test_float32_equals_the_definition(shape: Shape, ragged: bool, device: torch
 @pytest.mark.parametrize("shape", SEVERAL_TILES, ids=str)
 def test_in_parts_and_all_ways(shape: Shape, ways: Ways, ragged: bool, device: torch.device) -> None:
     check(shape, device, ragged, ways)
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("shape", [SHAPES[4], SEVERAL_TILES[1]], ids=str)
+def test_log_weights_and_empty_slots(shape: Shape, ways: Ways, ragged: bool, device: torch.device) -> None:
+    check(shape, device, ragged, ways, biased=True)
+
+
+def test_a_part_may_hold_empty_slots_alone(device: torch.device, many_processors: None) -> None:
+    shape = Shape(1, 2, 2, 3, 90, 16)
+    bias = torch.zeros(1, 2, 90, device=device)
+    bias[..., :70] = float("-inf")
+    inputs = shape.tensors(device=device)
+    mixed, scores = triton.attention_with_key_scores(*inputs, scale=shape.scale, bias=bias)
+    expected, scores_naive = reference.attention_with_key_scores(*inputs, scale=shape.scale, bias=bias)
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, scores_naive, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
