@@ -17,10 +17,22 @@ from typing import Any, NamedTuple
 
 from statekv.errors import ConfigError
 
-CARRIES = ("attention", "recent", "sink_recent", "all", "random")
-RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
-# Reducers by name, and where they are: nothing is imported before one is used.
+# Where each policy lives; beside them there is "all", which carries every key. Strings, so that torch is not imported.
+CARRIES: Mapping[str, str] = {
+    "attention": "statekv.cache.policies.attention:Attention",
+    "recent": "statekv.cache.policies.recent:Recent",
+    "sink_recent": "statekv.cache.policies.recent:SinkRecent",
+    "random": "statekv.cache.policies.random:Random",
+    "key_norm": "statekv.cache.policies.key_norm:KeyNorm",
+    "accumulated": "statekv.cache.policies.accumulated:Accumulated",
+    "caote": "statekv.cache.policies.caote:Caote",
+    "ada_kv": "statekv.cache.policies.ada_kv:AdaKV",
+    "stochastic": "statekv.cache.policies.stochastic:Stochastic",
+}
+_WITHOUT_ATTENTION = ("all", "recent", "sink_recent", "random", "key_norm")
+# Reducers, likewise.
 REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
+RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
 # What each method sets. All of it makes the method what it is, but for whole numbers, which only say how much.
@@ -105,7 +117,7 @@ def _switch(name: str, value: Any) -> Any:
     return value
 
 
-def _named(table: Mapping[str, str]) -> Kind:
+def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
     """A method by its spelling, or the object; whether there is such a class is found when it is loaded."""
 
     def read(name: str, value: Any) -> Any:
@@ -114,11 +126,16 @@ def _named(table: Mapping[str, str]) -> Kind:
             raise ConfigError(rule, f"give an instance: {value.__name__}(…)")
         if isinstance(value, str):
             read_named(value, table, f"`{name}`")
+        elif type(value).__hash__ is None:
+            rule = (
+                f"`{name}` is a {type(value).__name__}, which has no hash, so that streams cannot be told apart by it"
+            )
+            raise ConfigError(rule, "make its class a frozen dataclass")
         else:
             spell(value, table)
         return value
 
-    return Kind(str, {"type": "string"}, read)
+    return Kind(str, {"type": "string"}, read, tuple(table) if listed else ())
 
 
 def _bits(name: str, value: Any) -> Any:
@@ -155,9 +172,14 @@ def _given(other: str) -> Needs:
     return Needs(other, lambda values: values[other] is not None, f"`{other}`", f"give `{other}`")
 
 
+# A policy of the user's own is asked once it is loaded.
 ATTENTION = Needs(
-    "carry", lambda values: values["carry"] == "attention", "`carry` 'attention'", "set `carry` to 'attention'"
+    "carry",
+    lambda values: values["carry"] not in _WITHOUT_ATTENTION,
+    "a `carry` that goes by attention",
+    "set `carry` to 'attention'",
 )
+BOUNDED = Needs("carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "set `carry`")
 
 
 class Scope(NamedTuple):
@@ -240,7 +262,13 @@ class Config:
     """
 
     budget: int = _setting(4096, "Tokens carried per layer and KV head: the paper's B.", _whole(1), "Method")
-    carry: str = _setting("attention", "Which keys go on to the next step.", _one_of(*CARRIES), "Method")
+    carry: Any = _setting(  # noqa: RUF009 (`field`, as for the others)
+        "attention",
+        "Which keys go on to the next step: a name, a class of your own as package.module:Class, either of them with "
+        "(parameter=value) behind it, or in Python an object.",
+        _named({**CARRIES, "all": ""}, listed=True),
+        "Method",
+    )
     recall: str = _setting(
         "all",
         "Which keys an answer sees: all, the newest of the budget with or without sinks, the steps that match the "
@@ -249,9 +277,10 @@ class Config:
         "Method",
         OF_THE_STREAM,
     )
-    sinks: int = _setting(
-        4,
-        "Tokens from the start of the stream that sink_recent keeps; they count towards the budget.",
+    sinks: int | None = _setting(
+        None,
+        "First tokens of the stream that stay carried, and that recall sink_recent shows; they count towards the "
+        "budget. By default what the carry says: 4 for sink_recent and random, else 0.",
         _whole(0),
         "Method",
     )
@@ -269,7 +298,7 @@ class Config:
         needs=ATTENTION,
     )
     value_norms: bool = _setting(
-        False, "Multiply a key's score by the length (L2) of its value.", SWITCH, "Method", needs=ATTENTION
+        False, "Multiply a key's score by the length (L2) of its value.", SWITCH, "Method", needs=BOUNDED
     )
     layer_slope: float = _setting(
         0.0,
@@ -277,21 +306,21 @@ class Config:
         "line.",
         _share(-1, 1),
         "Method",
-        needs=ATTENTION,
+        needs=BOUNDED,
     )
     pin_newest: int = _setting(
         0,
         "Newest steps whose keys stay carried whatever their scores; they count towards the budget.",
         _whole(0),
         "Method",
-        needs=ATTENTION,
+        needs=BOUNDED,
     )
     coverage: float = _setting(
         0.0,
         "Share of the budget, without a pinned prefix, that goes to a random sample of the whole stream.",
         _share(0, 1),
         "Method",
-        needs=ATTENTION,
+        needs=BOUNDED,
     )
     reduce: str | object | None = _setting(
         None,
@@ -472,8 +501,9 @@ class Config:
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together: the rule, and the way out."""
-        if "sink_recent" in (self.carry, self.recall) and self.sinks >= self.budget:
-            rule = f"`sinks` is {self.sinks} with a `budget` of {self.budget}, but the sinks count towards the budget"
+        sinks = self.recalled_sinks if "sink_recent" in (self.carry, self.recall) else self.sinks or 0
+        if sinks and sinks >= self.budget:
+            rule = f"`sinks` is {sinks} with a `budget` of {self.budget}, but the sinks count towards the budget"
             yield rule, "raise `budget` or lower `sinks`"
         if self.budget * (1 - abs(self.layer_slope)) < 1:
             slope = f"`layer_slope` is {self.layer_slope} with a `budget` of {self.budget}"
@@ -505,6 +535,11 @@ class Config:
             rule = f"{capped} with `recall` {self.recall!r}, which shows the newest alone"
             yield rule, "set `recall` to 'all' or 'retrieve', or leave `memory` out"
 
+    @property
+    def recalled_sinks(self) -> int:
+        """First tokens that recall="sink_recent" shows."""
+        return 4 if self.sinks is None else self.sinks
+
     @classmethod
     def of(cls, method: str | None = None, **settings: Any) -> Config:
         """A configuration from a method's name and any settings; a dial set by hand wins over the method's.
@@ -535,10 +570,12 @@ class Config:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The method and every setting, for JSON; a reducer is spelled."""
-        spelled = (
-            {} if self.reduce is None or isinstance(self.reduce, str) else {"reduce": spell(self.reduce, REDUCERS)}
-        )
+        """The method and every setting, for JSON; a policy and a reducer are spelled."""
+        spelled = {
+            name: spell(value, table)
+            for name, value, table in (("carry", self.carry, CARRIES), ("reduce", self.reduce, REDUCERS))
+            if value is not None and not isinstance(value, str)
+        }
         return {"method": self.method, **self.settings, **spelled}
 
     @property

@@ -54,6 +54,10 @@ class MemoryLimitError(StateKVError):
     """The device ran out of memory."""
 
 
+class PolicyError(StateKVError):
+    """A policy that answers with something that cannot be used, in the middle of a step."""
+
+
 class SaveError(StateKVError):
     """A session that cannot be written, or a folder that cannot be read as one."""
 

@@ -113,10 +113,10 @@ class Recorder(ModelRunner):
 
     last: Answer
 
-    def answer(
+    def decode(
         self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        found = list(super().answer(state, question, sampling, prompt))
+        found = list(super().decode(state, question, sampling, prompt))
         self.last = Answer([token for token, _ in found], torch.cat([logits for _, logits in found]))
         yield from found
 

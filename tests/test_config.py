@@ -62,7 +62,9 @@ def test_a_method_is_what_it_sets(method: str) -> None:
 
 def test_methods_are_different_and_set_both_dials() -> None:
     assert len({Config.of(method) for method in METHODS}) == len(METHODS)
-    assert all(settings["carry"] in CARRIES and settings["recall"] in RECALLS for settings in METHODS.values())
+    assert all(
+        settings["carry"] in {*CARRIES, "all"} and settings["recall"] in RECALLS for settings in METHODS.values()
+    )
 
 
 def test_a_number_does_not_change_a_methods_name() -> None:
@@ -239,9 +241,10 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"pin_newest": -1}, ["pin_newest is -1", "at least 0"]),
         ({"value_norms": 1}, ["value_norms is 1", "True or False"]),
         ({"carry": "recent", "decay": 0.5}, ["decay is 0.5", "carry 'recent'", "set carry to 'attention'"]),
-        ({"carry": "random", "coverage": 0.5}, ["coverage is 0.5", "carry 'random'", "leave coverage out"]),
+        ({"carry": "all", "coverage": 0.5}, ["coverage is 0.5", "carry 'all'", "leave coverage out"]),
         ({"carry": "all", "layer_slope": 0.5}, ["layer_slope is 0.5", "carry 'all'"]),
-        ({"carry": "sink_recent", "pin_newest": 2}, ["pin_newest is 2", "carry 'sink_recent'"]),
+        ({"carry": "all", "pin_newest": 2}, ["pin_newest is 2", "carry 'all'"]),
+        ({"budget": 4, "sinks": 4}, ["sinks is 4", "budget of 4", "lower sinks"]),
         ({"carry": "all", "value_norms": True}, ["value_norms is True", "carry 'all'"]),
         ({"fps": 0}, ["fps is 0", "above 0"]),
         ({"fps": -1.5}, ["fps is -1.5", "above 0"]),
@@ -290,7 +293,7 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
         {"fps": None, "max_frames": None, "horizon": None, "on_horizon": None},
         {"on_horizon": "compact", "carry": "all"},
         {"fps": 29.97},
-        {"budget": 4, "sinks": 4},  # sinks say nothing while no dial uses them
+        {"budget": 5, "sinks": 4},
         {"budget": 4, "sinks": 3, "carry": "sink_recent"},
         {"retrieve": 1, "retrieve_newest": 0, "last_frames": 1, "recall": "retrieve", "retrieve_carried": True},
         {"retrieve_carried": True, "carry": "all", "retrieve_positions": "reindex"},  # likewise

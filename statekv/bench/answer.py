@@ -11,12 +11,12 @@ import torch
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.harness import Panel, Row, Setting, wait
 from statekv.bench.models import Size, build, fill, stand, stride
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.runner import ModelRunner, room_for_answers
+from statekv.runner.runner import ModelRunner
 
 FIRST, EACH = "first token", "each further token"
 
@@ -116,7 +116,7 @@ def _answer(
     ends: list[float] = []
     wait(device)
     began = time.perf_counter()
-    for _ in runner.answer(state, question, SamplingParams(tokens)):
+    for _ in runner.decode(state, question, SamplingParams(tokens)):
         wait(device)
         ends.append(time.perf_counter())
     return ends[0] - began, (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -12,10 +12,10 @@ from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
 from statekv.bench.models import Size, build, fill_carried, fill_detailed, products_alone, random_step, stand, stride
 from statekv.cache.carried import CarriedCache
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.runner.memory import check_fits, refusal
-from statekv.runner.runner import ModelRunner, room_for_answers
+from statekv.runner.runner import ModelRunner
 
 FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
 _VOCABULARY = 64

@@ -10,12 +10,12 @@ import torch
 from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
 from statekv.bench.models import Size, build, fill, random_step, size_of, stand, stride
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.memory import check_fits
-from statekv.runner.runner import ModelRunner, prefill_batch, room_for_answers
+from statekv.runner.runner import ModelRunner
 
 DEMO = "demo"
 TOGETHER, ANEW, IN_TURN, LARGE = "together", "together anew", "in turn", "large product"
@@ -145,7 +145,7 @@ def _together(streams: Sequence[_Stream], anew: bool) -> Callable[[], object]:
         if anew:
             streams.reverse()
         states, segments = zip(*(stream.stand() for stream in streams), strict=True)
-        return prefill_batch(streams[0].runner, states, segments)
+        return streams[0].runner.prefill_batch(states, segments)
 
     return call
 

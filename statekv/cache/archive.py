@@ -17,7 +17,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.folder import Piece, Saved, read_folder, write_folder
 from statekv.cache.retrieval import StepIndexEntry
 from statekv.cache.spec import KVSpec, Span
-from statekv.cache.stream import Compaction, StreamState
+from statekv.cache.stream import Compaction, Rotary, StreamState
 from statekv.cache.tiers.base import Content
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
@@ -27,6 +27,7 @@ from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 
 _STEPS = "steps"
 _MEMORIES = "memories"
+_STATE = "state."  # in front of the name of what a policy remembers
 _PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
 
 
@@ -65,7 +66,10 @@ def save_stream(
 
 
 def load_stream(
-    source: Saved | str | os.PathLike[str], spec: KVSpec, change: Callable[[Config], Config] | None = None
+    source: Saved | str | os.PathLike[str],
+    spec: KVSpec,
+    change: Callable[[Config], Config] | None = None,
+    rotary: Rotary | None = None,
 ) -> StreamState:
     """Read a stream for a model whose keys have this geometry.
 
@@ -73,6 +77,7 @@ def load_stream(
         source: its folder.
         spec: sizes of the model's keys.
         change: makes the configuration to go on with of the saved one; None: that stays.
+        rotary: of the model; None: nothing will be turned, asked or indexed.
 
     Raises:
         SaveError: the folder holds no saved stream, a damaged one, or one of another version.
@@ -84,7 +89,7 @@ def load_stream(
         _check_geometry(saved, facts["geometry"], _geometry(spec))
         config = _config(saved, facts["config"])
         config = config if change is None else change(config)
-        state = StreamState(spec, config, **{name: facts[name] for name in _PLAIN})
+        state = StreamState(spec, config, **{name: facts[name] for name in _PLAIN}, rotary=rotary)
         state.compaction = Compaction(**facts["compaction"])
         _restore(state, saved, facts)
     return state
@@ -96,9 +101,9 @@ def _pieces(state: StreamState) -> Iterator[Piece]:
         yield Piece(_part_name(part.first), part.tensors, digest)
     if isinstance(state.detailed, TieredCache):
         yield from block_pieces(state.detailed)
-    if isinstance(state.carried, CarriedCache):
+    if state.bounded is not None:
         for layer in range(state.spec.layers):
-            yield Piece(_layer_name(layer), partial(_carried, state.carried, layer))
+            yield Piece(_layer_name(layer), partial(_carried, state.bounded, layer))
     yield Piece(_STEPS, partial(_steps, state))
     if state.memories:
         yield Piece(_MEMORIES, partial(_memory_tensors, state))
@@ -108,10 +113,10 @@ def _carried(carried: CarriedCache, layer: int) -> dict[str, torch.Tensor]:
     length = carried.lengths[layer]
     found = {
         "carried": carried.buffers[layer][..., :length, :].contiguous(),
-        "born": carried.token_ids[layer][..., :length].contiguous(),
+        "token_ids": carried.token_ids[layer][..., :length].contiguous(),
     }
-    if carried.scores:
-        found["totals"] = carried.scores[layer][..., :length].contiguous()
+    for name, tensor in carried.state[layer].items():
+        found[f"{_STATE}{name}"] = tensor[..., :length].contiguous()
     return found
 
 
@@ -224,16 +229,16 @@ def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
         state.expect_prefix(facts["pinned"])
     _restore_detailed(state, saved, facts["parts"], facts["tiers"])
     state.outlived = set(facts["outlived"])
-    carried = state.carried
-    if isinstance(carried, CarriedCache):
+    carried = state.bounded
+    if carried is not None:
         carried.allocate(facts["carried"])
         carried.lengths = list(facts["carried"])
         for layer in range(state.spec.layers):
             tensors = saved.part(_layer_name(layer))
             carried.buffers[layer][:] = tensors["carried"]
-            carried.token_ids[layer][:] = tensors["born"]
-            if carried.scores:
-                carried.scores[layer][:] = tensors["totals"]
+            carried.token_ids[layer][:] = tensors["token_ids"]
+            for name, tensor in carried.state[layer].items():
+                tensor[:] = tensors[f"{_STATE}{name}"]
     _restore_steps(state, saved.part(_STEPS), facts["kinds"])
     _restore_memories(state, saved, facts.get("memories", {}))  # 0.1 knew of none
 
@@ -242,8 +247,8 @@ def _restore_detailed(state: StreamState, saved: Saved, parts: list[tuple[int, i
     cache = state.detailed
     if isinstance(cache, TieredCache):
         restore_blocks(cache, saved, tiers)
-        if state.blocks is not None and cache.plan is not None:
-            state.blocks.most = cache.plan.most_steps
+        if state.blocks is not None:
+            state.blocks.most = cache.most_steps
     cache.reserve(parts[-1][1] if parts else 0)
     written = {}
     for first, stop in parts:

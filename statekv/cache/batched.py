@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -12,6 +13,8 @@ from transformers import Cache
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.policies.base import LOG_WEIGHTS
+from statekv.ops.attention import attention
 
 
 class BatchedCarriedCache(CarriedCache):
@@ -24,7 +27,7 @@ class BatchedCarriedCache(CarriedCache):
     Own keys and values enter the detailed cache of each member: those have lengths of their own.
 
     Args:
-        members: of one geometry, one rule and equal lengths and budgets; they are copied into the block.
+        members: of equal keys, one policy and equal lengths and budgets; they are copied into the block.
     """
 
     def __init__(self, members: Sequence[CarriedCache]) -> None:
@@ -34,14 +37,13 @@ class BatchedCarriedCache(CarriedCache):
         one = members[0]
         spec = replace(one.spec, streams=len(members))
         detailed = DetailedCache(spec)
-        super().__init__(spec, one.budget, one.rule, detailed, decay=one.decay, remembers=one.remembers)
-        self.budgets = one.budgets
+        super().__init__(spec, one.budget, one.policy, detailed)
         super().allocate([max(slots) for slots in zip(*(member.slots for member in members), strict=True)])
         for row, member in enumerate(members):
-            for mine, its in ((self.token_ids, member.token_ids), (self.scores, member.scores)):
-                for layer, (new, old) in enumerate(zip(mine, its, strict=True)):
-                    new[row : row + 1, :, : one.lengths[layer]] = old[..., : one.lengths[layer]]
             for layer, length in enumerate(one.lengths):
+                self.token_ids[layer][row : row + 1, :, :length] = member.token_ids[layer][..., :length]
+                for name, tensor in self.state[layer].items():
+                    tensor[row : row + 1, :, :length] = member.state[layer][name][..., :length]
                 self.buffers[layer][:, row : row + 1, :, :length] = member.buffers[layer][..., :length, :]
         self._take_in()
 
@@ -56,6 +58,16 @@ class BatchedCarriedCache(CarriedCache):
         return len(mine) == len(members) == len(self._rows) and all(
             a is b and a.buffers is row for a, b, row in zip(mine, members, self._rows, strict=True)
         )
+
+    @contextmanager
+    def stepping(self, tokens: int) -> Iterator[None]:
+        """Around a step of so many tokens: it begins where the members stand; afterwards they are where this is."""
+        self.begin()
+        try:
+            self.make_room(tokens)
+            yield
+        finally:
+            self.end()
 
     def begin(self) -> None:
         """Before a step: stand where the members stand, and know the number of each one's next token."""
@@ -80,6 +92,10 @@ class BatchedCarriedCache(CarriedCache):
         device = self.token_ids[layer].device
         return self._firsts[device] + torch.arange(key.shape[-2], dtype=torch.int32, device=device)
 
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
+        first_own = self._firsts[self.token_ids[layer].device]
+        self.lengths[layer] = self.shrink(layer, attention, self.lengths[layer], first_own)
+
     def allocate(self, slots: Sequence[int]) -> None:
         super().allocate(slots)
         if self._rows:
@@ -98,7 +114,7 @@ class BatchedCarriedCache(CarriedCache):
         for row, member in enumerate(self.members):
             member.buffers = self._rows[row]
             member.token_ids = [token_ids[row : row + 1] for token_ids in self.token_ids]
-            member.scores = [totals[row : row + 1] for totals in self.scores]
+            member.state = [{name: tensor[row : row + 1] for name, tensor in state.items()} for state in self.state]
 
 
 class StaticCarriedCache(Cache):
@@ -133,6 +149,15 @@ class StaticCarriedCache(Cache):
     def __len__(self) -> int:
         return self.carried.spec.layers
 
+    @property
+    def needs_attention(self) -> bool:
+        """As `CarriedCache.needs_attention`."""
+        return self.carried.needs_attention
+
+    def must_evict(self, tokens: int) -> bool:
+        """Always: the cache is full."""
+        return True
+
     def begin(self) -> None:
         """Before a step: say where its tokens go. Nothing here may be part of the replayed commands."""
         detailed = self.carried.detailed
@@ -152,14 +177,27 @@ class StaticCarriedCache(Cache):
         held = carried.detailed.buffers[layer_idx]
         held.index_copy_(-2, self.places[held.device], own)
         carried.token_ids[layer_idx][..., budget : budget + self.tokens] = self.numbers[held.device]
-        if carried.scores:
-            carried.scores[layer_idx][..., budget : budget + self.tokens] = 0
+        carried.begin_state(layer_idx, budget, budget + self.tokens)
         return slots[0], slots[1]
 
-    def evict(self, layer: int, scores: torch.Tensor | None) -> None:
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """As `CarriedCache.bias`."""
+        carried = self.carried
+        if not carried.policy.weighs:
+            return None
+        return carried.state[layer][LOG_WEIGHTS][..., : carried.budgets[layer] + self.tokens]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `CarriedCache.attend`."""
+        return attention(query, key, value, scale=scale, bias=self.bias(layer))
+
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
         """As `CarriedCache.evict`."""
         carried = self.carried
-        carried.replace(layer, carried.accumulated(layer, scores), carried.budgets[layer] + self.tokens)
+        first_own = self.numbers[carried.token_ids[layer].device][0]
+        carried.shrink(layer, attention, carried.budgets[layer] + self.tokens, first_own)
 
     def end(self) -> None:
         """After a step: the host takes note that the detailed cache has grown."""

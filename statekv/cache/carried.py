@@ -9,10 +9,14 @@ import torch
 from transformers import Cache
 
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
-from statekv.cache.spec import KVSpec, PositionShift, layer_budgets, one_block
+from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
+from statekv.cache.policies.wrappers import IMPORTANCE
+from statekv.cache.spec import KVSpec, PositionShift, one_block
 from statekv.ops import select
+from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
+
+_EMPTY = -1  # token number of a slot that holds no key
 
 
 class CarriedCache(Cache):
@@ -25,45 +29,45 @@ class CarriedCache(Cache):
     Args:
         spec: sizes of the model's keys.
         budget: keys kept per layer and head, the mean of all layers.
-        rule: scores that decide who stays.
+        policy: decides who stays.
         detailed: receives every key and value too.
-        slope: by how much the first layer's budget is larger than the mean, and the last one's smaller.
-        decay: what a kept key's former score counts beside that of a new step. Where it is not 0, each slot's score
-            stays with its key, and steps are scored from the first on.
-        remembers: keep each slot's score of the newest step, also without decay.
+
+    Attributes:
+        shares: keys that a head of each layer keeps on average.
+        budgets: slots of each layer once it is full; its share, unless heads share that out unevenly.
+        lengths: slots of each layer that are in use.
+        buffers: of each layer [2, streams, kv_heads, slots, head_dim].
+        token_ids: of each layer [streams, kv_heads, slots] int32: which token a slot holds, -1: none.
+        state: of each layer what the policy remembers of each key, [streams, kv_heads, slots] float32 by name.
+        newest: first token of the pinned newest steps, 0-d int32, by device.
     """
 
-    def __init__(
-        self,
-        spec: KVSpec,
-        budget: int,
-        rule: Rule,
-        detailed: DetailedCache,
-        slope: float = 0.0,
-        decay: float = 0.0,
-        remembers: bool = False,
-    ) -> None:
+    def __init__(self, spec: KVSpec, budget: int, policy: Policy, detailed: DetailedCache) -> None:
         super().__init__(layers=[])
         self.spec = spec
         self.budget = budget
-        self.budgets = layer_budgets(budget, spec.layers, slope)
-        self.rule = rule
+        self.policy = policy
         self.detailed = detailed
-        self.decay = decay
-        self.remembers = remembers or bool(decay)
+        self.shares = list(policy.layer_budgets(budget, spec.layers))
+        self.budgets = [policy.slots(share) for share in self.shares]
         self.lengths = [0] * spec.layers
-        self.buffers: list[torch.Tensor] = []  # per layer [2, streams, kv_heads, slots, head_dim]
-        self.token_ids: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] int32: which token a slot holds
-        self.scores: list[torch.Tensor] = []  # per layer [streams, kv_heads, slots] float32; none unless remembered
-        self.newest: dict[torch.device, torch.Tensor] = {}  # first token of the pinned newest steps, 0-d int32
+        self.buffers: list[torch.Tensor] = []
+        self.token_ids: list[torch.Tensor] = []
+        self.state: list[dict[str, torch.Tensor]] = [{} for _ in range(spec.layers)]
+        self.newest: dict[torch.device, torch.Tensor] = {}
+        self._remembers = {**policy.state, **({LOG_WEIGHTS: 0.0} if policy.weighs else {})}
+        self._first_own = 0  # number of the first token of the step that is entering
         self.allocate([0] * spec.layers)
 
     def __len__(self) -> int:
         return self.spec.layers
 
+    def __repr__(self) -> str:
+        return f"CarriedCache({self.length} of {max(self.budgets)} slots, {len(self)} layers, {self.policy!r})"
+
     @property
     def length(self) -> int:
-        """Tokens held per layer and head; where layers differ, by those that hold the most."""
+        """Slots in use per layer and head; where layers differ, of those that use the most."""
         return max(self.lengths)
 
     @property
@@ -73,8 +77,24 @@ class CarriedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, the record of births and accumulated scores included."""
-        return sum(tensor.nbytes for tensor in (*self.buffers, *self.token_ids, *self.scores))
+        """Bytes allocated, tokens' numbers and the policy's state included."""
+        return sum(tensor.nbytes for tensor in (*self.buffers, *self.token_ids, *self._states()))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything lies that a step reads and writes, and how far streams of one block lie apart."""
+        tensors = (*self.buffers, *self.token_ids, *self._states(), *self.newest.values())
+        return tuple(number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:1]))
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the policy goes by key scores."""
+        return self.policy.needs_attention
+
+    @property
+    def full(self) -> bool:
+        """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
+        return self.lengths == self.budgets
 
     def make_room(self, tokens: int) -> None:
         """Before a step of `tokens` tokens: have a slot for each of them behind the carried ones."""
@@ -91,9 +111,9 @@ class CarriedCache(Cache):
             self.newest[device].fill_(token)
 
     def must_evict(self, tokens: int) -> bool:
-        """Whether a step of `tokens` tokens ends with `evict`: where some layer overflows, or scores accumulate."""
-        over = any(length + tokens > budget for length, budget in zip(self.lengths, self.budgets, strict=True))
-        return over or bool(self.decay)
+        """Whether a step of `tokens` tokens ends with `evict`: where a layer overflows, or the policy keeps state."""
+        over = any(length + tokens > share for length, share in zip(self.lengths, self.shares, strict=True))
+        return over or self.policy.every_step
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -105,8 +125,7 @@ class CarriedCache(Cache):
         self.token_ids[layer_idx][:, :, start:stop] = self.remember(key_states, value_states, layer_idx)
         slots[0, :, :, start:stop] = key_states
         slots[1, :, :, start:stop] = value_states
-        if self.scores:
-            self.scores[layer_idx][:, :, start:stop] = 0
+        self.begin_state(layer_idx, start, stop)
         self.lengths[layer_idx] = stop
         return slots[0, :, :, :stop], slots[1, :, :, :stop]
 
@@ -116,38 +135,61 @@ class CarriedCache(Cache):
         Returns:
             [T] or [streams, 1, T] int32: which tokens of the stream they are.
         """
-        first = self.detailed.number(layer)
+        first = self._first_own = self.detailed.number(layer)
         self.detailed.append(key, value, layer)
         return torch.arange(first, first + key.shape[-2], dtype=torch.int32, device=self.token_ids[layer].device)
 
-    def evict(self, layer: int, scores: torch.Tensor | None) -> None:
-        """Shrink a layer to its budget.
+    def begin_state(self, layer: int, start: int, stop: int) -> None:
+        """What the policy remembers of keys that have just entered these slots."""
+        for name, tensor in self.state[layer].items():
+            tensor[:, :, start:stop] = self._remembers[name]
+
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """[streams, kv_heads, K] float32: log weights of the keys that `update` has handed out; None: all are 0."""
+        return self.state[layer][LOG_WEIGHTS][..., : self.lengths[layer]] if self.policy.weighs else None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """[streams, heads, T, head_dim]: queries over what `update` has handed out."""
+        return attention(query, key, value, scale=scale, bias=self.bias(layer))
+
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
+        """Have the policy judge a layer that was just attended, and shrink it to its budget.
 
         Args:
-            layer: index of the layer, just attended.
-            scores: [streams, kv_heads, length] key scores; None for rules that ignore them.
+            layer: index of the layer.
+            attention: [streams, kv_heads, length] float32 key scores; None for policies that ignore them.
         """
-        length, scores = self.lengths[layer], self.accumulated(layer, scores)
-        if length > self.budgets[layer]:
-            self.replace(layer, scores, length)
-            self.lengths[layer] = self.budgets[layer]
+        self.lengths[layer] = self.shrink(layer, attention, self.lengths[layer], self._first_own)
 
-    def accumulated(self, layer: int, scores: torch.Tensor | None) -> torch.Tensor | None:
-        """A step's scores, with what their keys had before where it counts; own keys had nothing."""
-        if scores is None or not self.scores:
-            return scores
-        return self.scores[layer][:, :, : scores.shape[-1]].mul_(self.decay).add_(scores)
+    def shrink(self, layer: int, attention: torch.Tensor | None, length: int, first_own: int | torch.Tensor) -> int:
+        """Make the first slots of a layer, as many as its budget, hold the best of its first `length` keys, in place.
 
-    def replace(self, layer: int, scores: torch.Tensor | None, length: int) -> None:
-        """Make as many first slots of a layer as its budget hold the best of its first `length` keys, in place."""
-        budget, token_ids = self.budgets[layer], self.token_ids[layer][:, :, :length]
-        values = self.buffers[layer][1, :, :, :length]
+        Returns:
+            How many slots are in use then.
+        """
+        keys, values = self.buffers[layer][:, :, :, :length]
+        token_ids = self.token_ids[layer][:, :, :length]
+        state = {name: tensor[:, :, :length] for name, tensor in self.state[layer].items()}
         newest = self.newest[token_ids.device] if self.newest else None
-        kept = select.best(self.rule(scores, token_ids, layer, values=values, budget=budget, newest=newest), budget)
-        source, target = select.moves(kept, budget)
-        select.apply_moves(self.buffers[layer], source, target)
-        for beside in (token_ids, self.scores[layer][:, :, :length]) if self.scores else (token_ids,):
-            beside.scatter_(-1, target, beside.gather(-1, source))
+        share, stay = self.shares[layer], min(length, self.budgets[layer])
+        candidates = Candidates(layer, share, keys, values, token_ids, attention, first_own, newest, state)
+        scores = self.policy.score(candidates)
+        if length <= share:
+            return length
+        if self.policy.weighs:
+            scores = scores.masked_fill(token_ids == _EMPTY, float("-inf"))
+        kept = select.best(scores, stay)
+        if self.policy.weighs:
+            state[LOG_WEIGHTS].copy_(self.policy.log_weights(candidates, scores, kept))
+            token_ids.masked_fill_(state[LOG_WEIGHTS] == float("-inf"), _EMPTY)
+        if stay < length:
+            source, target = select.moves(kept, stay)
+            select.apply_moves(self.buffers[layer], source, target)
+            for beside in (token_ids, *state.values()):
+                beside.scatter_(-1, target, beside.gather(-1, source))
+        return stay
 
     def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """Rotate carried keys further, in float32 and in place.
@@ -164,7 +206,8 @@ class CarriedCache(Cache):
             keys.copy_(rotate(keys.float(), cos, sin))
 
     def importance(self, starts: Sequence[int]) -> dict[int, tuple[float, int]]:
-        """Segments of which something is carried, by start: their keys' scores in the newest judged step, and how many.
+        """Segments of which something is carried, by start: the attention that their keys were last judged by, and how
+        many they are.
 
         Args:
             starts: number of each segment's first token, ascending; each ends where the next begins.
@@ -173,19 +216,15 @@ class CarriedCache(Cache):
         scores, counts = torch.zeros(2, len(starts) + 1, dtype=torch.float64)
         for layer, length in enumerate(self.lengths):
             segment = torch.searchsorted(first, self.token_ids[layer][..., :length].flatten().cpu().long(), right=True)
-            scores.scatter_add_(0, segment, self.scores[layer][..., :length].flatten().cpu().double())
+            noted = self.state[layer][IMPORTANCE][..., :length]
+            scores.scatter_add_(0, segment, noted.flatten().cpu().double())
             counts += segment.bincount(minlength=len(counts))
         held = counts[1:].nonzero()[:, 0]
         found = zip(held.tolist(), scores[1:][held].tolist(), counts[1:][held].long().tolist(), strict=True)
         return {starts[number]: (score, count) for number, score, count in found}
 
-    @property
-    def full(self) -> bool:
-        """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
-        return self.lengths == self.budgets
-
     def kept(self, layer: int) -> torch.Tensor:
-        """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries."""
+        """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries; -1: no token."""
         return self.token_ids[layer][:, :, : self.lengths[layer]].sort(-1).values
 
     def truncate(self, max_length: int) -> None:
@@ -202,17 +241,11 @@ class CarriedCache(Cache):
 
     def fork(self, detailed: DetailedCache) -> CarriedCache:
         """A copy that enters keys and values into another detailed cache."""
-        found = CarriedCache(self.spec, self.budget, self.rule, detailed, decay=self.decay, remembers=self.remembers)
-        found.budgets = self.budgets
+        found = CarriedCache(self.spec, self.budget, self.policy, detailed)
         found.allocate(self.slots)
         found.lengths = list(self.lengths)
-        for mine, its in (
-            (self.buffers, found.buffers),
-            (self.token_ids, found.token_ids),
-            (self.scores, found.scores),
-        ):
-            for old, new in zip(mine, its, strict=True):
-                new.copy_(old)
+        for mine, its in zip(self._tensors(), found._tensors(), strict=True):
+            its.copy_(mine)
         return found
 
     def allocate(self, slots: Sequence[int]) -> None:
@@ -221,11 +254,18 @@ class CarriedCache(Cache):
         rows = [(g.streams, g.kv_heads, n) for n in slots]
         buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
         token_ids = one_block(rows, torch.int32, g.devices)
-        scores = one_block(rows, torch.float32, g.devices) if self.remembers else []
+        by_name = {name: one_block(rows, torch.float32, g.devices) for name in self._remembers}
+        state = [{name: tensors[layer] for name, tensors in by_name.items()} for layer in range(g.layers)]
         for layer, length in enumerate(self.lengths if self.buffers else []):
             buffers[layer][..., :length, :] = self.buffers[layer][..., :length, :]
-            for new, old in zip((token_ids, scores), (self.token_ids, self.scores), strict=True):
-                if new:
-                    new[layer][..., :length] = old[layer][..., :length]
+            token_ids[layer][..., :length] = self.token_ids[layer][..., :length]
+            for name, tensor in state[layer].items():
+                tensor[..., :length] = self.state[layer][name][..., :length]
         # Last of all: a save on another thread may be reading.
-        self.buffers, self.token_ids, self.scores = buffers, token_ids, scores
+        self.buffers, self.token_ids, self.state = buffers, token_ids, state
+
+    def _states(self) -> list[torch.Tensor]:
+        return [tensor for state in self.state for tensor in state.values()]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.buffers, *self.token_ids, *self._states()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +12,11 @@ from transformers import Cache
 
 from statekv.cache.folder import Part, Written, ranges
 from statekv.cache.spec import KVSpec, PositionShift, numbers_in
+from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
+
+# Of steps that begin at these tokens, what their carried keys score, where that is not 0, by start.
+Importance = Callable[[Sequence[int]], dict[int, float]]
 
 _FIRST_CAPACITY = 256  # tokens
 _COPIED_SHARE = 1 / 64  # of a layer's tokens: a cap on memory holds for what is copied aside too
@@ -43,6 +47,7 @@ class DetailedCache(Cache):
         self.away = 0  # tokens of the stream that the buffers do not hold any more
         self.written = Written()
         self.grown = 0  # how many times a buffer was copied into a larger one
+        self.forgotten = 0  # steps
         self._answering_from: int | None = None
         self._sharing: WeakSet[DetailedCache] = WeakSet([self])  # forks, which may lie in the same buffers
 
@@ -67,6 +72,16 @@ class DetailedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of steps that do not lie in the buffers, by where they do."""
+        return {}
+
+    @property
+    def most_steps(self) -> int | None:
+        """How many steps there may be at once; None: no limit."""
+        return None
 
     @property
     def at_once(self) -> int:
@@ -117,6 +132,39 @@ class DetailedCache(Cache):
             seen = held[..., start:stop, :]
         return seen[0], seen[1]
 
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """None: every key counts once."""
+        return None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """[streams, heads, T, head_dim]: queries over what `update` has handed out."""
+        return attention(query, key, value, scale=scale)
+
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
+        """Nothing: all keys stay."""
+
+    def must_evict(self, tokens: int) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs_attention(self) -> bool:
+        """No key scores are needed."""
+        return False
+
+    def make_way(self, tokens: int, room: int, importance: Importance) -> list[int]:
+        """Before a step: nothing, for there is no cap; see `TieredCache.make_way`."""
+        return []
+
+    def settle(self) -> list[int]:
+        """Starts of steps that were forgotten: none ever is."""
+        return []
+
+    def note(self, kind: str, tokens: int) -> None:
+        """Take note of which segment the newest tokens are: here all are alike."""
+
     def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """Rotate keys further, in float32 and in place.
 
@@ -162,8 +210,12 @@ class DetailedCache(Cache):
         self._share(found)
         return found
 
-    def begin_answer(self) -> None:
-        """From here on everything appended belongs to a question: the recall window stops moving."""
+    def begin_answer(self, moved: Angles) -> None:
+        """From here on everything appended belongs to a question: the recall window stops moving.
+
+        Args:
+            moved: of how far steps have moved since they entered, [T] int64, to cos and sin.
+        """
         self._answering_from = self.length
 
     def truncate(self, max_length: int) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from statekv.errors import SaveError
 
-FORMAT = 3  # changes whenever an older save could not be gone on with to the bit
+FORMAT = 4  # changes whenever an older save could not be gone on with to the bit
 FACTS = "session.json"
 _PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames|memories)\.(\d+)\.safetensors")
 _UNFINISHED = f"{FACTS}.part"

@@ -13,6 +13,7 @@ from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import KVSpec, numbers_in
 from statekv.config import Config
+from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
 from statekv.ops.select import earliest_best
 
@@ -256,6 +257,29 @@ class RetrievedView(Cache):
             key, value = self._seen.update(key, value, layer)
         return key, value, self._hidden[layer]
 
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """None: an answer sees every key as it came."""
+        return None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `DetailedCache.attend`; the first call of a layer chooses what is seen."""
+        key, value, hidden = self.complete(layer, query, key, value)
+        return attention(query, key, value, scale=scale, hidden=hidden)
+
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
+        """Nothing: an answer is cropped away as a whole."""
+
+    def must_evict(self, tokens: int) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs_attention(self) -> bool:
+        """No key scores are needed."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
         return self.detailed.lengths[layer_idx]
 
@@ -305,7 +329,8 @@ class RetrievedView(Cache):
         assert self.carried is not None
         length = self.carried.lengths[layer]
         keys, values = self.carried.buffers[layer][..., :length, :]
-        twice = torch.isin(self.carried.token_ids[layer][..., :length].long(), shown)  # [1, kv_heads, length]
+        token_ids = self.carried.token_ids[layer][..., :length]
+        twice = torch.isin(token_ids.long(), shown) | (token_ids < 0)  # [1, kv_heads, length]
         first = twice.new_zeros(*twice.shape[:2], self._seen.lengths[layer])
         self._hidden[layer] = torch.cat([first, twice], dim=-1)
         self._seen.append(keys, values, layer)

@@ -3,20 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice, pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
-from statekv.cache.retrieval import RetrievedView, StepIndex
-from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span, layer_budgets
+from statekv.cache.policies.base import Policy
+from statekv.cache.policies.wrappers import Checked, Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, covering
+from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
+from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span
 from statekv.cache.tiers.cache import TieredCache
-from statekv.config import Config
-from statekv.errors import ConfigError
+from statekv.config import CARRIES, Config, load_named
+from statekv.errors import ConfigError, HorizonError
 from statekv.ops.rope import Angles
+
+# carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
+# answer: sees what an answer sees.
+Mode = Literal["carry", "peek", "answer"]
+
+_QUESTION_ROOM = 512  # positions that a stream leaves to a question, besides the longest answer
+
+
+def room_for_answers(config: Config) -> int:
+    """Positions that a question and its answer may take."""
+    return _QUESTION_ROOM + config.max_new_tokens
+
+
+class Rotary(Protocol):
+    """How a model turns its keys; `VideoModel` is one."""
+
+    @property
+    def own_time(self) -> bool:
+        """Whether steps count time on an axis that text does not follow."""
+
+    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of positions [streams, T] or [3, streams, T]: cos and sin [streams, T, head_dim] float32."""
+
+    def moved(self, by: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of how far the steps of some keys have moved, [T] int64 on the CPU: cos and sin [1, T, head_dim] float32."""
+
+
+class Entering(Protocol):
+    """What a stream must know of a segment that enters; `Segment` says what the names mean."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def reach(self) -> int: ...
+    @property
+    def positions(self) -> torch.Tensor: ...
+    @property
+    def next_position(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def pts_seconds(self) -> float | None: ...
+    @property
+    def moment(self) -> int | None: ...
+
+
+class View(Protocol):
+    """A cache as attention layers see it. Each layer calls `update`, then `attend` or, for key scores, takes `bias`
+    into attention of its own, and last `evict` where the segment is a step that must shrink the cache."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter own keys and values [streams, kv_heads, T, head_dim]; all that is seen comes out, own ones last."""
+
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """[streams, kv_heads, K] float32, added to the logits of what `update` has handed out; None: nothing is."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """[streams, heads, T, head_dim]: queries over what `update` has handed out."""
+
+    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
+        """Shrink the layer to its budget; attention [streams, kv_heads, K] float32 where the policy needs it."""
+
+    def must_evict(self, tokens: int) -> bool:
+        """Whether a step of so many tokens ends with `evict`."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether `evict` goes by key scores."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +165,10 @@ class StreamState:
         compacts: whether steps move closer together once the horizon is reached.
         compaction: how far they have.
         memories: what those that reduce its steps remember of it, by name; replaced as a whole, never changed.
+        rotary: of the model; None where nothing has to be turned.
+
+    `begin` and `commit` stand around everything that enters; in between the model's layers work on what `begin` has
+    handed out.
     """
 
     spec: KVSpec
@@ -103,9 +184,11 @@ class StreamState:
     compacts: bool = False
     compaction: Compaction = field(default_factory=Compaction)
     memories: Mapping[str, Memory] = field(default_factory=dict)
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         c = self.config
+        self.policy = None if c.carry == "all" else policy_of(c, self.pinned)
         self.detailed = self._make_detailed()
         # Only retrieval needs them.
         self.blocks = StepIndex(self.spec) if c.recall == "retrieve" else None
@@ -113,13 +196,20 @@ class StreamState:
         self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
         self._retrieved: RetrievedView | None = None
 
+    def __repr__(self) -> str:
+        seen = f"{self.frames} frames, {self.tokens} tokens"
+        return f"StreamState({self.config.method}, {seen}, position {self.position} of {self.horizon})"
+
     @property
     def carried(self) -> CarriedCache | DetailedCache:
         """What a step sees; with carry="all" that is the detailed cache itself."""
-        if self.config.carry == "all":
-            return self.detailed
-        if self._carried is None:
-            self._carried = self._make_carried()
+        return self.detailed if self.bounded is None else self.bounded
+
+    @property
+    def bounded(self) -> CarriedCache | None:
+        """The carried cache, where there is one beside the detailed one."""
+        if self._carried is None and self.policy is not None:
+            self._carried = CarriedCache(self.spec, self.config.budget, self.policy, self.detailed)
         return self._carried
 
     @property
@@ -143,13 +233,61 @@ class StreamState:
             "detailed": self.detailed.nbytes,
             "blocks": self.blocks.nbytes if self.blocks is not None else 0,
             "memories": sum(tensor.nbytes for memory in self.memories.values() for tensor in tensors_of(memory)),
-            **(self.detailed.bytes_by_tier if isinstance(self.detailed, TieredCache) else {}),
+            **self.detailed.bytes_by_tier,
         }
 
     @property
     def forgotten(self) -> int:
         """Steps that a cap on memory has left no room for."""
-        return self.detailed.forgotten if isinstance(self.detailed, TieredCache) else 0
+        return self.detailed.forgotten
+
+    def expect(self, segment: Entering, mode: Mode = "carry") -> None:
+        """Before a segment enters: pins and room for it; asked again, the same.
+
+        Raises:
+            HorizonError: it would pass the stream's horizon.
+            ConfigError: a pinned prefix that fills the budget, newest steps that do not fit into it, a cap on memory
+                that is too small, or a model whose keys cannot be reindexed.
+        """
+        reach = self.horizon - (self.room if mode == "carry" else 0)
+        if segment.reach > reach:
+            raise HorizonError(
+                f"position {segment.reach} is past {reach}, as far as RoPE reaches for this stream",
+                f"open the stream with a horizon above {self.horizon}, or with on_horizon='compact'; "
+                "questions about what was seen still work",
+            )
+        if segment.kind == "prefix":
+            self.expect_prefix(segment.length)
+        if segment.kind == "step":
+            self._check_follows(segment)
+        if mode == "carry":
+            self.expect_newest(segment.kind, segment.length)
+            if segment.kind != "prefix":
+                self._make_way(segment.length)
+
+    def begin(self, segment: Entering, mode: Mode = "carry") -> View:
+        """As `expect`, and what the model's layers see while the segment enters."""
+        self.expect(segment, mode)
+        if segment.kind == "question":
+            self.begin_answer(segment.positions)
+        if mode == "answer":
+            return self.recalled
+        if self.bounded is not None:
+            self.bounded.make_room(segment.length)
+        return self.carried
+
+    def commit(self, segment: Entering, mode: Mode = "carry") -> None:
+        """Behind all layers: take note of a segment that has entered."""
+        if segment.kind == "step" and self.blocks is not None:
+            assert self.rotary is not None
+            step = StepIndexEntry(self.tokens - segment.length, self.tokens, segment.next_position - self.position)
+            self.blocks.add(self.detailed, step, *self.rotary.angles(segment.positions, self.horizon))
+        self.note(segment.kind, segment.length, segment.pts_seconds, self.uncompacted(segment.moment))
+        self.position = segment.next_position
+        if mode == "carry":
+            self.frames += segment.frames
+            if self.origin_seconds is None:
+                self.origin_seconds = segment.pts_seconds
 
     def expect_prefix(self, tokens: int) -> None:
         """Say how long the prompt's prefix is before it enters, so that it can be pinned.
@@ -157,7 +295,7 @@ class StreamState:
         Raises:
             ConfigError: the pinned prefix alone fills the budget.
         """
-        if not self.config.pin_prefix or self.config.carry == "all":
+        if not self.config.pin_prefix or self.policy is None:
             return
         assert not self.tokens, "the prefix comes first"
         if tokens >= self._least_budget:
@@ -166,7 +304,7 @@ class StreamState:
                 f"raise budget above {tokens} or leave the prefix unpinned",
             )
         self.pinned = tokens
-        self._carried = self._make_carried()
+        self.policy, self._carried = policy_of(self.config, tokens), None
 
     def expect_newest(self, kind: str, tokens: int) -> None:
         """Say what enters before it does, so that the newest steps can be pinned.
@@ -174,13 +312,13 @@ class StreamState:
         Raises:
             ConfigError: the newest steps do not fit into the part of the budget that goes by score.
         """
-        pinned, carried = self.config.pin_newest, self.carried
-        if not pinned or isinstance(carried, DetailedCache):
+        pinned, carried = self.config.pin_newest, self.bounded
+        if not pinned or carried is None:
             return
         own = kind == "step"
         before = islice((span.start for span in reversed(self.spans) if span.kind == "step"), pinned - own)
         first = min((*before, self.tokens if own else self.tokens + tokens))
-        taken, room = self.tokens + tokens - first, carried.rule.chosen(self._least_budget)
+        taken, room = self.tokens + tokens - first, self._chosen
         if taken > room:
             raise ConfigError(
                 f"pin_newest is {pinned} with a budget of {self._told_budget}, but these steps take {taken} tokens "
@@ -189,44 +327,58 @@ class StreamState:
             )
         carried.pin_from(first)
 
-    def make_way(self, tokens: int, room: int) -> None:
-        """Before a step: where memory has a cap, have older ones leave it or be forgotten.
-
-        Args:
-            tokens: of the step.
-            room: tokens of a question and its answer.
-
-        Raises:
-            ConfigError: the cap is too small for such steps; nothing has changed.
-        """
-        if isinstance(self.detailed, TieredCache):
-            self._forget(self.detailed.make_way(tokens, room, self._importance))
-            if self.blocks is not None and self.detailed.plan is not None:
-                self.blocks.most = self.detailed.plan.most_steps
+    def _make_way(self, tokens: int) -> None:
+        """Before a step: where memory has a cap, have older ones leave it or be forgotten."""
+        self._forget(self.detailed.make_way(tokens, room_for_answers(self.config), self._importance))
+        if self.blocks is not None:
+            self.blocks.most = self.detailed.most_steps
 
     def note(self, kind: str, length: int, pts_seconds: float | None, position: int) -> None:
         """Record that `length` tokens of a segment have just entered, uncompacted at `position`."""
         self.spans.append(Span(kind, self.tokens - length, length, pts_seconds, position))
-        if isinstance(self.detailed, TieredCache):
-            self.detailed.note(kind, length)
+        self.detailed.note(kind, length)
 
     def uncompacted(self, moment: int | None) -> int:
         """Where a segment that comes next, at a moment of its own or None, would begin without any compaction."""
         return (self.position if moment is None else moment) + self.compaction.gained
 
-    def compacted(self, position: int, reach: int) -> Compaction:
+    def close_up(self, step: Entering) -> bool:
+        """Where a step would pass the range of a stream that compacts, move older ones closer together.
+
+        Returns:
+            Whether they have moved, and the step's own positions with them.
+
+        Raises:
+            HorizonError: the range is too small for such steps; nothing has changed.
+        """
+        reach = self.horizon - self.room
+        if not self.compacts or step.reach <= reach or not self.frames:
+            return False
+        place = self.uncompacted(step.moment)
+        to = self._compacted(place, reach)
+        behind = to.place(place) + step.reach - (place - self.compaction.gained)
+        if behind > reach:
+            raise HorizonError(
+                f"with a horizon of {self.horizon}, steps may take {reach} positions; older ones compacted, "
+                f"this one would need {behind}",
+                f"open the stream with a horizon above {self.horizon + behind - reach}, or with smaller pictures",
+            )
+        self.compact(to)
+        return True
+
+    def _compacted(self, position: int, reach: int) -> Compaction:
         """What would make room for a step, uncompacted at `position`, in a stream that may take `reach` positions."""
         first = self.spans[0].length if self.spans and self.spans[0].kind == "prefix" else 0
         return self.compaction.next(position, first, reach)
 
-    def compact(self, to: Compaction, angles: Angles, own_time: bool = False) -> None:
+    def compact(self, to: Compaction) -> None:
         """Move steps closer together, once and for all: their keys in both memories are rotated further, in place.
 
         Args:
             to: where they stand from now on.
-            angles: of how far each token's step moves, [T] int64 on the CPU, to cos and sin [1, T, head_dim] float32.
-            own_time: whether steps count time on an axis that text does not follow; else the next position moves too.
         """
+        assert self.rotary is not None
+        angles: Angles = partial(self.rotary.moved, horizon=self.horizon)
         spans, by = [], []
         for span in reversed(self.spans):
             far = to.place(span.position) - self.compaction.place(span.position)
@@ -237,9 +389,9 @@ class StreamState:
         if spans:
             moves = PositionShift([span.start for span in spans[::-1]], by[::-1])
             self.detailed.rotate(moves, angles)
-            if isinstance(self.carried, CarriedCache):
-                self.carried.rotate(moves, angles)
-        if not own_time:
+            if self.bounded is not None:
+                self.bounded.rotate(moves, angles)
+        if not self.rotary.own_time:  # else the next position follows the text, which stays
             self.position -= to.gained - self.compaction.gained
         self.compaction = to
         if self.blocks is not None and self.config.retrieve_positions == "reindex":
@@ -247,23 +399,20 @@ class StreamState:
             places = [to.place(span.position) for span in self.spans if span.kind == "step" and span.start in known]
             self.blocks.respace([behind - place for place, behind in pairwise([*places, self.position])])
 
-    def begin_answer(self, positions: torch.Tensor, angles: Angles, turned: Angles) -> None:
+    def begin_answer(self, positions: torch.Tensor) -> None:
         """From here on everything that enters is a question and its answer.
 
         Args:
             positions: of the question's tokens, [streams, T] or [3, streams, T].
-            angles: of the model's RoPE.
-            turned: of how far steps have moved, [T] int64, as for `compact`.
         """
         c = self.config
-        self.detailed.begin_answer()
-        if isinstance(self.detailed, TieredCache):
-            self.detailed.fetcher.turned = turned
+        assert self.rotary is not None
+        self.detailed.begin_answer(partial(self.rotary.moved, horizon=self.horizon))
         self._retrieved = None
         # Where no block is left out there is nothing to choose, nor to copy.
         if self.blocks is not None and len(self.blocks) > c.retrieve + c.retrieve_newest:
-            carried = self.carried if c.retrieve_carried else None
-            assert not isinstance(carried, DetailedCache)
+            angles: Angles = partial(self.rotary.angles, horizon=self.horizon)
+            carried = self.bounded if c.retrieve_carried else None
             self._retrieved = RetrievedView(self.detailed, self.blocks, carried, c, angles, positions)
 
     def mark(self) -> Mark:
@@ -286,8 +435,7 @@ class StreamState:
 
     def settle(self) -> None:
         """Let go of steps whose blocks have turned out to be damaged."""
-        if isinstance(self.detailed, TieredCache):
-            self._forget(self.detailed.settle())
+        self._forget(self.detailed.settle())
 
     def fork(self) -> StreamState:
         """A second stream with the same past; neither sees what becomes of the other.
@@ -308,23 +456,16 @@ class StreamState:
         self.blocks = StepIndex(self.spec) if self.blocks is not None else None
         self.memories = {}
 
-    def _make_carried(self) -> CarriedCache:
-        c = self.config
-        rule = Rule(
-            c.carry, sinks=c.sinks, seed=c.seed, pinned=self.pinned, value_norms=c.value_norms, coverage=c.coverage
-        )
-        capped = c.memory is not None
-        return CarriedCache(self.spec, c.budget, rule, self.detailed, c.layer_slope, c.decay, remembers=capped)
-
     def _make_detailed(self) -> DetailedCache:
         c = self.config
         if c.memory is not None:
-            return TieredCache(self.spec, c)
-        return DetailedCache(self.spec, c.recall, window=c.budget, sinks=c.sinks)
+            assert self.policy is not None, "a cap goes with a budget"
+            return TieredCache(self.spec, c, self.policy)
+        return DetailedCache(self.spec, c.recall, window=c.budget, sinks=c.recalled_sinks)
 
     def _importance(self, starts: Sequence[int]) -> dict[int, float]:
-        carried = self.carried
-        assert isinstance(carried, CarriedCache)
+        carried = self.bounded
+        assert carried is not None, "a cap goes with a budget"
         # Forgotten steps that are still carried count for themselves, and not for the step before them.
         known = carried.importance([span.start for span in self.spans if span.length])
         return {start: known[start][0] for start in starts if start in known}
@@ -336,17 +477,67 @@ class StreamState:
             return
         if self.blocks is not None:
             self.blocks.forget(starts)
-        carried, gone = self.carried, self.outlived | set(starts)
-        assert isinstance(carried, CarriedCache)
+        carried, gone = self.bounded, self.outlived | set(starts)
+        assert carried is not None, "a cap goes with a budget"
         self.outlived = gone & carried.importance([span.start for span in self.spans if span.length]).keys()
         gone -= self.outlived
         self.spans = [span for span in self.spans if span.start not in gone or not span.length]
 
+    def _check_follows(self, step: Entering) -> None:
+        """Closing up needs steps that take positions of their own, with whatever comes next behind them."""
+        reindexed = self.config.recall == "retrieve" and self.config.retrieve_positions == "reindex"
+        if reindexed and step.next_position <= self.position:
+            raise ConfigError(
+                "retrieve_positions is 'reindex', but this model counts the time of its steps beside its text",
+                "set retrieve_positions to 'keep'",
+            )
+
     @property
     def _least_budget(self) -> int:
-        return min(layer_budgets(self.config.budget, self.spec.layers, self.config.layer_slope))
+        assert self.policy is not None
+        return min(self.policy.layer_budgets(self.config.budget, self.spec.layers))
+
+    @property
+    def _chosen(self) -> int:
+        """How many keys of the smallest layer go by score, newest steps among them."""
+        assert self.policy is not None
+        c, least = self.config, self._least_budget
+        first = max(self.pinned, self.policy.sinks if c.sinks is None else c.sinks)
+        return least - first - covering(c.coverage, least, self.pinned)
 
     @property
     def _told_budget(self) -> str:
         least = f" ({self._least_budget} in the smallest layer)" if self.config.layer_slope else ""
         return f"{self.config.budget}{least}"
+
+
+def policy_of(config: Config, pinned: int = 0) -> Policy:
+    """The policy of a stream, with everything that the configuration puts around it.
+
+    Args:
+        config: carry, and the dials that apply to every policy.
+        pinned: tokens of the prefix that stay.
+
+    Raises:
+        ConfigError: there is no such policy, or it does not go with the dials.
+    """
+    c, found = config, load_named(config.carry, CARRIES, "carry", Policy)
+    sinks, ours = found.sinks if c.sinks is None else c.sinks, type(found).__module__.startswith("statekv.")
+    if any(each.name == "seed" for each in fields(found)) and found.seed is None:
+        found = replace(found, seed=c.seed)
+    for name, idle in (("decay", 0), ("score_every", 1)):
+        if getattr(c, name) != idle and not found.needs_attention:
+            rule = f"`{name}` is {getattr(c, name)} with `carry` {c.carry!r}, but means something only with attention"
+            raise ConfigError(rule, f"set `carry` to 'attention', or leave `{name}` out")
+    policy: Policy = found if ours else Checked(found)
+    if c.decay:
+        policy = Decayed(policy, c.decay)
+    elif c.memory is not None:
+        policy = Noted(policy)
+    if c.value_norms:
+        policy = ValueNorms(policy)
+    if c.coverage:
+        policy = Covered(policy, c.coverage, pinned, c.seed)
+    if c.layer_slope:
+        policy = Sloped(policy, c.layer_slope)
+    return Pinned(policy, max(pinned, sinks))

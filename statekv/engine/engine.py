@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from statekv.cache.folder import Saved, read_folder
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
@@ -18,7 +18,7 @@ from statekv.engine.snapshot import load_session
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
-from statekv.runner.runner import ModelRunner, room_for_answers
+from statekv.runner.runner import ModelRunner
 from statekv.video.address import check_scheme, display_name, local_path, locate
 from statekv.video.file import VideoInfo, count_frames, probe
 from statekv.video.frame import Frame
@@ -168,7 +168,7 @@ class Engine:
 
     def close(self) -> None:
         """Hand the model's attention back to transformers; a session that goes on takes it again."""
-        with self.model.lock:
+        with self.runner.lock:
             self.model.model.set_attn_implementation({"text_config": self._attention_before})
 
     def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:

@@ -125,7 +125,7 @@ def _run(
                 continue
             if not segment.length:
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
-            answered = list(runner.answer(state, segment, sampling, _known(runner.model, prompt)))
+            answered = list(runner.decode(state, segment, sampling, _known(runner.model, prompt)))
     return [token for token, _ in answered], [logits for _, logits in answered]
 
 

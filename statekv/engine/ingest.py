@@ -14,7 +14,7 @@ from statekv.cache.stream import StreamState
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot
-from statekv.errors import ConfigError, MemoryLimitError, StateKVError
+from statekv.errors import ConfigError, MemoryLimitError, PolicyError, StateKVError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
 from statekv.runner.memory import memory_limit
@@ -162,7 +162,7 @@ class VisionPrefetch:
     On CUDA the tower works on a stream of its own, a batch ahead of the language model.
 
     Args:
-        runner: whose model's tower it is.
+        runner: of the model whose tower it is.
         state: the stream that the frames will enter; it is not changed.
         seconds: where the time is noted.
     """
@@ -342,7 +342,7 @@ class PendingStep:
             # Older steps may have moved, which stays if this one is taken back; what it has left to remember does not.
             self._mark = replace(self.state.mark(), memories=self._mark.memories)
             if len(self.segments) == 1:  # a prefix has to enter before its step can be checked
-                self.runner.check(self.state, self.segments[0])
+                self.state.expect(self.segments[0])
         self.vision_seconds = time.perf_counter() - began
         place = self.state.uncompacted(self.segments[-1].moment)
         for gap in (frame for frame in self.frames if frame.gap_seconds):
@@ -361,7 +361,7 @@ class PendingStep:
         """After an error: the stream ends before the step. Why nothing can enter any more; "" while it can."""
         tokens = self._mark.tokens
         self.state.crop_to(self._mark)
-        if isinstance(error, StateKVError) and not isinstance(error, MemoryLimitError):
+        if isinstance(error, StateKVError) and not isinstance(error, (MemoryLimitError, PolicyError)):
             return ""  # raised before the first layer: nothing has changed
         # Layers in front of the failure have carried the step already, those behind it have not.
         return f"a step failed after {tokens} tokens ({type(error).__name__})"

@@ -13,7 +13,7 @@ from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.runner.batching import batch_key, stream_key
-from statekv.runner.runner import ModelRunner, gather_batch, prefill_batch
+from statekv.runner.runner import ModelRunner
 
 OnStep = Callable[[Session, Progress], None]
 # A session is no longer watched: its source has ended (None), or this is why it cannot go on.
@@ -133,8 +133,7 @@ class Scheduler:
             if len(group) == 1:
                 continue
             try:
-                expected = group[0][0].state.frames_expected
-                seen = self._runner.encode([step.frames for _, step in group], expected)
+                seen = self._runner.encode([step.frames for _, step in group], group[0][0].state.frames_expected)
             except Exception:
                 continue  # each looks at its own frames, and fails by itself
             for (session, _), looked in zip(group, seen, strict=True):
@@ -168,14 +167,14 @@ class Scheduler:
 
     def _prefill(self, batch: Sequence[tuple[Session, PendingStep]], told: list[Callable[[], None]]) -> None:
         states = [session.state for session, _ in batch]
-        if len(batch) == 1 or not gather_batch(self._runner, states):
+        if len(batch) == 1 or not self._runner.gather_batch(states):
             for session, step in batch:
                 self._finish([(session, step)], step.prefill, told)
             return
 
         def together() -> None:
             began = time.perf_counter()
-            prefill_batch(self._runner, states, [step.segments[-1] for _, step in batch])
+            self._runner.prefill_batch(states, [step.segments[-1] for _, step in batch])
             for _, step in batch:
                 step.prefill_seconds = (time.perf_counter() - began) / len(batch)
 

@@ -238,7 +238,7 @@ class Session:
         with self.lock:
             self._check_free()
             source = self.source.again() if isinstance(self.source, ResumableVideo) else None
-            with self.runner.model.lock:  # memory is about to be shared
+            with self.runner.lock:  # memory is about to be shared
                 state = self.state.fork()
             return Session(self.runner, state, source, self.queue.snapshot)
 
@@ -248,7 +248,7 @@ class Session:
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
-        with self.lock, self.runner.model.lock:
+        with self.lock, self.runner.lock:
             self.queue.free()
             self.runner.batches.leave(self.state)
             self.runner.admission.leave(self.state)
@@ -331,7 +331,7 @@ def answer(
         with torch.inference_mode():
             segment = _entering(runner, state, waiting, question)
         text = Detokenizer(runner.model.tokenizer, stop)
-        for token, _ in runner.answer(state, segment, sampling):
+        for token, _ in runner.decode(state, segment, sampling):
             if token in sampling.end_tokens:
                 break
             yield text.push(token)

@@ -112,7 +112,7 @@ def load_session(saved: Saved, model: VideoModel, settings: Mapping[str, Any]) -
     """
     with saved.reading():
         _check_model(saved, Identity(**saved.facts["model"]), identify(model))
-        state = load_stream(saved, model.kv_spec(), partial(_changed, saved, settings=settings))
+        state = load_stream(saved, model.kv_spec(), partial(_changed, saved, settings=settings), model)
         _check_frequencies(saved, _frequencies(model, state))
         return state, _standing(saved, model.model.device)
 

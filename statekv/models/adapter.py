@@ -16,7 +16,6 @@ from statekv.errors import ModelError
 from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
-from statekv.runner.lock import FairLock
 from statekv.video.frame import Frame
 
 
@@ -71,9 +70,6 @@ class Texts:
 class VideoModel(ABC):
     """One checkpoint of a family, seen as a maker of segments. It keeps nothing of any stream.
 
-    Attributes:
-        turns: whoever runs the model takes it meanwhile: attention and rotary frequencies are set for one at a time.
-
     Args:
         model: the transformers model, untouched.
         texts: tokenizer, chat template and video processor JSON; None where inputs come from a processor.
@@ -87,7 +83,6 @@ class VideoModel(ABC):
     own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
-        self.lock = FairLock()
         self.model: Any = model
         self.text_config: Any = model.config.get_text_config()
         kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
@@ -280,6 +275,14 @@ class VideoModel(ABC):
     def text_positions(self, start: int, length: int) -> torch.Tensor:
         """[1, length]; families with multi-axis RoPE return [3, 1, length]."""
         return torch.arange(start, start + length, device=self.model.device).unsqueeze(0)
+
+    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys at these positions are turned by, see `RopeScope.angles`."""
+        return self.rope.angles(positions, horizon)
+
+    def moved(self, by: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys are turned by whose steps move so far, [T] int64 on the CPU."""
+        return self.rope.angles(self.displacement(by.to(self.model.device)), horizon)
 
     def displacement(self, by: torch.Tensor) -> torch.Tensor:
         """Positions to rotate keys by whose steps move along the stream: [T] → [1, T], or [3, 1, T].

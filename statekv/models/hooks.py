@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from statekv.cache.batched import StaticCarriedCache
-from statekv.cache.carried import CarriedCache
-from statekv.cache.retrieval import RetrievedView
-from statekv.cache.tiers.cache import TieredCache
+from statekv.cache.stream import View
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
-from statekv.ops.attention import attention, attention_over
 from statekv.ops.rope import dynamic_ntk_frequencies
 
 NAME = "statekv"
@@ -30,21 +27,19 @@ class Pass:
     """One run through the language model, as its attention layers need to know it.
 
     Attributes:
-        evicting: the cache that takes each layer's scores and shrinks to its budget; None where none does.
+        view: the cache that they attend to.
+        evicting: whether each layer shrinks to its budget at once.
         scored: whether the eviction needs key scores.
         kernel: implementation of attention with key scores.
         score_every: score with every n-th query.
-        retrieved: what an answer sees, where its question chooses that.
-        tiered: a detailed cache whose blocks an answer sees besides what its buffers hold.
         observer: told every layer's key scores, which change nothing; None where nobody looks.
     """
 
-    evicting: CarriedCache | StaticCarriedCache | None
+    view: View
+    evicting: bool
     scored: bool
     kernel: str
     score_every: int = 1
-    retrieved: RetrievedView | None = None
-    tiered: TieredCache | None = None
     observer: Observer | None = None
 
 
@@ -76,29 +71,20 @@ def attention_hook(
             "this model's attention belongs to statekv and was called from outside",
             "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back",
         )
-    layer, scores, hidden = int(module.layer_idx), None, None  # type: ignore[arg-type]
-    if statekv_pass.retrieved is not None:
-        key, value, hidden = statekv_pass.retrieved.complete(layer, query, key, value)
-    if statekv_pass.scored:
-        mixed, scores = attention_with_key_scores(
-            query, key, value, scale=scaling, every=statekv_pass.score_every, impl=statekv_pass.kernel
-        )
-    elif statekv_pass.tiered is not None:
-        mixed = attention_over(query, statekv_pass.tiered.pieces(layer), key, value, scale=scaling)
+    run, layer, scores = statekv_pass, int(module.layer_idx), None  # type: ignore[arg-type]
+    scoring = partial(
+        attention_with_key_scores, query, key, value, scale=scaling, bias=run.view.bias(layer), impl=run.kernel
+    )
+    if run.scored:
+        mixed, scores = scoring(every=run.score_every)
     else:
-        mixed = attention(query, key, value, scale=scaling, hidden=hidden)
-    if statekv_pass.observer is not None:
-        statekv_pass.observer(layer, _scores(query, key, value, scaling, statekv_pass) if scores is None else scores)
-    if statekv_pass.evicting is not None:
-        statekv_pass.evicting.evict(layer, scores)
+        mixed = run.view.attend(layer, query, key, value, scaling)
+    if run.observer is not None:
+        # For an observer alone: mixing with the same kernel would round differently.
+        run.observer(layer, scoring()[1] if scores is None else scores)
+    if run.evicting:
+        run.view.evict(layer, scores)
     return mixed.transpose(1, 2).contiguous(), None
-
-
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, statekv_pass: Pass
-) -> torch.Tensor:
-    """[streams, kv_heads, K] float32, for an observer alone: mixing with the same kernel would round differently."""
-    return attention_with_key_scores(query, key, value, scale=scaling, impl=statekv_pass.kernel)[1]
 
 
 def take_attention(model: PreTrainedModel) -> None:

@@ -24,12 +24,12 @@ def stream_key(model: VideoModel, state: StreamState) -> Hashable:
         model: of all of them.
         state: the stream; its first step brings a prefix along, and goes alone.
     """
-    carried = state.carried
-    if not state.frames or not isinstance(carried, CarriedCache):
+    carried = state.bounded
+    if not state.frames or carried is None:
         return None
     config = tuple(getattr(state.config, name) for name in _OF_A_STEP)
     horizon = state.horizon if model.rope.kind == "dynamic" else None  # else frequencies do not depend on it
-    return config, horizon, state.pinned, carried.remembers, tuple(carried.lengths)
+    return config, horizon, state.pinned, state.config.memory is not None, tuple(carried.lengths)
 
 
 def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
@@ -81,7 +81,7 @@ class StepBatches:
         Raises:
             MemoryError, RuntimeError: there is no memory for the block; every stream is as it was.
         """
-        members = [state.carried for state in states if isinstance(state.carried, CarriedCache)]
+        members = [state.bounded for state in states if state.bounded is not None]
         found = self._blocks.get(members[0])
         if found is None or not found.holds(members):
             found = BatchedCarriedCache(members)
@@ -93,8 +93,8 @@ class StepBatches:
 
     def leave(self, state: StreamState) -> None:
         """Before a stream ends: let nobody keep its share of a block."""
-        carried = state.carried
-        if isinstance(carried, CarriedCache) and (block := self._blocks.get(carried)) is not None:
+        carried = state.bounded
+        if carried is not None and (block := self._blocks.get(carried)) is not None:
             self._disband(block)
 
     def _disband(self, block: BatchedCarriedCache) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -98,8 +97,7 @@ class StepGraphs:
         shapes = self._streams.setdefault(carried, {})
         shape = _shape(segment)
         # Slots may be a row of a block that several streams share: the same place, other strides.
-        slots = ((buffer.data_ptr(), buffer.stride(0)) for buffer in carried.buffers)
-        addresses = (*chain.from_iterable(slots), *carried.detailed.addresses)
+        addresses = (*carried.addresses, *carried.detailed.addresses)
         step = shapes.get(shape)
         if step is None or step.addresses != addresses:
             step = shapes[shape] = _new_step(carried, segment, forward, addresses)

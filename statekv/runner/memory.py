@@ -15,7 +15,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.cache.tiers.cache import TieredCache
 from statekv.config import told
 from statekv.errors import MemoryLimitError
 
@@ -146,7 +145,7 @@ def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
 def _untouched(state: StreamState) -> int:
     """Bytes of buffers that no token has been written to: a CPU's system counts them as free until then."""
     cache, spec = state.detailed, state.spec
-    if not isinstance(cache, TieredCache) or spec.devices[0].type != "cpu":
+    if state.config.memory is None or spec.devices[0].type != "cpu":
         return 0
     return cache.nbytes - cache.lengths[-1] * spec.bytes_per_token * spec.streams
 
@@ -154,9 +153,11 @@ def _untouched(state: StreamState) -> int:
 def _carried(state: StreamState) -> int:
     """Bytes of a carried cache at full size; never more tokens than a stream that does not compact has positions."""
     config, spec = state.config, state.spec
-    if config.carry == "all":
+    if state.policy is None:
         return 0
-    tokens = config.budget if state.compacts else min(config.budget, state.horizon)
+    layers = state.policy.layer_budgets(config.budget, spec.layers)
+    slots = sum(map(state.policy.slots, layers)) // spec.layers
+    tokens = slots if state.compacts else min(slots, state.horizon)
     return tokens * spec.bytes_per_token * spec.streams
 
 

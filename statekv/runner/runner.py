@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from statekv.cache.batched import StaticCarriedCache
-from statekv.cache.carried import CarriedCache
-from statekv.cache.detailed import DetailedCache
-from statekv.cache.retrieval import RetrievedView, StepIndexEntry
 from statekv.cache.spec import Memory
-from statekv.cache.stream import StreamState
-from statekv.cache.tiers.cache import TieredCache
+from statekv.cache.stream import Mode, StreamState, View, policy_of, room_for_answers
 from statekv.config import REDUCERS, Config, load_named
-from statekv.errors import ConfigError, HorizonError, MemoryLimitError
+from statekv.errors import MemoryLimitError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.encoded import EncodedStep
 from statekv.models.hooks import Observer, Pass, take_attention
@@ -26,17 +21,11 @@ from statekv.reduce.base import Reducer, reduced
 from statekv.runner.batching import StepBatches, joined
 from statekv.runner.cuda_graph import StepGraphs
 from statekv.runner.decoding import SamplingParams
+from statekv.runner.lock import FairLock
 from statekv.runner.memory import Admission, memory_limit
 from statekv.runner.packing import StepProducts
 from statekv.video.frame import Frame
 
-# carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
-# answer: sees what an answer sees.
-Mode = Literal["carry", "peek", "answer"]
-
-
-# Positions that a stream leaves to a question, besides the longest answer.
-_QUESTION_ROOM = 512
 _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
 
 
@@ -54,11 +43,6 @@ def with_reducer(config: Config) -> Config:
     return config.with_(reduce=load_named(config.reduce, REDUCERS, "`reduce`", Reducer))
 
 
-def room_for_answers(config: Config) -> int:
-    """Positions that a question and its answer may take."""
-    return _QUESTION_ROOM + config.max_new_tokens
-
-
 class ModelRunner:
     """Runs segments through a model, whose attention it routes through the hook and keeps there.
 
@@ -67,10 +51,14 @@ class ModelRunner:
     Args:
         model: maker of segments, and the weights.
         graphs: what replays steps; None: CUDA graphs on a CUDA device.
+
+    Attributes:
+        lock: whoever runs the model holds it: attention and rotary frequencies are set for one at a time.
     """
 
     def __init__(self, model: VideoModel, graphs: StepGraphs | None = None) -> None:
         self.model = model
+        self.lock = FairLock()
         self.graphs = StepGraphs() if graphs is None else graphs
         self.products = StepProducts(model.language_model.layers)
         self.batches = StepBatches()
@@ -94,32 +82,39 @@ class ModelRunner:
             compacts: whether steps move closer together once the horizon is reached.
 
         Raises:
-            ConfigError: the kernel that was asked for cannot run here, or there is no such reducer.
+            ConfigError: the kernel that was asked for cannot run here, or there is no such policy or reducer.
         """
         self.check_kernel(config)
         config = with_reducer(config)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
-        return StreamState(self.model.kv_spec(), config, horizon, frames_expected, room, compacts=compacts)
+        spec, rotary = self.model.kv_spec(), self.model
+        return StreamState(spec, config, horizon, frames_expected, room, compacts=compacts, rotary=rotary)
+
+    def check_kernel(self, config: Config) -> None:
+        """Raise the ConfigError of a kernel that cannot run here before the work instead of in it."""
+        spec = self.model.kv_spec()
+        if config.carry != "all" and policy_of(config).needs_attention:
+            implementation(config.kernel, spec.devices[0], spec.dtype, spec.head_dim)
 
     @torch.inference_mode()
     def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
-        """Send the pictures of several steps, of one stream or of many, through the vision tower together.
+        """What the vision tower makes of the pictures of several steps, of one stream or of several.
 
         Args:
-            steps: as for `VideoModel.encode`.
-            frames_expected: frames of the whole video where that is known; some families size pictures by it.
+            steps: see `VideoModel.encode`.
+            frames_expected: frames of the whole video where that is known.
 
         Raises:
-            MemoryLimitError: the device is out of memory.
+            MemoryLimitError: the tower ran out of memory.
         """
-        with self.model.lock, memory_limit():
+        with self.lock, memory_limit():
             return self.model.encode(steps, frames_expected)
 
     @torch.inference_mode()
     def segments_of(self, state: StreamState, seen: EncodedStep, compact: bool = True) -> list[Segment]:
-        """Segments of a step whose turn has come, reduced as the stream's settings say.
+        """Segments of a step whose turn has come, at the stream's next position, reduced as its settings say.
 
         Args:
             state: the stream. What its reducer remembers moves on; where it compacts, older steps may move.
@@ -130,11 +125,13 @@ class ModelRunner:
             HorizonError: that range is too small for such steps; nothing has changed.
             ConfigError: what the reducer made of the step cannot enter; nothing has changed.
         """
-        with self.model.lock:
+        with self.lock:
             step, memories = self._reduced(state, seen)
-            entering = self._with_room(state, step) if compact else self.model.segments_of(step, state)
+            segments = self.model.segments_of(step, state)
+            if compact and state.close_up(segments[-1]):
+                segments = self.model.segments_of(step, state)
         state.memories = memories
-        return entering
+        return segments
 
     def segments_of_inputs(self, state: StreamState, inputs: Mapping[str, Any]) -> Iterator[Segment]:
         """A stock processor's inputs cut into segments, vision computed piece by piece; each picture is reduced."""
@@ -145,46 +142,16 @@ class ModelRunner:
 
         return self.model.segments(inputs, reduce)
 
-    def _reduced(self, state: StreamState, seen: EncodedStep) -> tuple[EncodedStep, Mapping[str, Memory]]:
-        """A step after the stream's reducer, and what the stream remembers from then on."""
-        reducer: Reducer | None = with_reducer(state.config).reduce  # type: ignore[assignment]
-        if reducer is None:
-            return seen, state.memories
-        step, memory = reduced(reducer, seen, state.memories.get(_REDUCE, {}))
-        return step, {**state.memories, _REDUCE: memory}
-
-    def _with_room(self, state: StreamState, seen: EncodedStep) -> list[Segment]:
-        entering, reach = self.model.segments_of(seen, state), state.horizon - state.room
-        step = entering[-1]
-        if not state.compacts or step.reach <= reach or not state.frames:
-            return entering
-        place = state.uncompacted(step.moment)
-        to = state.compacted(place, reach)
-        behind = to.place(place) + step.reach - (place - state.compaction.gained)
-        if behind > reach:
-            raise HorizonError(
-                f"with a horizon of {state.horizon}, steps may take {reach} positions; older ones compacted, "
-                f"this one would need {behind}",
-                f"open the stream with a horizon above {state.horizon + behind - reach}, or with smaller pictures",
-            )
-        state.compact(to, partial(self._angles, state), self.model.own_time)
-        return self.model.segments_of(seen, state)
-
-    def _angles(self, state: StreamState, by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What keys are turned by whose steps move so far, [T] on the CPU."""
-        return self.model.rope.angles(self.model.displacement(by.to(self.model.model.device)), state.horizon)
-
-    def check_kernel(self, config: Config) -> None:
-        """Raise the ConfigError of a kernel that cannot run here before the work instead of in it."""
-        spec = self.model.kv_spec()
-        if config.carry == "attention":
-            implementation(config.kernel, spec.devices[0], spec.dtype, spec.head_dim)
-
     @torch.inference_mode()
     def prefill(
         self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
     ) -> torch.Tensor:
-        """Run a segment through the language model and remember it.
+        """Run a segment through the language model and remember it: the method, arXiv 2605.31598, section 3.
+
+        In each layer and KV head the segment's queries attend to all carried keys, and to its own ones causally; what
+        attention a key receives from them is its score; own keys and values are appended to the detailed cache; and of
+        carried and own keys, where they are more than the budget, those with the highest scores are carried on
+        (`attention_hook`, `CarriedCache.evict`).
 
         Args:
             state: the stream; both memories, position and spans move on.
@@ -196,99 +163,107 @@ class ModelRunner:
             [streams, T, hidden], the last layer's normalised hidden states.
 
         Raises:
-            HorizonError: the segment would pass the stream's horizon; nothing has entered.
-            ConfigError: a pinned prefix that fills the budget, newest steps that do not fit into it, or a model whose
-                keys cannot be reindexed; nothing has entered.
+            HorizonError, ConfigError: as `StreamState.expect`; nothing has entered.
             MemoryLimitError: the device is out of memory.
+            PolicyError: a policy of the user's own gave something that cannot be used.
         """
-        with self.model.lock:
-            self.check(state, segment, mode)
-            take_attention(self.model.model)
-            packed = self.products.around(state, segment) if state.config.pack and mode == "carry" else nullcontext()
-            with self.model.rope.held(state.horizon), memory_limit(), packed:
-                if segment.kind == "question":
-                    angles = partial(self.model.rope.angles, horizon=state.horizon)
-                    state.begin_answer(segment.positions, angles, partial(self._angles, state))
-                hidden = self._run(state, segment, mode, observer)
-            self.commit(state, segment, mode)
+        with self._at_work(state.horizon):
+            view = state.begin(segment, mode)  # what the layers see; room and pins for the segment
+            evicting = mode == "carry" and view.must_evict(segment.length)
+            packs = state.config.pack and mode == "carry"
+            with self.products.around(state, segment) if packs else nullcontext():
+                hidden = self._layers(state, segment, view, evicting, observer)
+            state.commit(segment, mode)  # position and spans move on
         return hidden
 
-    def check(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
-        """Before a segment enters: raise what `prefill` would, and let the stream know what comes."""
-        reach = state.horizon - (state.room if mode == "carry" else 0)
-        if segment.reach > reach:
-            raise HorizonError(
-                f"position {segment.reach} is past {reach}, as far as RoPE reaches for this stream",
-                f"open the stream with a horizon above {state.horizon}, or with on_horizon='compact'; "
-                "questions about what was seen still work",
-            )
-        if segment.kind == "prefix":
-            state.expect_prefix(segment.length)
-        if segment.kind == "step":
-            _check_follows(state, segment)
-        if mode == "carry":
-            state.expect_newest(segment.kind, segment.length)
-            if segment.kind != "prefix":
-                state.make_way(segment.length, room_for_answers(state.config))
+    @torch.inference_mode()
+    def prefill_batch(self, states: Sequence[StreamState], segments: Sequence[Segment]) -> torch.Tensor:
+        """As `prefill` for each stream, but for the rounding of larger products.
 
-    def commit(self, state: StreamState, segment: Segment, mode: Mode = "carry") -> None:
-        """Behind all layers: take note of a segment that has entered."""
-        if segment.kind == "step":
-            with memory_limit():
-                self._index(state, segment)
-        state.note(segment.kind, segment.length, segment.pts_seconds, state.uncompacted(segment.moment))
-        state.position = segment.next_position
-        if mode == "carry":
-            state.frames += segment.frames
-            if state.origin_seconds is None:
-                state.origin_seconds = segment.pts_seconds
+        Products, attention, key scores and eviction run once for all of them; what is entered into the detailed caches
+        is entered one by one. CUDA graphs and packed weights are for streams alone.
 
-    def _index(self, state: StreamState, segment: Segment) -> None:
-        """Let questions find a step that has just entered."""
-        if state.blocks is not None:
-            block = StepIndexEntry(state.tokens - segment.length, state.tokens, segment.next_position - state.position)
-            state.blocks.add(state.detailed, block, *self.model.rope.angles(segment.positions, state.horizon))
+        Args:
+            states: gathered.
+            segments: a step of each, of one `batch_key`.
 
-    def _run(self, state: StreamState, segment: Segment, mode: Mode, observer: Observer | None) -> torch.Tensor:
-        forward = partial(self.forward, config=state.config, observer=observer)
-        cache = state.recalled if mode == "answer" else state.carried
-        evicting = False
-        if isinstance(cache, CarriedCache):
-            cache.make_room(segment.length)
-            evicting = mode == "carry" and cache.must_evict(segment.length)
-            # Steps that lose tokens are of many lengths: recordings of all of them would fill the device.
-            steady = segment.kept is None and observer is None
-            if evicting and steady and state.config.graph and self.graphs.fits(cache, segment):
-                return self.graphs.step(cache, segment, partial(forward, evicting=True))
-        return forward(segment.embeds, segment.positions, segment.extras, cache, evicting=evicting)
+        Returns:
+            [streams, T, hidden], the last layer's normalised hidden states.
 
-    def forward(
+        Raises:
+            HorizonError, ConfigError: as `StreamState.expect`; nothing has entered.
+            MemoryLimitError: the device is out of memory; no stream can be stepped any further.
+        """
+        with self._at_work(states[0].horizon):
+            for state, segment in zip(states, segments, strict=True):
+                state.expect(segment)
+            whole, block = joined(segments), self.batches.block(states)
+            with block.stepping(whole.length):
+                forward = partial(self._forward, config=states[0].config, view=block)
+                hidden = forward(whole.embeds, whole.positions, whole.extras, evicting=block.must_evict(whole.length))
+            for state, segment in zip(states, segments, strict=True):
+                state.commit(segment)
+        return hidden
+
+    @torch.inference_mode()
+    def gather_batch(self, states: Sequence[StreamState]) -> bool:
+        """Bring the carried caches of some streams into one block; False where there is no memory for that.
+
+        Args:
+            states: whose steps are of one `batch_key`. In the order of the last time nothing is copied.
+        """
+        try:
+            with self.lock, memory_limit():
+                self.batches.block(states)
+        except MemoryLimitError:
+            return False
+        return True
+
+    def _reduced(self, state: StreamState, seen: EncodedStep) -> tuple[EncodedStep, Mapping[str, Memory]]:
+        """A step after the stream's reducer, and what the stream remembers from then on."""
+        reducer: Reducer | None = with_reducer(state.config).reduce  # type: ignore[assignment]
+        if reducer is None:
+            return seen, state.memories
+        step, memory = reduced(reducer, seen, state.memories.get(_REDUCE, {}))
+        return step, {**state.memories, _REDUCE: memory}
+
+    @contextmanager
+    def _at_work(self, horizon: int) -> Iterator[None]:
+        """The model is ours, its attention the hook's, its frequencies the stream's; out of memory is one error."""
+        with self.lock, memory_limit():
+            take_attention(self.model.model)
+            with self.model.rope.held(horizon):
+                yield
+
+    def _layers(
+        self, state: StreamState, segment: Segment, view: View, evicting: bool, observer: Observer | None
+    ) -> torch.Tensor:
+        forward = partial(self._forward, config=state.config, evicting=evicting, observer=observer)
+        # Steps that lose tokens are of many lengths: recordings of all of them would fill the device.
+        replays = evicting and observer is None and segment.kept is None and state.config.graph
+        if replays and state.bounded is not None and self.graphs.fits(state.bounded, segment):
+            return self.graphs.step(state.bounded, segment, forward)
+        return forward(segment.embeds, segment.positions, segment.extras, view)
+
+    def _forward(
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
         extras: dict[str, Any],
-        cache: CarriedCache | DetailedCache | RetrievedView | StaticCarriedCache,
+        view: View,
         *,
         evicting: bool,
         config: Config,
         observer: Observer | None = None,
     ) -> torch.Tensor:
         """The language model on embeddings, with a cache; see `Segment` for shapes."""
-        run = Pass(
-            evicting=cache if evicting and isinstance(cache, (CarriedCache, StaticCarriedCache)) else None,
-            scored=evicting and config.carry == "attention",
-            kernel=config.kernel,
-            score_every=config.score_every,
-            retrieved=cache if isinstance(cache, RetrievedView) else None,
-            tiered=cache if isinstance(cache, TieredCache) and len(cache.manager) else None,
-            observer=observer,
-        )
+        scored = evicting and view.needs_attention
         hidden: torch.Tensor = self.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=cache,
+            past_key_values=view,
             use_cache=True,
-            statekv_pass=run,
+            statekv_pass=Pass(view, evicting, scored, config.kernel, config.score_every, observer),
             **extras,
         ).last_hidden_state
         return hidden
@@ -301,18 +276,18 @@ class ModelRunner:
         steps = -(-frames // self.model.frames_per_step)
         longest = state.spans[-1].length + _LABEL_GROWTH
         # A video too long for the memory is watched as far as it goes.
-        with self.model.lock, suppress(MemoryLimitError), memory_limit():
+        with self.lock, suppress(MemoryLimitError), memory_limit():
             state.detailed.reserve(state.tokens + steps * longest + room_for_answers(state.config))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[streams, T, hidden] → [streams, vocabulary] of the last position."""
-        with self.model.lock:
+        with self.lock:
             found: torch.Tensor = self.model.model.get_output_embeddings()(hidden[:, -1])
         return found
 
     @torch.inference_mode()
-    def answer(
+    def decode(
         self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Decode an answer token by token; the caller crops the stream back to its mark afterwards.
@@ -333,7 +308,7 @@ class ModelRunner:
         chosen = prompt.new_empty(prompt.shape[0], asked + sampling.max_new_tokens)
         chosen[:, :asked] = prompt
         longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
-        with self.model.lock, memory_limit():
+        with self.lock, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
             logits = self.logits(self.prefill(state, segment, "answer"))
@@ -343,69 +318,3 @@ class ModelRunner:
                 return
             chosen[:, asked + number] = token
             segment = self.model.token(token, state)
-
-
-def _check_follows(state: StreamState, segment: Segment) -> None:
-    """Closing up needs steps that take positions of their own, with whatever comes next behind them."""
-    dials = state.config
-    if dials.recall == "retrieve" and dials.retrieve_positions == "reindex" and segment.next_position <= state.position:
-        raise ConfigError(
-            "retrieve_positions is 'reindex', but this model counts the time of its steps beside its text",
-            "set retrieve_positions to 'keep'",
-        )
-
-
-@torch.inference_mode()
-def gather_batch(runner: ModelRunner, states: Sequence[StreamState]) -> bool:
-    """Bring the carried caches of some streams into one block; False where there is no memory for that.
-
-    Args:
-        runner: of all of them.
-        states: whose steps are of one likeness. In the order of the last time nothing is copied.
-    """
-    try:
-        with runner.model.lock, memory_limit():
-            runner.batches.block(states)
-    except MemoryLimitError:
-        return False
-    return True
-
-
-@torch.inference_mode()
-def prefill_batch(runner: ModelRunner, states: Sequence[StreamState], segments: Sequence[Segment]) -> torch.Tensor:
-    """As `ModelRunner.prefill` for each stream, but for the rounding of larger products.
-
-    Products, attention, key scores and eviction run once for all of them; what is entered into the detailed caches is
-    entered one by one. CUDA graphs and packed weights are for streams alone.
-
-    Args:
-        runner: of all of them.
-        states: gathered.
-        segments: a step of each, of one likeness.
-
-    Returns:
-        [streams, T, hidden], the last layer's normalised hidden states.
-
-    Raises:
-        HorizonError, ConfigError: as `ModelRunner.check`; nothing has entered.
-        MemoryLimitError: the device is out of memory; no stream can be stepped any further.
-    """
-    with runner.model.lock:
-        for state, segment in zip(states, segments, strict=True):
-            runner.check(state, segment)
-        take_attention(runner.model.model)
-        whole, config = joined(segments), states[0].config
-        with runner.model.rope.held(states[0].horizon), memory_limit():
-            block = runner.batches.block(states)
-            block.begin()
-            try:
-                block.make_room(whole.length)
-                evicting = block.must_evict(whole.length)
-                hidden = runner.forward(
-                    whole.embeds, whole.positions, whole.extras, block, evicting=evicting, config=config
-                )
-            finally:
-                block.end()
-        for state, segment in zip(states, segments, strict=True):
-            runner.commit(state, segment)
-    return hidden

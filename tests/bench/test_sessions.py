@@ -16,7 +16,7 @@ from statekv.cache.batched import BatchedCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.runner import memory
-from statekv.runner.runner import ModelRunner, prefill_batch
+from statekv.runner.runner import ModelRunner
 from tests.bench.small import CPU, FAMILIES, INTERNVL, small
 from tests.runner.test_runner import ATOL, RTOL
 
@@ -77,7 +77,7 @@ def test_both_ways_take_the_same_steps(size: Size) -> None:
     for (state, segment), fork in zip(pairs, forks, strict=True):
         fork.spans, fork.position = list(state.spans), state.position
         runner.prefill(fork, segment)
-    prefill_batch(runner, [state for state, _ in pairs], [segment for _, segment in pairs])
+    runner.prefill_batch([state for state, _ in pairs], [segment for _, segment in pairs])
     for (state, _), fork in zip(pairs, forks, strict=True):
         assert isinstance(state.carried, CarriedCache)
         assert isinstance(fork.carried, CarriedCache)

@@ -44,7 +44,7 @@ def watched(family: str, frames: int, **settings: Any) -> Session:
 
 def reloaded(session: Session, folder: Path) -> Session:
     save_stream(session.state, folder)
-    return Session(session.runner, load_stream(folder, session.state.spec))
+    return Session(session.runner, load_stream(folder, session.state.spec, rotary=session.runner.model))
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -107,7 +107,7 @@ def test_saving_leaves_the_stream_alone(tmp_path: Path) -> None:
 def test_a_loaded_stream_and_its_twin_do_not_share_memory(tmp_path: Path) -> None:
     loaded = reloaded(watched("internvl", SPLIT, budget=30), tmp_path / "saved")
     loaded.push(some_frames(FRAMES)[SPLIT:])
-    again = load_stream(tmp_path / "saved", loaded.state.spec)
+    again = load_stream(tmp_path / "saved", loaded.state.spec, rotary=loaded.runner.model)
     assert again.frames == SPLIT
     assert_same_stream(Session(loaded.runner, again), watched("internvl", SPLIT, budget=30))
 

@@ -11,8 +11,8 @@ import torch
 from statekv.cache.batched import BatchedCarriedCache, StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
 from statekv.cache.spec import KVSpec
+from tests.cache.tokens import policy
 
 CPU = torch.device("cpu")
 GEOMETRY = KVSpec(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(CPU,) * 3)
@@ -20,8 +20,8 @@ BUDGET, STEP = 10, 4
 
 
 def caches(count: int, decay: float = 0.0) -> list[CarriedCache]:
-    rule = Rule("attention", sinks=0, seed=0, pinned=0)
-    return [CarriedCache(GEOMETRY, BUDGET, rule, DetailedCache(GEOMETRY), decay=decay) for _ in range(count)]
+    made = policy(decay=decay)
+    return [CarriedCache(GEOMETRY, BUDGET, made, DetailedCache(GEOMETRY)) for _ in range(count)]
 
 
 def keys(count: int, number: int) -> torch.Tensor:
@@ -68,8 +68,9 @@ def assert_same(found: list[CarriedCache], expected: list[CarriedCache]) -> None
             assert torch.equal(a.token_ids[layer][..., :length], b.token_ids[layer][..., :length])
             assert torch.equal(a.detailed.keys(layer), b.detailed.keys(layer))
             assert torch.equal(a.detailed.values(layer), b.detailed.values(layer))
-            if a.scores:
-                assert torch.equal(a.scores[layer][..., :length], b.scores[layer][..., :length])
+            assert a.state[layer].keys() == b.state[layer].keys()
+            for name, tensor in a.state[layer].items():
+                assert torch.equal(tensor[..., :length], b.state[layer][name][..., :length])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
@@ -163,8 +164,8 @@ BUDGET_STATIC, TOKENS = 12, 5
 
 def full(carry: str = "attention", streams: int = 2, slope: float = 0.0, decay: float = 0.0) -> CarriedCache:
     spec = KVSpec(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
-    rule = Rule(carry, sinks=2, seed=1, pinned=1)
-    cache = CarriedCache(spec, BUDGET_STATIC, rule, DetailedCache(spec), slope, decay)
+    made = policy(carry, 1, sinks=2, seed=1, layer_slope=slope, decay=decay)
+    cache = CarriedCache(spec, BUDGET_STATIC, made, DetailedCache(spec))
     for number in range(3):
         walk(cache, cache, TOKENS, number)
     return cache
@@ -191,8 +192,9 @@ def assert_same_static(found: CarriedCache, expected: CarriedCache) -> None:
         length = found.lengths[layer]
         assert torch.equal(found.token_ids[layer][..., :length], expected.token_ids[layer][..., :length])
         assert torch.equal(found.buffers[layer][..., :length, :], expected.buffers[layer][..., :length, :])
-        for total, other in zip(found.scores[layer : layer + 1], expected.scores[layer : layer + 1], strict=True):
-            assert torch.equal(total[..., :length], other[..., :length])
+        assert found.state[layer].keys() == expected.state[layer].keys()
+        for name, tensor in found.state[layer].items():
+            assert torch.equal(tensor[..., :length], expected.state[layer][name][..., :length])
         assert torch.equal(found.detailed.keys(layer), expected.detailed.keys(layer))
         assert torch.equal(found.detailed.values(layer), expected.detailed.values(layer))
 

@@ -10,11 +10,11 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
+from statekv.cache.policies.wrappers import IMPORTANCE
 from statekv.cache.spec import KVSpec, PositionShift
 from statekv.ops import select
 from statekv.ops.rope import rotate
-from tests.cache.tokens import check_whole, keys, kv_spec, values
+from tests.cache.tokens import check_whole, keys, kv_spec, policy, values
 
 CARRIES = ["attention", "recent", "sink_recent", "random"]
 
@@ -23,8 +23,9 @@ def carried(
     budget: int, carry: str = "attention", g: KVSpec | None = None, sinks: int = 4, seed: int = 0, pinned: int = 0
 ) -> CarriedCache:
     g = g or kv_spec()
-    rule = Rule(carry, sinks=sinks, seed=seed, pinned=pinned)
-    return CarriedCache(g, budget, rule, DetailedCache(g))
+    sinks = sinks if carry == "sink_recent" else 0
+    made = policy(carry, pinned, sinks=sinks, seed=seed, budget=max(budget, sinks + 1))
+    return CarriedCache(g, budget, made, DetailedCache(g))
 
 
 def random_scores(cache: CarriedCache, layer: int, seed: int) -> torch.Tensor:
@@ -265,8 +266,7 @@ def test_evicting_moves_no_more_than_what_arrives() -> None:
 
 def dialled(budget: int, slope: float = 0.0, decay: float = 0.0, streams: int = 1) -> CarriedCache:
     g = kv_spec(streams=streams)
-    rule = Rule("attention", sinks=0, seed=0, pinned=0)
-    return CarriedCache(g, budget, rule, DetailedCache(g), slope, decay)
+    return CarriedCache(g, budget, policy(layer_slope=slope, decay=decay), DetailedCache(g))
 
 
 @pytest.mark.parametrize("decay", [0.25, 1.0])
@@ -289,7 +289,11 @@ def test_scores_add_up_by_hand(decay: float) -> None:
                 best = sorted(total, key=lambda token: -total[token])[:20]
                 expected[layer, s, h] = {token: total[token] for token in best}
                 length = cache.lengths[layer]
-                found = zip(held(cache, layer)[s, h].tolist(), cache.scores[layer][s, h, :length].tolist(), strict=True)
+                found = zip(
+                    held(cache, layer)[s, h].tolist(),
+                    cache.state[layer][IMPORTANCE][s, h, :length].tolist(),
+                    strict=True,
+                )
                 assert dict(found) == pytest.approx(expected[layer, s, h])
 
 
@@ -298,7 +302,7 @@ def test_scores_cost_four_bytes_a_slot_and_nothing_without_decay() -> None:
     for cache in (plain, adding):
         for _ in range(4):
             step(cache, 9)
-    assert plain.scores == []
+    assert plain.state == [{}] * 3
     assert adding.nbytes - plain.nbytes == 4 * sum(adding.slots) * adding.spec.kv_heads
 
 
@@ -337,7 +341,9 @@ def test_a_peek_leaves_layers_of_any_budget_as_they_were(filled: int) -> None:
         for layer in range(3):
             assert torch.equal(cache.kept(layer), twin.kept(layer))
             length = cache.lengths[layer]
-            assert torch.equal(cache.scores[layer][..., :length], twin.scores[layer][..., :length])
+            assert torch.equal(
+                cache.state[layer][IMPORTANCE][..., :length], twin.state[layer][IMPORTANCE][..., :length]
+            )
 
 
 def test_a_step_is_judged_where_it_overflows_or_scores_add_up() -> None:
@@ -386,8 +392,8 @@ def quarter_turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def remembering(budget: int = 20, decay: float = 0.0, remembers: bool = True, carry: str = "attention") -> CarriedCache:
     g = kv_spec(streams=2)
-    rule = Rule(carry, sinks=0, seed=0, pinned=0)
-    return CarriedCache(g, budget, rule, DetailedCache(g), decay=decay, remembers=remembers)
+    made = policy(carry, decay=decay, memory=1 << 40 if remembers else None)
+    return CarriedCache(g, budget, made, DetailedCache(g))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
@@ -402,7 +408,7 @@ def test_a_segments_worth_is_that_of_its_slots(starts: list[int], decay: float) 
                 before = [start for start in starts if start <= int(cache.token_ids[layer][s, h, slot])]
                 if before:
                     score, count = expected.get(before[-1], (0.0, 0))
-                    expected[before[-1]] = score + float(cache.scores[layer][s, h, slot]), count + 1
+                    expected[before[-1]] = score + float(cache.state[layer][IMPORTANCE][s, h, slot]), count + 1
         found = cache.importance(starts)
         assert found.keys() == expected.keys()
         for start, (score, count) in expected.items():
@@ -444,7 +450,7 @@ def test_remembering_scores_changes_nothing_else(carry: str) -> None:
         for layer in range(3):
             assert torch.equal(held(cache, layer), held(plain, layer))  # slot by slot
             assert torch.equal(cache.token_ids[layer][..., : cache.lengths[layer]], held(plain, layer))
-    assert plain.scores == []
+    assert plain.state == [{}] * 3
     assert cache.nbytes - plain.nbytes == 4 * sum(cache.slots) * 2 * 2
 
 

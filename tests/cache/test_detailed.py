@@ -13,6 +13,10 @@ from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, keys, kv_spec, values
 
 
+def unmoved(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise AssertionError("nothing has moved")
+
+
 def feed(cache: DetailedCache, tokens: int) -> list[list[int]]:
     """Let tokens enter all layers; returns which ones each layer hands out."""
     g, start = cache.spec, cache.length
@@ -143,7 +147,7 @@ def test_an_answer_sees_its_window(recall: str, window: int, sinks: int, video: 
     cache = DetailedCache(kv_spec(), recall, window, sinks)
     for step in range(0, video, 6):
         assert feed(cache, min(6, video - step))[0] == list(range(cache.length))  # steps see everything
-    cache.begin_answer()
+    cache.begin_answer(unmoved)
     for tokens in (5, 1, 1, 20):  # the question, and answer tokens: the window does not move along
         assert feed(cache, tokens)[0] == recalled(recall, window, sinks, video, cache.length)
 
@@ -152,18 +156,18 @@ def test_an_answer_sees_its_window(recall: str, window: int, sinks: int, video: 
 def test_crop_ends_the_answer(recall: str) -> None:
     cache = DetailedCache(kv_spec(), recall, 10, 4)
     feed(cache, 40)
-    cache.begin_answer()
+    cache.begin_answer(unmoved)
     assert len(feed(cache, 5)[0]) == 15
     cache.truncate(40)
     assert feed(cache, 6)[0] == list(range(46))
-    cache.begin_answer()
+    cache.begin_answer(unmoved)
     assert feed(cache, 1)[0] == recalled(recall, 10, 4, 46, 47)
 
 
 def test_a_window_copies_no_more_than_itself() -> None:
     cache = DetailedCache(kv_spec(), "recent", 10)
     feed(cache, 500)
-    cache.begin_answer()
+    cache.begin_answer(unmoved)
     key, _ = cache.update(keys(cache.spec, 0, range(500, 501)), values(cache.spec, 0, range(500, 501)), 0)
     assert key.untyped_storage().data_ptr() == cache.buffers[0].untyped_storage().data_ptr()
     assert key.shape[-2] == 11

@@ -9,11 +9,11 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
 from statekv.cache.spec import KVSpec
 from statekv.config import Config
 from statekv.ops.rope import rotate
+from tests.cache.tokens import policy
 
 HEADS, GROUP, DIM = 2, 3, 8
 
@@ -270,7 +270,7 @@ class Stream:
     def __init__(self, planted: tuple[int, ...] = (), budget: int = 6) -> None:
         g, generator = kv_spec(), torch.Generator().manual_seed(0)
         self.detailed, self.blocks = DetailedCache(g), StepIndex(g)
-        self.carried = CarriedCache(g, budget, Rule("random", sinks=0, seed=0, pinned=0), self.detailed)
+        self.carried = CarriedCache(g, budget, policy("random"), self.detailed)
         self.query = torch.randn(1, HEADS * GROUP, DIM, generator=generator)
         self.raw = torch.empty(2, HEADS, 0, DIM)
         for step, (length, text) in enumerate(zip(LENGTHS, TEXT, strict=True)):

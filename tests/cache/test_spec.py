@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from statekv.cache.spec import KVSpec, PositionShift, layer_budgets, numbers_in, one_block
+from statekv.cache.policies.wrappers import layer_budgets
+from statekv.cache.spec import KVSpec, PositionShift, numbers_in, one_block
 
 CPU = torch.device("cpu")
 

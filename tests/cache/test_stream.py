@@ -69,7 +69,7 @@ def test_a_question_leaves_no_trace(method: str, entered: int) -> None:
             enter(state, "step", 5, pts_seconds=float(number))
     mark = asked.mark()
     enter(asked, "step", 3, mode="peek", pts_seconds=9.0)
-    asked.detailed.begin_answer()
+    asked.detailed.begin_answer(nothing_turns)
     enter(asked, "question", 4, mode="answer")
     enter(asked, "token", 1, mode="answer")
     assert asked.tokens == never.tokens + 8
@@ -150,7 +150,7 @@ def test_carried_and_detailed_see_the_same_stream() -> None:
 def test_recall_uses_the_budget_as_its_window(recall: str, expected: int) -> None:
     state = stream(budget=8, recall=recall, sinks=2)
     enter(state, "step", 30)
-    state.detailed.begin_answer()
+    state.detailed.begin_answer(nothing_turns)
     key, _ = state.detailed.update(keys(state.spec, 0, range(30, 31)), values(state.spec, 0, range(30, 31)), 0)
     assert key.shape[-2] == expected
 
@@ -161,13 +161,26 @@ def nothing_turns(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(shape), torch.zeros(shape)
 
 
+class Unturned:
+    """A model whose keys are never turned."""
+
+    own_time = False
+
+    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return nothing_turns(positions)
+
+    def moved(self, by: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return nothing_turns(by)
+
+
 @pytest.mark.parametrize("recall", ["all", "recent", "sink_recent", "retrieve", "last_frames"])
 def test_only_a_choice_among_steps_is_more_than_a_view(recall: str) -> None:
     state = stream("full", budget=8, recall=recall, retrieve=2, retrieve_newest=1)
     question = torch.zeros(1, 3, dtype=torch.int64)
     for steps in range(5):
         mark = state.mark()
-        state.begin_answer(question, nothing_turns, nothing_turns)
+        state.rotary = Unturned()
+        state.begin_answer(question)
         assert isinstance(state.recalled, RetrievedView) == (recall == "retrieve" and steps > 3)
         state.crop_to(mark)
         assert state.recalled is state.detailed

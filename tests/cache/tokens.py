@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from statekv.cache.policies import Policy
 from statekv.cache.spec import KVSpec
+from statekv.cache.stream import policy_of
+from statekv.config import Config
 
 CPU = torch.device("cpu")
 
@@ -36,3 +41,8 @@ def check_whole(g: KVSpec, layer: int, key: torch.Tensor, value: torch.Tensor) -
             assert (key[s, h, :, 1:] == torch.tensor([layer, s, h])).all()
     assert torch.equal(value, -key - 1)
     return token.int()
+
+
+def policy(carry: Any = "attention", pinned: int = 0, **dials: Any) -> Policy:
+    """A policy with what the dials put around it; without sinks, unless it is asked for some."""
+    return policy_of(Config(carry=carry, **{"sinks": 0, **dials}), pinned)

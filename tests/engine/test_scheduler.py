@@ -15,7 +15,7 @@ from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, MemoryLimitError, StateKVError, VideoError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
-from statekv.runner.runner import ModelRunner, prefill_batch
+from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from statekv.video.live import FrameBuffer, LiveSource, LiveStatus
 from tests.engine.test_session_failures import NO_MEMORY, failing
@@ -47,12 +47,13 @@ class Camera(LiveSource):
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that are run."""
     sizes: list[int] = []
+    run = ModelRunner.prefill_batch
 
     def counting(runner: ModelRunner, states: Sequence[StreamState], segments: Sequence[Segment]) -> object:
         sizes.append(len(states))
-        return prefill_batch(runner, states, segments)
+        return run(runner, states, segments)
 
-    monkeypatch.setattr("statekv.engine.scheduler.prefill_batch", counting)
+    monkeypatch.setattr(ModelRunner, "prefill_batch", counting)
     return sizes
 
 
@@ -303,7 +304,7 @@ def test_pausing_and_going_on() -> None:
 
 
 def test_without_room_for_a_block_they_go_in_turn(monkeypatch: pytest.MonkeyPatch, batches: list[int]) -> None:
-    monkeypatch.setattr("statekv.engine.scheduler.gather_batch", lambda *_: False)
+    monkeypatch.setattr(ModelRunner, "gather_batch", lambda *_: False)
     engine = shared_engine("internvl")
     sessions, alone = ([watching(engine, some_frames(6, seed)) for seed in range(2)] for _ in range(2))
     engine.watch_all(sessions)
@@ -359,20 +360,20 @@ def test_a_picture_that_cannot_be_looked_at_troubles_its_own_session_alone() -> 
 
 
 def test_where_pictures_cannot_be_looked_at_together_each_session_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = shared_engine("internvl")
-    encode = engine.runner.encode
+    encode = ModelRunner.encode
 
-    def refuse(steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
+    def refuse(runner: ModelRunner, steps: Sequence[Sequence[Frame]], expected: int | None) -> object:
         if len(steps) > 1:
             raise MemoryLimitError("out of memory")
-        return encode(steps, frames_expected)
+        return encode(runner, steps, expected)
 
+    engine = shared_engine("internvl")
     cameras, alone, rounds = (
         [filming(engine) for _ in range(2)],
         [engine.open(budget=20) for _ in range(2)],
         engine.scheduler(),
     )
-    monkeypatch.setattr(engine.runner, "encode", refuse)
+    monkeypatch.setattr(ModelRunner, "encode", refuse)
     for number, (session, camera) in enumerate(cameras):
         rounds.add(session)
         camera.show(some_frames(4, seed=number))

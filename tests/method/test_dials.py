@@ -66,7 +66,8 @@ def everything(session: Session) -> list[torch.Tensor]:
     orders = [
         token_ids[..., :length].argsort(-1) for token_ids, length in zip(cache.token_ids, cache.lengths, strict=True)
     ]
-    return memory(session) + [t[..., : o.shape[-1]].gather(-1, o) for t, o in zip(cache.scores, orders, strict=False)]
+    pairs = [(tensor, order) for state, order in zip(cache.state, orders, strict=True) for tensor in state.values()]
+    return memory(session) + [tensor[..., : order.shape[-1]].gather(-1, order) for tensor, order in pairs]
 
 
 @EVERY_DIAL

@@ -56,7 +56,7 @@ _IMPORTS = """
 from statekv.cache import folder
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from tests.test_faults import run, shared_engine
+from tests.method.test_faults import run, shared_engine
 """
 _CALLS = """
     (CarriedCache, "update"), (CarriedCache, "evict"), (DetailedCache, "append"),

@@ -142,7 +142,7 @@ def test_compacting_with_nothing_to_move_changes_no_bit(family: str, settings: d
     session.push(pictures(family, 24))
     state = session.state
     before, position, blocks = memory(session), state.position, state.blocks and list(state.blocks.spots)
-    state.compact(state.compaction, session.runner.model.rope.rotary, session.runner.model.own_time)
+    state.compact(state.compaction)
     assert_same_memory(memory(session), before)
     assert (state.position, state.blocks and state.blocks.spots) == (position, blocks)
 

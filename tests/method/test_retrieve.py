@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from statekv.cache.retrieval import RetrievedView, StepIndex
-from statekv.cache.stream import StreamState
+from statekv.cache.stream import Mode, StreamState
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.models.adapter import Segment
 from statekv.models.hooks import Observer
-from statekv.runner.runner import Mode, ModelRunner
+from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHand, Keep, Piece, always, best, newest, pieces_of
 from tests.method.test_method import PREFIX, assert_close
 from tests.talk import (

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from statekv.cache.detailed import DetailedCache
+from statekv.cache.stream import policy_of, room_for_answers
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import plan
 from statekv.config import BYTES, SETTINGS, Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError, StorageError
 from statekv.ops.quantise import dequantise, quantise
-from statekv.runner.runner import room_for_answers
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.runner.test_runner import push_together
@@ -77,7 +77,7 @@ def tight(family: str, steps: int = 0, **settings: Any) -> dict[str, Any]:
     while True:
         config = Config.of(**{"budget": 40, "max_new_tokens": 6, **settings, "memory": least})
         try:
-            plan(config, spec, texts, longest, room_for_answers(config))
+            plan(config, spec, policy_of(config), texts, longest, room_for_answers(config))
         except ConfigError:
             least += 1 << 12
             continue
@@ -93,7 +93,7 @@ def tiered(session: Session) -> TieredCache:
 def held(session: Session) -> list[torch.Tensor]:
     """Keys and values of every step that is held, and of all text, in order, wherever they lie."""
     cache = tiered(session)
-    cache.fetcher.turned = functools.partial(session.runner._angles, session.state)
+    cache.fetcher.turned = functools.partial(session.runner.model.moved, horizon=session.state.horizon)
     starts = list(cache.entries)
     stops = [entry.start + entry.length for entry in cache.entries.values()]
     return [cache.gather(layer, starts, stops) for layer in range(len(cache))]

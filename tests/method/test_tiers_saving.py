@@ -174,12 +174,13 @@ def run(settings: dict[str, Any], place: Path) -> None:
 
 # Every step that is written to the tier's file or leaves it, every closing of gaps, every file and rename of a save.
 _IMPORTS = """
-from statekv.cache import folder, tiered
-from statekv.cache.scratch import Scratch
-from tests.test_tiers_saving import run, shared_engine
+from statekv.cache import folder
+from statekv.cache.tiers import cache as tiered
+from statekv.cache.tiers.disk import SpillFile
+from tests.method.test_tiers_saving import run, shared_engine
 """
 _CALLS = """
-    (Scratch, "write"), (Scratch, "give"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
+    (SpillFile, "write"), (SpillFile, "give"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
 """
 
 

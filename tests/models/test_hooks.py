@@ -12,11 +12,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
 from statekv.cache.spec import KVSpec
 from statekv.errors import ModelError
 from statekv.models.hooks import NAME, Pass, RopeScope, attention_hook, attention_left_as_found, take_attention
 from statekv.ops.reference import attention_with_key_scores
+from tests.cache.tokens import policy
 from tests.tiny import FAMILIES, Tiny, tiny
 
 GEOMETRY = KVSpec(kv_heads=2, head_dim=8, dtype=torch.float32, devices=(torch.device("cpu"),) * 3)
@@ -37,7 +37,7 @@ def tensors(queries: int = 5, keys: int = 5) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (5, 12), (1, 12), (1, 1)])
 def test_it_is_prefix_causal_attention(queries: int, keys: int, scored: bool) -> None:
     query, key, value = tensors(queries, keys)
-    run = Pass(evicting=None, scored=scored, kernel="auto")
+    run = Pass(DetailedCache(GEOMETRY), evicting=False, scored=scored, kernel="auto")
     mixed, weights = attention_hook(Layer(), query, key, value, None, scaling=0.3, statekv_pass=run)
     expected, _ = attention_with_key_scores(query, key, value, scale=0.3)
     torch.testing.assert_close(mixed, expected.transpose(1, 2), atol=1e-6, rtol=0)
@@ -46,13 +46,12 @@ def test_it_is_prefix_causal_attention(queries: int, keys: int, scored: bool) ->
 
 
 def test_it_shrinks_its_own_layer_to_the_best_keys() -> None:
-    rule = Rule("attention", sinks=0, seed=0, pinned=0)
-    carried = CarriedCache(GEOMETRY, 3, rule, DetailedCache(GEOMETRY))
+    carried = CarriedCache(GEOMETRY, 3, policy(), DetailedCache(GEOMETRY))
     carried.make_room(5)
     query, key, value = tensors()
     for layer in range(3):
         carried.update(key, value, layer)
-    attention_hook(Layer(), query, key, value, None, scaling=0.3, statekv_pass=Pass(carried, True, "naive"))
+    attention_hook(Layer(), query, key, value, None, scaling=0.3, statekv_pass=Pass(carried, True, True, "naive"))
     assert carried.lengths == [5, 3, 5]
     best = attention_with_key_scores(query, key, value, scale=0.3)[1].topk(3).indices.sort(-1).values
     assert torch.equal(carried.kept(1), best.int())

@@ -12,7 +12,6 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.engine.session import Session
 from statekv.runner.batching import StepBatches, batch_key
-from statekv.runner.runner import gather_batch
 from tests.runner.test_runner import films, opened, push_together
 from tests.talk import QUESTION, UNLIMITED, assert_same_stream, entering, frames_of, some_frames
 from tests.tiny import FAMILIES, video
@@ -152,7 +151,7 @@ def test_a_block_that_has_no_room_changes_nothing(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("statekv.cache.spec.torch.empty", refuse)
-    assert not gather_batch(sessions[0].runner, [session.state for session in sessions])
+    assert not sessions[0].runner.gather_batch([session.state for session in sessions])
     monkeypatch.undo()
     assert [_place(session) for session in sessions] == places
 

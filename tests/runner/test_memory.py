@@ -97,7 +97,7 @@ def test_what_is_held_already_is_not_free_any_more_and_not_counted_twice() -> No
 def test_buffers_that_nothing_was_written_to_are_still_to_come() -> None:
     gate, first = Admission(), stream(memory="6MiB")
     gate.admit(first)
-    first.make_way(8, 64)
+    first.detailed.make_way(8, 64, lambda _: {})
     assert first.nbytes["detailed"] > 5 * MIB
     with pytest.raises(MemoryLimitError, match=r"open ones [56]\.\d MiB more"):
         gate.admit(stream(memory="7MiB"))

@@ -18,7 +18,7 @@ from statekv.errors import ConfigError, HorizonError, MemoryLimitError
 from statekv.runner.batching import batch_key
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import memory_limit
-from statekv.runner.runner import ModelRunner, gather_batch, prefill_batch
+from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.gpu import need_gpu
 from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
@@ -110,7 +110,7 @@ def test_an_answer_yields_each_token_with_its_logits_and_the_end_token_last(fami
     state = fed(runner)
     mark = state.mark()
     question = runner.model.question(QUESTION, state)
-    found = list(runner.answer(state, question, SamplingParams(8)))
+    found = list(runner.decode(state, question, SamplingParams(8)))
     assert len(found) == 8
     assert all(int(logits.argmax()) == token for token, logits in found)
     assert found[0][1].shape == (1, runner.model.text_config.vocab_size)
@@ -118,7 +118,7 @@ def test_an_answer_yields_each_token_with_its_logits_and_the_end_token_last(fami
     assert state.tokens == mark.tokens + question.length + 7
     state.crop_to(mark)
     tokens = [token for token, _ in found]
-    ended = [token for token, _ in runner.answer(state, question, SamplingParams(8, frozenset([tokens[4]])))]
+    ended = [token for token, _ in runner.decode(state, question, SamplingParams(8, frozenset([tokens[4]])))]
     assert ended == tokens[: tokens.index(tokens[4]) + 1]
     state.crop_to(mark)
 
@@ -195,8 +195,8 @@ def push_together(sessions: Sequence[Session], films: Sequence[Sequence[Frame]],
         if number:
             assert len(alike) == 1
             assert None not in alike
-            assert gather_batch(runner, states)
-            prefill_batch(runner, states, [step.segments[0] for step in steps])
+            assert runner.gather_batch(states)
+            runner.prefill_batch(states, [step.segments[0] for step in steps])
         else:
             for step in steps:
                 step.prefill()

@@ -1,1 +1,10 @@
-"""Which keys go on to the next step: one file a policy, tensors only."""
+"""Which keys go on to the next step: one file a policy, tensors only.
+
+`Candidates` and `Policy` are all that a policy of your own needs (docs/my-policy.md).
+"""
+
+from __future__ import annotations
+
+from statekv.cache.policies.base import Candidates, Policy
+
+__all__ = ["Candidates", "Policy"]

@@ -1,101 +1,102 @@
-"""Which keys go on to the next step: every rule is a score, and the highest `budget` of them stay."""
+"""What a policy is told of one layer that must shrink, and what it answers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
 import torch
 
-from statekv.ops import select
+# State that the cache itself keeps for policies which weigh: what is added to every logit of a key.
+LOG_WEIGHTS = "log_weights"
 
 
-class Rule:
-    """What a carry's name means.
+@dataclass(frozen=True)
+class Candidates:
+    """Keys of one layer, carried and a step's own, of which `budget` stay in each head. Only `state` may be changed.
 
-    Args:
-        carry: attention, recent, sink_recent or random; `all` needs no rule, for nothing is evicted.
-        sinks: first tokens that sink_recent always keeps.
-        seed: of random.
-        pinned: first tokens that stay whatever the rule says.
-        value_norms: whether a key's score is multiplied by the length of its value: what the key adds to a mixture is
-            its attention times its value, so that a key with a value near 0 changes nothing (after VATP, arXiv
-            2406.12335, which takes the L1 norm; here it is L2).
-        coverage: share of the budget, pinned tokens left out, that goes to a sample of the whole stream as `random`
-            draws it; the rule chooses among all others.
+    Attributes:
+        layer: its index.
+        budget: keys that a head keeps, on average.
+        keys, values: [streams, kv_heads, K, head_dim] of the model's dtype, keys rotated.
+        token_ids: [streams, kv_heads, K] int32, numbers in the stream, from 0; -1 in an empty slot.
+        attention: [streams, kv_heads, K] float32, the attention that the step's queries gave each key; None unless the
+            policy needs it.
+        first_own: the step's first token: a number, or a tensor that broadcasts against `token_ids`.
+        newest: the first token of steps that are pinned as the newest, int32 that broadcasts against `token_ids`; None:
+            none are.
+        state: [streams, kv_heads, K] float32 each: what the policy has declared, by name, in place.
     """
 
-    def __init__(
-        self, carry: str, *, sinks: int, seed: int, pinned: int, value_norms: bool = False, coverage: float = 0.0
-    ) -> None:
-        self._carry = carry
-        self._seed = seed
-        self._pinned = pinned
-        self._always = max(pinned, sinks if carry == "sink_recent" else 0)
-        self._value_norms = value_norms
-        self._coverage = coverage
+    layer: int
+    budget: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    token_ids: torch.Tensor
+    attention: torch.Tensor | None = None
+    first_own: int | torch.Tensor = 0
+    newest: torch.Tensor | None = None
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        scores: torch.Tensor | None,
-        token_ids: torch.Tensor,
-        layer: int = 0,
-        *,
-        values: torch.Tensor | None = None,
-        budget: int = 0,
-        newest: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Score the keys of one layer.
+    @property
+    def attended(self) -> torch.Tensor:
+        """`attention`, for policies that need it."""
+        assert self.attention is not None
+        return self.attention
+
+    @property
+    def log_weights(self) -> torch.Tensor:
+        """[streams, kv_heads, K] float32: logarithms of how many keys each stands for; own keys' are 0."""
+        return self.state[LOG_WEIGHTS]
+
+
+class Policy(ABC):
+    """A score for every key of a layer; the highest stay, each KV head for itself.
+
+    The smallest one is a class with `score`. It is made once for a stream and keeps nothing itself: what it must
+    remember of each key it declares as `state`, which lies beside the keys, and which eviction, fork, save, restore,
+    batches and CUDA graphs carry along. Parameters are fields of a frozen dataclass, so that a save can note them.
+
+    Attributes:
+        needs_attention: whether `score` reads `Candidates.attention`; where it does not, steps run without key scores.
+        every_step: whether `score` is called at every step, also where nothing has to go, because it keeps state.
+        weighs: whether `log_weights` gives any.
+        joint_heads: whether all heads of a layer keep the same tokens, on which the scores rely.
+        sinks: first tokens of the stream that stay, unless the configuration says another number.
+        state: name of everything it remembers of a key, with the value that a new key begins with.
+    """
+
+    needs_attention = False
+    every_step = False
+    weighs = False
+    joint_heads = False
+    sinks = 0
+    state: Mapping[str, float] = MappingProxyType({})
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        """[streams, kv_heads, K] float, no NaN; the highest stay. Nothing here may wait for the device."""
+
+    def log_weights(self, candidates: Candidates, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """What is added to each key's logit from the next step on, where the policy weighs.
 
         Args:
-            scores: [streams, kv_heads, K] float32 key scores; None for rules that ignore them.
-            token_ids: [streams, kv_heads, K] int32, the stream's tokens numbered from 0.
-            layer: index of the layer; random draws differ between layers.
-            values: [streams, kv_heads, K, D], for value_norms.
-            budget: keys that will stay, for coverage.
-            newest: int32, 0-d or one for each stream [streams, 1, 1], the first token of the newest steps, which stay;
-                None: none of them is pinned.
+            candidates: as for `score`.
+            scores: what stayed was chosen by; empty slots have -inf.
+            kept: [streams, kv_heads, K] bool: which keys stay.
 
         Returns:
-            [streams, kv_heads, K] float; the highest stay.
+            [streams, kv_heads, K] float32; -inf leaves the slot of a kept key empty. The detailed cache knows no
+            weights.
         """
-        found = self._score(scores, token_ids, layer)
-        if self._value_norms:
-            assert values is not None
-            found = found * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-        if self._coverage:
-            found = found.masked_fill(self._sample(token_ids, layer, budget), float("inf"))
-        if newest is not None:
-            found = found.masked_fill(token_ids >= newest, float("inf"))
-        return found.masked_fill(token_ids < self._always, float("inf")) if self._always else found
+        raise TypeError(f"{type(self).__name__} weighs its keys, but does not say how: define log_weights")
 
-    def covering(self, budget: int) -> int:
-        """How many keys of a layer with this budget are a sample of the whole stream."""
-        return round(self._coverage * (budget - self._pinned))
+    def layer_budgets(self, budget: int, layers: int) -> Sequence[int]:
+        """Keys that a head of each layer keeps on average; `layers` · `budget` in all."""
+        return [budget] * layers
 
-    def chosen(self, budget: int) -> int:
-        """How many keys of a layer with this budget go by score, newest steps among them."""
-        return budget - self._pinned - self.covering(budget)
-
-    def _sample(self, token_ids: torch.Tensor, layer: int, budget: int) -> torch.Tensor:
-        """[streams, kv_heads, K] bool: the highest lots of all tokens so far, for none of those was ever evicted."""
-        lots = _lots(token_ids, self._seed, layer).masked_fill(token_ids < self._pinned, -1)
-        return select.best(lots, self.covering(budget))
-
-    def _score(self, scores: torch.Tensor | None, token_ids: torch.Tensor, layer: int) -> torch.Tensor:
-        if self._carry == "attention":
-            assert scores is not None
-            return scores
-        if self._carry == "random":
-            return _lots(token_ids, self._seed, layer)
-        return token_ids.double()  # float32 would tie neighbours behind 2^24 tokens
-
-
-def _lots(token_ids: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
-    """A lot in 0…1 for each token, the same at every step.
-
-    Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
-    lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's.
-    """
-    head = torch.arange(token_ids.shape[1], device=token_ids.device).view(-1, 1)  # the same in every stream of a batch
-    bits = (token_ids.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
-    for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
-    return ((bits >> 11) & ((1 << 53) - 1)).double() / 2**53
+    def slots(self, budget: int) -> int:
+        """Slots of a head in a layer with this budget: more than the budget where heads share it out unevenly."""
+        return budget

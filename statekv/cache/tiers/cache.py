@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from statekv.cache.detailed import DetailedCache
+from statekv.cache.detailed import DetailedCache, Importance
 from statekv.cache.folder import Part, tokens_of_part
+from statekv.cache.policies.base import Policy
 from statekv.cache.spec import KVSpec, PositionShift
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry, first_of, groups_of, pack_block
 from statekv.cache.tiers.fetch import BlockFetcher, FetchCache
@@ -21,10 +22,8 @@ from statekv.cache.tiers.manager import TierManager
 from statekv.cache.tiers.plan import MemoryPlan, plan
 from statekv.config import Config
 from statekv.errors import StorageError
+from statekv.ops.attention import attention_over
 from statekv.ops.rope import Angles
-
-# Of steps that begin at these tokens, what their carried keys score, where that is not 0, by start.
-Importance = Callable[[Sequence[int]], dict[int, float]]
 
 _RELIEVED = 1 / 16  # of what is held: those that stay are copied, or looked through, each time
 _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
@@ -40,19 +39,19 @@ class TieredCache(DetailedCache):
     Args:
         spec: sizes of the model's keys.
         config: with a cap on memory.
+        policy: of the carried cache, which takes its part of the cap.
 
     Raises:
         StorageError: the folder of the tier on disk does not exist.
     """
 
-    def __init__(self, spec: KVSpec, config: Config) -> None:
+    def __init__(self, spec: KVSpec, config: Config, policy: Policy) -> None:
         super().__init__(spec)
-        self.config = config
+        self.config, self.policy = config, policy
         self.plan: MemoryPlan | None = None
         self.entries: dict[int, SegmentEntry] = {}  # by start, ascending
         self.manager = TierManager(spec, config)
         self.fetcher = BlockFetcher(spec, config.bits)
-        self.forgotten = 0  # steps
         self.longest = 0  # tokens that a step may have before another plan is made
         self.saved_blocks: WeakKeyDictionary[OffloadedBlock, str] = (
             WeakKeyDictionary()
@@ -66,6 +65,10 @@ class TieredCache(DetailedCache):
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of blocks on each tier, and of steps that questions have brought in."""
         return {"recent": self.fetcher.recent.nbytes, **self.manager.nbytes}
+
+    @property
+    def most_steps(self) -> int | None:
+        return None if self.plan is None else self.plan.most_steps
 
     def make_way(self, tokens: int, room: int, importance: Importance) -> list[int]:
         """Before a step: have room for it, and for a question after it.
@@ -153,6 +156,18 @@ class TieredCache(DetailedCache):
                     found.append(self.fetcher.recall(layer, steps))
         return torch.cat(found, dim=-2) if len(found) > 1 else found[0]
 
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `DetailedCache.attend`, also over what lies in blocks."""
+        if not len(self.manager):
+            return super().attend(layer, query, key, value, scale)
+        return attention_over(query, self.pieces(layer), key, value, scale=scale)
+
+    def begin_answer(self, moved: Angles) -> None:
+        super().begin_answer(moved)
+        self.fetcher.turned = moved
+
     def rotate(self, moves: PositionShift, angles: Angles) -> None:
         """As `DetailedCache.turn`; steps in blocks are turned when they are read."""
         by = moves.of(torch.tensor(list(self.entries))).tolist()
@@ -192,7 +207,7 @@ class TieredCache(DetailedCache):
 
     def fork(self) -> TieredCache:
         """As `DetailedCache.fork`; blocks are never written to, so both read the same."""
-        found = TieredCache(self.spec, self.config)
+        found = TieredCache(self.spec, self.config, self.policy)
         found.plan, found.longest, found._steps, found.away = self.plan, self.longest, self._steps, self.away
         found.lengths, found.buffers = list(self.lengths), list(self.buffers)
         found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
@@ -206,7 +221,7 @@ class TieredCache(DetailedCache):
 
     def _make_plan(self, step: int, room: int, importance: Importance) -> None:
         texts = sum(entry.length for entry in self._here if entry.kind != "step")
-        made = plan(self.config, self.spec, texts, step, room)
+        made = plan(self.config, self.spec, self.policy, texts, step, room)
         if self.plan is not None:
             self._relieve(self.lengths[-1] + step + made.answers - made.plain, importance)
         self.plan, self.longest = made, step

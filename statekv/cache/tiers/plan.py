@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from statekv.cache.spec import KVSpec, layer_budgets
+from statekv.cache.policies.base import Policy
+from statekv.cache.spec import KVSpec
 from statekv.cache.tiers.base import GROUP
 from statekv.config import Config, bytes_of, told
 from statekv.errors import ConfigError, MemoryLimitError
@@ -69,12 +70,13 @@ def step_bytes(spec: KVSpec, tokens: int, bits: int | None) -> int:
     return g.layers * quantised_bytes(tokens, bits, GROUP, g.streams, g.kv_heads, g.head_dim)
 
 
-def plan(config: Config, spec: KVSpec, prefix: int, step: int, room: int) -> MemoryPlan:
+def plan(config: Config, spec: KVSpec, policy: Policy, prefix: int, step: int, room: int) -> MemoryPlan:
     """Share `config.memory` out.
 
     Args:
         config: with a cap on memory.
         spec: of the model's keys.
+        policy: of the carried cache: how many slots it has, and what it remembers of each.
         prefix: tokens that are always held.
         step: tokens of the longest step.
         room: tokens of a question and its answer.
@@ -83,30 +85,32 @@ def plan(config: Config, spec: KVSpec, prefix: int, step: int, room: int) -> Mem
         ConfigError: the cap is too small for steps of this length.
     """
     assert isinstance(config.memory, int)
-    found = _shared(config, spec, config.memory, prefix, step, room)
+    carried = _carried_bytes(config, spec, policy, step)
+    found = _shared(config, spec, config.memory, carried, prefix, step, room)
     if found is None:
         raise ConfigError(
             f"memory is {told(config.memory)}, but a budget of {config.budget} and steps of {step} tokens need about "
-            f"{_least(config, spec, config.memory, prefix, step, room)}",
+            f"{_least(config, spec, config.memory, carried, prefix, step, room)}",
             "raise memory, or lower budget, retrieve, max_new_tokens or the video's resolution",
         )
     return found
 
 
-def _least(config: Config, g: KVSpec, memory: int, prefix: int, step: int, room: int) -> str:
+def _least(config: Config, g: KVSpec, memory: int, carried: int, prefix: int, step: int, room: int) -> str:
     """An amount above this one that would do, also as it is told."""
     least = memory
     while True:
         least += max(1, least // 64)
         found = told(least)
-        if found != told(memory) and _shared(config, g, bytes_of("memory", found), prefix, step, room) is not None:
+        if found != told(memory) and _shared(config, g, bytes_of("memory", found), carried, prefix, step, room):
             return found
 
 
-def _shared(config: Config, g: KVSpec, memory: int, prefix: int, step: int, room: int) -> MemoryPlan | None:
+def _shared(
+    config: Config, g: KVSpec, memory: int, carried: int, prefix: int, step: int, room: int
+) -> MemoryPlan | None:
     token = g.streams * g.bytes_per_token
     answers = room + step
-    carried = _carried_bytes(config, g, step)
     layer_token = token // g.layers
     staged = min(_STAGED, max(step, int(_STAGED_SHARE * memory) // layer_token)) if _lower(config) else 0
     shown = 2 * staged * layer_token  # as they come in, and with each head's keys side by side
@@ -147,10 +151,12 @@ def _shared(config: Config, g: KVSpec, memory: int, prefix: int, step: int, room
     )
 
 
-def _carried_bytes(config: Config, g: KVSpec, step: int) -> int:
-    slots = sum(budget + step for budget in layer_budgets(config.budget, g.layers, config.layer_slope))
-    # Keys and values, which token a slot holds, and its key score.
-    return slots * g.streams * g.kv_heads * (2 * g.head_dim * g.dtype.itemsize + 4 + 4)
+def _carried_bytes(config: Config, g: KVSpec, policy: Policy, step: int) -> int:
+    slots = sum(policy.slots(budget) + step for budget in policy.layer_budgets(config.budget, g.layers))
+    beside = 4 * (
+        1 + len(policy.state) + policy.weighs
+    )  # which token a slot holds, and what the policy remembers of it
+    return slots * g.streams * g.kv_heads * (2 * g.head_dim * g.dtype.itemsize + beside)
 
 
 def _lower(config: Config) -> bool:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from statekv.cache.policies.base import Rule
+from statekv.cache.policies import Candidates, Policy
+from statekv.cache.policies.random import lots
+from statekv.cache.policies.wrappers import covering
 from statekv.ops import select
+from tests.cache.tokens import policy
 
 SHAPE = (2, 3, 40)  # streams, heads, keys
 
@@ -24,14 +27,29 @@ def token_ids(seed: int = 0) -> torch.Tensor:
     return torch.stack([head() for _ in range(6)]).view(SHAPE).int()
 
 
+def judge(
+    judged: Policy,
+    slots: torch.Tensor,
+    attention: torch.Tensor | None = None,
+    layer: int = 0,
+    budget: int = 15,
+    values: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[streams, heads, K]: scores of a policy, for keys of which nothing is known but what is given."""
+    blank = torch.zeros(*slots.shape, 4)
+    candidates = Candidates(layer, budget, blank, blank if values is None else values, slots, attention, newest=newest)
+    return judged.score(candidates)
+
+
 def scores(seed: int = 0) -> torch.Tensor:
     return torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 def kept(carry: str, slots: torch.Tensor, budget: int, sinks: int = 0, seed: int = 0, pinned: int = 0) -> torch.Tensor:
     """[streams, heads, budget] token numbers that stay, ascending."""
-    rule = Rule(carry, sinks=sinks, seed=seed, pinned=pinned)
-    chosen = select.best(rule(scores(), slots), budget)
+    found = judge(policy(carry, pinned, sinks=sinks, seed=seed), slots, scores())
+    chosen = select.best(found, budget)
     return slots[chosen].view(*SHAPE[:2], budget).sort(-1).values
 
 
@@ -42,7 +60,7 @@ def test_attention_is_the_highest_scores() -> None:
 
 @pytest.mark.parametrize("budget", [1, 8, 15, 40])
 def test_recent_is_exactly_the_newest(budget: int) -> None:
-    assert torch.equal(kept("recent", token_ids(), budget, sinks=4), token_ids().sort(-1).values[..., -budget:])
+    assert torch.equal(kept("recent", token_ids(), budget), token_ids().sort(-1).values[..., -budget:])
 
 
 @pytest.mark.parametrize(("budget", "sinks"), [(15, 0), (15, 4), (15, 14), (5, 4)])
@@ -79,8 +97,7 @@ def test_what_is_left_beside_a_pinned_prefix_goes_by_score() -> None:
 
 def test_random_repeats_itself_with_its_seed() -> None:
     def draw(seed: int) -> torch.Tensor:
-        rule = Rule("random", sinks=0, seed=seed, pinned=0)
-        return torch.stack([rule(None, token_ids()) for _ in range(3)])
+        return torch.stack([judge(policy("random", seed=seed), token_ids()) for _ in range(3)])
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -90,20 +107,19 @@ def test_random_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    Rule("random", sinks=0, seed=0, pinned=0)(None, token_ids())
+    judge(policy("random"), token_ids())
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_random_ignores_the_scores() -> None:
-    rules = [Rule("random", sinks=0, seed=3, pinned=0) for _ in range(2)]
-    assert torch.equal(rules[0](scores(1), token_ids()), rules[1](None, token_ids()))
+    drawn = policy("random", seed=3)
+    assert torch.equal(judge(drawn, token_ids(), scores(1)), judge(drawn, token_ids()))
 
 
 def dial(slots: torch.Tensor, budget: int, pinned: int = 0, seed: int = 0, **dials: Any) -> torch.Tensor:
     """[streams, heads, budget] token numbers that carry attention keeps with its dials, ascending."""
     newest, values = dials.pop("newest", None), dials.pop("values", None)
-    rule = Rule("attention", sinks=0, seed=seed, pinned=pinned, **dials)
-    found = rule(scores(), slots, layer=2, values=values, budget=budget, newest=newest)
+    found = judge(policy(pinned=pinned, seed=seed, **dials), slots, scores(), 2, budget, values, newest)
     return slots[select.best(found, budget)].view(*SHAPE[:2], budget).sort(-1).values
 
 
@@ -124,27 +140,25 @@ def test_values_of_one_length_change_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pinned", [0, 6])
 def test_full_coverage_is_random(pinned: int) -> None:
     tokens = torch.arange(40, dtype=torch.int32).expand(SHAPE)
-    lots = Rule("random", sinks=0, seed=5, pinned=pinned)(None, tokens, 2)
-    expected = tokens[select.best(lots, 15)].view(*SHAPE[:2], 15).sort(-1).values
+    drawn = judge(policy("random", pinned, seed=5), tokens, layer=2)
+    expected = tokens[select.best(drawn, 15)].view(*SHAPE[:2], 15).sort(-1).values
     assert torch.equal(dial(tokens, 15, pinned, seed=5, coverage=1.0), expected)
 
 
 @pytest.mark.parametrize(("coverage", "sampled"), [(0.2, 3), (0.5, 8), (0.01, 0)])
 def test_coverage_is_a_sample_and_the_best_of_the_others(coverage: float, sampled: int) -> None:
-    lots = Rule("random", sinks=0, seed=5, pinned=0)(None, token_ids(), 2)
-    sample = torch.zeros(SHAPE, dtype=torch.bool).scatter_(-1, lots.topk(sampled).indices, True)
+    drawn = lots(token_ids(), 5, 2)
+    sample = torch.zeros(SHAPE, dtype=torch.bool).scatter_(-1, drawn.topk(sampled).indices, True)
     others = scores().masked_fill(sample, -1).topk(15 - sampled).indices
     expected = token_ids()[sample.scatter(-1, others, True)].view(*SHAPE[:2], 15).sort(-1).values
     assert torch.equal(dial(token_ids(), 15, seed=5, coverage=coverage), expected)
 
 
 def test_what_is_pinned_is_no_part_of_the_sample() -> None:
-    rule = Rule("attention", sinks=0, seed=0, pinned=5, coverage=0.5)
-    assert (rule.covering(15), rule.chosen(15)) == (5, 5)
+    assert covering(0.5, 15, pinned=5) == 5
     found = dial(torch.arange(40, dtype=torch.int32).expand(SHAPE), 15, 5, coverage=0.5)
     assert (found[..., :5] == torch.arange(5)).all()
-    unpinned = Rule("attention", sinks=0, seed=0, pinned=0, coverage=0.5)
-    assert (unpinned.covering(16), unpinned.chosen(16)) == (8, 8)
+    assert covering(0.5, 16, pinned=0) == 8
 
 
 @pytest.mark.parametrize("first", [92, 99, 100])

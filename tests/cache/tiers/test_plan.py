@@ -11,15 +11,15 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.policies.base import Rule
 from statekv.cache.spec import KVSpec
+from statekv.cache.stream import policy_of
 from statekv.cache.tiers.base import HostTier, rows_of
 from statekv.cache.tiers.block import pack_block
 from statekv.cache.tiers.plan import MemoryPlan, plan, step_bytes
 from statekv.config import Config, bytes_of
 from statekv.errors import ConfigError
 from tests.cache.tiers.test_block import tokens_of
-from tests.cache.tokens import CPU, kv_spec
+from tests.cache.tokens import CPU, kv_spec, policy
 
 LARGE = KVSpec(kv_heads=4, head_dim=128, dtype=torch.bfloat16, devices=(CPU,) * 28)  # InternVL3-8B
 TOKEN = 56 * 1024  # bytes, in all layers
@@ -43,7 +43,8 @@ EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
 def shared(memory: int, g: KVSpec = LARGE, prefix: int = 40, step: int = 257, room: int = 200, **s: Any) -> MemoryPlan:
-    return plan(Config(memory=memory, **s), g, prefix, step, room)
+    config = Config(memory=memory, **s)
+    return plan(config, g, policy_of(config), prefix, step, room)
 
 
 def told_least(g: KVSpec, **settings: Any) -> int:
@@ -172,7 +173,7 @@ def test_each_dial_takes_its_share() -> None:
 @pytest.mark.parametrize("g", [kv_spec(), kv_spec(streams=2, dtype=torch.bfloat16)], ids=str)
 def test_the_carried_cache_takes_what_is_planned(g: KVSpec, slope: float) -> None:
     detailed = DetailedCache(g)
-    cache = CarriedCache(g, 20, Rule("recent", sinks=0, seed=0, pinned=0), detailed, slope, remembers=True)
+    cache = CarriedCache(g, 20, policy("recent", layer_slope=slope, memory="1GiB"), detailed)
     for tokens in (5, 9, 9, 3, 9, 9, 9):
         cache.make_room(tokens)
         for layer in range(g.layers):

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[3]
 _HOLDER = """
 import sys
 from pathlib import Path
-from statekv.cache.disk_room import BLOCKS, DiskRoom
+from statekv.cache.tiers.disk import BLOCKS, SpillDir
 
-room = DiskRoom(Path(sys.argv[1]))
+room = SpillDir(Path(sys.argv[1]))
 (room.folder / BLOCKS).write_bytes(b"some")
 print(room.folder, flush=True)
 sys.stdin.readline()
