@@ -188,11 +188,12 @@ class StreamState:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.policy = None if c.carry == "all" else policy_of(c, self.pinned)
+        self.policy: Policy | None = None
+        self._carried: CarriedCache | None = None
+        self._choose_policy()
         self.detailed = self._make_detailed()
         # Only retrieval needs them.
         self.blocks = StepIndex(self.spec) if c.recall == "retrieve" else None
-        self._carried: CarriedCache | None = None
         self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
         self._retrieved: RetrievedView | None = None
 
@@ -266,10 +267,8 @@ class StreamState:
                 self._make_way(segment.length)
 
     def begin(self, segment: Entering, mode: Mode = "carry") -> View:
-        """As `expect`, and what the model's layers see while the segment enters."""
+        """As `expect`, and what the model's layers see while the segment enters; for an answer, see `begin_answer`."""
         self.expect(segment, mode)
-        if segment.kind == "question":
-            self.begin_answer(segment.positions)
         if mode == "answer":
             return self.recalled
         if self.bounded is not None:
@@ -304,7 +303,7 @@ class StreamState:
                 f"raise budget above {tokens} or leave the prefix unpinned",
             )
         self.pinned = tokens
-        self.policy, self._carried = policy_of(self.config, tokens), None
+        self._choose_policy()
 
     def expect_newest(self, kind: str, tokens: int) -> None:
         """Say what enters before it does, so that the newest steps can be pinned.
@@ -455,6 +454,11 @@ class StreamState:
         self.detailed = DetailedCache(self.spec)
         self.blocks = StepIndex(self.spec) if self.blocks is not None else None
         self.memories = {}
+
+    def _choose_policy(self) -> None:
+        """Before anything is carried."""
+        self.policy = None if self.config.carry == "all" else policy_of(self.config, self.pinned)
+        self._carried = None
 
     def _make_detailed(self) -> DetailedCache:
         c = self.config

@@ -348,7 +348,7 @@ def first_logits(runner: ModelRunner, state: StreamState, waiting: Sequence[Fram
     try:
         with torch.inference_mode():
             segment = _entering(runner, state, waiting, question)
-            return runner.logits(runner.prefill(state, segment, "answer")).float()
+            return runner.ask(state, segment).float()
     finally:
         state.crop_to(mark)
 

@@ -8,7 +8,6 @@ from threading import Lock
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.models.adapter import Segment
 from statekv.ops.packed import PackedProducts, packable
 from statekv.runner.memory import free_bytes
 
@@ -40,16 +39,13 @@ class StepProducts:
         self._lock = Lock()
         self._held: PackedProducts | None = None
 
-    def around(self, state: StreamState, segment: Segment) -> AbstractContextManager[object]:
-        """What to enter while a segment runs: packed products, or nothing."""
-        if not (self.weights and segment.kind == "step" and self._repeats(state, segment)):
-            return nullcontext()
-        return self._packed(segment.ids.numel()) or nullcontext()
-
-    def _repeats(self, state: StreamState, segment: Segment) -> bool:
+    def around(self, state: StreamState) -> AbstractContextManager[object]:
+        """What to enter while a step runs: products packed for steps as long as the stream's last ones, or nothing."""
         before = state.spans[-self.after :]
-        alike = (span.kind == segment.kind and span.length == segment.length for span in before)
-        return len(before) == self.after and all(alike)
+        lengths = {span.length if span.kind == "step" else None for span in before}
+        if not self.weights or len(before) < self.after or len(lengths) > 1 or None in lengths:
+            return nullcontext()
+        return self._packed(before[-1].length) or nullcontext()
 
     def _packed(self, rows: int) -> PackedProducts | None:
         with self._lock:

@@ -171,7 +171,7 @@ class ModelRunner:
             view = state.begin(segment, mode)  # what the layers see; room and pins for the segment
             evicting = mode == "carry" and view.must_evict(segment.length)
             packs = state.config.pack and mode == "carry"
-            with self.products.around(state, segment) if packs else nullcontext():
+            with self.products.around(state) if packs else nullcontext():
                 hidden = self._layers(state, segment, view, evicting, observer)
             state.commit(segment, mode)  # position and spans move on
         return hidden
@@ -287,6 +287,21 @@ class ModelRunner:
         return found
 
     @torch.inference_mode()
+    def ask(self, state: StreamState, question: Segment) -> torch.Tensor:
+        """[streams, vocabulary]: what the first token of the answer is chosen from.
+
+        Args:
+            state: the stream; the caller crops it back to its mark afterwards.
+            question: text that ends where the answer begins.
+
+        Raises:
+            HorizonError, MemoryLimitError: as `prefill`.
+        """
+        with self.lock, memory_limit():
+            state.begin_answer(question.positions)
+            return self.logits(self.prefill(state, question, "answer"))
+
+    @torch.inference_mode()
     def decode(
         self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -311,7 +326,7 @@ class ModelRunner:
         with self.lock, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
-            logits = self.logits(self.prefill(state, segment, "answer"))
+            logits = self.logits(self.prefill(state, segment, "answer")) if number else self.ask(state, question)
             token = sampling.choose(chosen[:, : asked + number], logits)  # [streams]
             yield int(token), logits
             if int(token) in sampling.end_tokens or state.position >= state.horizon:

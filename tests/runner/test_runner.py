@@ -70,11 +70,11 @@ def test_a_segment_may_reach_the_horizon_but_not_pass_it(family: str) -> None:
     segment = runner.model.question(QUESTION, state)
     state.horizon = segment.next_position
     mark = state.mark()
-    runner.prefill(state, segment, "answer")
+    runner.ask(state, segment)
     state.crop_to(mark)
     state.horizon -= 1
     with pytest.raises(HorizonError, match=f"position {segment.next_position}"):
-        runner.prefill(state, segment, "answer")
+        runner.ask(state, segment)
     assert state.mark() == mark
 
 
