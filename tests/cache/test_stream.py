@@ -120,12 +120,12 @@ def test_carrying_all_is_the_detailed_cache() -> None:
     assert state.carried is state.detailed
     enter(state, "step", 20)
     assert state.carried.length == state.tokens == 20
-    assert state.nbytes == {"carried": 0, "detailed": state.detailed.nbytes, "blocks": 0}
+    assert state.nbytes == {"carried": 0, "detailed": state.detailed.nbytes, "blocks": 0, "memories": 0}
 
 
 def test_bytes_of_both_memories() -> None:
     state = stream(budget=8)
-    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
+    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0, "memories": 0}
     enter(state, "step", 20)
     state.detailed.reserve(1000)
     g = state.spec
@@ -263,7 +263,7 @@ def test_free_gives_the_memory_back() -> None:
     state = stream(budget=8)
     enter(state, "step", 20)
     state.free()
-    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0}
+    assert state.nbytes == {"carried": 0, "detailed": 0, "blocks": 0, "memories": 0}
 
 
 def test_a_step_is_worth_what_its_own_keys_score() -> None:
