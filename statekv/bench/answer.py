@@ -10,10 +10,11 @@ import torch
 
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.harness import Panel, Row, Setting, wait
-from statekv.bench.models import Size, build, fill, stand, stride
+from statekv.bench.models import build, fill, stand
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment
+from statekv.models.size import Size
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import check_fits, refusal
 from statekv.runner.runner import ModelRunner
@@ -94,13 +95,13 @@ def _time(
 ) -> dict[tuple[str, int], list[float]]:
     """Seconds by what was waited for and the length of the stream; one answer at each length goes first, untimed."""
     config = Config.of("full", max_new_tokens=plan.answer)
-    positions = max(lengths) * stride(runner.model, plan.tokens)
+    positions = max(lengths) * runner.model.stride(plan.tokens)
     state = runner.open(config, positions + plan.question + room_for_answers(config))
     fill(state, max(lengths) * plan.tokens, plan.question + plan.answer)
     found: dict[tuple[str, int], list[float]] = {(kind, steps): [] for kind in (FIRST, EACH) for steps in lengths}
     for run in range(1 + plan.runs):
         for steps in lengths:
-            position = steps * stride(runner.model, plan.tokens)
+            position = steps * runner.model.stride(plan.tokens)
             stand(state, steps * plan.tokens, position, plan.tokens)
             question = runner.model.text("question", torch.arange(plan.question), position)
             for kind, took in zip((FIRST, EACH), _answer(runner, state, question, plan.answer, device), strict=True):

@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from statekv.bench.harness import Panel, Row, Setting, alternate, matmul_rate
-from statekv.bench.models import Size, build, size_of
+from statekv.bench.models import build, size_of
 from statekv.config import Config
 from statekv.models import adapter_of
 from statekv.models.flops import matrix_weights, step_flops
+from statekv.models.size import Size
 from statekv.runner.runner import ModelRunner
 
 _READ_BYTES = 1 << 29  # larger than any processor cache

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statekv.bench.harness import Panel, Row, Setting
-from statekv.bench.models import Size, build, size_of
+from statekv.bench.models import build, size_of
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.config import Config
+from statekv.models.size import Size
 from statekv.runner.memory import check_fits
 from statekv.runner.runner import ModelRunner
 

@@ -10,10 +10,11 @@ import torch
 
 from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
-from statekv.bench.models import Size, build, fill_carried, fill_detailed, products_alone, random_step, stand, stride
+from statekv.bench.models import build, fill_carried, fill_detailed, products_alone, random_step, stand
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
+from statekv.models.size import Size
 from statekv.runner.memory import check_fits, refusal
 from statekv.runner.runner import ModelRunner
 
@@ -123,7 +124,7 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
 
 def _fill(runner: ModelRunner, plan: Plan, farthest: int) -> list[StreamState]:
     """A stream per method, filled as far as the farthest step's beginning; all share one detailed cache."""
-    positions = farthest * stride(runner.model, plan.tokens)
+    positions = farthest * runner.model.stride(plan.tokens)
     states = [runner.open(method, positions + room_for_answers(method)) for method in plan.methods]
     shared = states[0].detailed
     fill_detailed(shared, (farthest - 1) * plan.tokens, plan.tokens)
@@ -137,7 +138,7 @@ def _fill(runner: ModelRunner, plan: Plan, farthest: int) -> list[StreamState]:
 def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Callable[[], object]:
     """Stand before a step and take it; standing there is a matter of microseconds."""
     segment = random_step(runner.model, tokens, step)
-    past, position = (step - 1) * tokens, (step - 1) * stride(runner.model, tokens)
+    past, position = (step - 1) * tokens, (step - 1) * runner.model.stride(tokens)
 
     def call() -> object:
         stand(state, past, position, tokens)

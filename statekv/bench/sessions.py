@@ -9,11 +9,12 @@ import torch
 
 from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
-from statekv.bench.models import Size, build, fill, random_step, size_of, stand, stride
+from statekv.bench.models import build, fill, random_step, size_of, stand
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.loading import load_model
+from statekv.models.size import Size
 from statekv.runner.memory import check_fits
 from statekv.runner.runner import ModelRunner
 
@@ -117,9 +118,9 @@ class _Stream:
 
     def __init__(self, runner: ModelRunner, budget: int, past: int, tokens: int) -> None:
         self.runner, self.past, self.tokens = runner, past, tokens
-        self.position = past // tokens * stride(runner.model, tokens)
+        self.position = past // tokens * runner.model.stride(tokens)
         config = Config.of("statekv", budget=budget)
-        horizon = self.position + stride(runner.model, tokens) + room_for_answers(config)
+        horizon = self.position + runner.model.stride(tokens) + room_for_answers(config)
         self.state = runner.open(config, max(horizon, runner.model.trained_length))
         fill(self.state, past, tokens)
         self.segment = random_step(runner.model, tokens, past // tokens + 1)

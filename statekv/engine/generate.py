@@ -17,18 +17,6 @@ from statekv.runner.decoding import SamplingParams
 from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 
-_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "pixel_values_videos",
-    "image_grid_thw",
-    "video_grid_thw",
-    "mm_token_type_ids",
-    "second_per_grid_ts",
-    "image_sizes",
-    "batch_num_images",
-)
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _STOCK_TOP_K = 50  # what transformers draws from where nobody says otherwise
 
@@ -88,7 +76,7 @@ def generate(
     adapter = wrap_model(model)
     generation = generation_config or adapter.generator.generation_config
     _refuse_unfollowed(generation)
-    inputs = {name: inputs_and_settings.pop(name) for name in _INPUTS if name in inputs_and_settings}
+    inputs = {name: inputs_and_settings.pop(name) for name in adapter.processor_outputs if name in inputs_and_settings}
     chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
     ends = _end_tokens(adapter, inputs_and_settings.pop("eos_token_id", None), generation_config)
     limit = inputs_and_settings.pop("max_new_tokens", generation.max_new_tokens)

@@ -1,4 +1,7 @@
-"""What differs between model families, and nothing else; families are looked up by a checkpoint's `model_type`."""
+"""What differs between model families, and nothing else; families are looked up by a checkpoint's `model_type`.
+
+A family is one file in `families/` and one row of the table here, which can be listed without importing torch.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ class Family:
         checkpoints: known to be of this family; others load as well.
         tokens_per_frame: vision tokens, without the words around a frame.
         of_pixels: (width, height) of the video where that depends on it; None where it does not.
-        own_code: a checkpoint brings the code of its model; that is run only if trusted, and at one commit.
+        own_code: a checkpoint brings the code of its model; that is run only if trusted, and at one commit, by the
+            module's `own_config` and `own_model_class`.
         tested: what its adapter has been compared with, token for token.
     """
 

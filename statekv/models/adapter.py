@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
 from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
@@ -16,6 +16,7 @@ from statekv.errors import ModelError
 from statekv.models.encoded import EncodedStep, unchanged
 from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
+from statekv.models.size import Size
 from statekv.video.frame import Frame
 
 
@@ -81,6 +82,12 @@ class VideoModel(ABC):
     frames_per_step: ClassVar[int] = 1
     generates_prompt: ClassVar[bool] = True  # whether stock `generate` returns the prompt in front of the answer
     own_time: ClassVar[bool] = False  # whether steps count time on an axis that text does not follow
+    sizes: ClassVar[tuple[Size, ...]] = ()  # public language models, whose speed can be measured without their weights
+    # What a processor may return for `generate`.
+    processor_outputs: ClassVar[tuple[str, ...]] = (
+        *("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "pixel_values_videos", "image_sizes"),
+        *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "batch_num_images"),
+    )
 
     def __init__(self, model: PreTrainedModel, texts: Texts | None = None) -> None:
         self.model: Any = model
@@ -94,6 +101,27 @@ class VideoModel(ABC):
         self.prompts: dict[str, Prompt] = {}
         if texts is not None:
             self._read(texts)
+
+    @classmethod
+    def random_config(cls, size: Size) -> Any:
+        """Transformers' configuration of a model of one of `sizes`, with a vision tower that costs nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def random_model(cls, size: Size, dtype: torch.dtype) -> Any:
+        """A model of one of `sizes`, its weights still to be set."""
+        return AutoModelForImageTextToText.from_config(cls.random_config(size), dtype=dtype)
+
+    def random_step(self, tokens: int, start: int) -> Segment:
+        """A step of so many tokens with random embeddings, from position `start` on."""
+        device, hidden = self.model.device, self.text_config.hidden_size
+        embeds = torch.randn(1, tokens, hidden, device=device, dtype=self.kv_spec().dtype)
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+        return Segment("step", ids, embeds, self.text_positions(start, tokens), start + self.stride(tokens), 1)
+
+    def stride(self, tokens: int) -> int:
+        """Positions that a step of so many tokens takes."""
+        return tokens
 
     @property
     def language_model(self) -> Any:

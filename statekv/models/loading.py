@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,14 @@ def _revision_of_own_code(name: str, revision: str | None, trust_remote_code: bo
     return chosen
 
 
-def _own_reference(source: str, hub: dict[str, Any]) -> str | None:
-    """Where the configuration's code lies, for families whose code comes with a checkpoint."""
+def _own_reference(source: str, hub: dict[str, Any]) -> tuple[Any, str] | None:
+    """The family's file, and where the configuration's code lies, for families whose code comes with a checkpoint."""
     from statekv.models.checkpoint import read_checkpoint_json
 
     values = read_checkpoint_json(source, "config.json", **hub) or {}
     family = FAMILIES.get(values.get("model_type", ""))
-    found: str | None = (values.get("auto_map") or {}).get("AutoConfig") if family and family.own_code else None
-    return found
+    found: str | None = (values.get("auto_map") or {}).get("AutoConfig")
+    return (import_module(family.module), found) if family and family.own_code and found else None
 
 
 def _untrusted(name: str) -> ModelError:
@@ -99,10 +100,8 @@ def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str,
     from transformers import AutoConfig
 
     try:
-        if trust_remote_code and (reference := _own_reference(source, hub)):
-            from statekv.models.families.eagle2_5 import own_config
-
-            return own_config(source, reference, **hub)
+        if trust_remote_code and (own := _own_reference(source, hub)):
+            return own[0].own_config(source, own[1], **hub)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -137,9 +136,8 @@ def _read_weights(source: str, name: str, settings: dict[str, Any], own_config: 
     try:
         stock: Any = AutoModelForImageTextToText
         if own_config is not None:
-            from statekv.models.families.eagle2_5 import own_model_class
-
-            stock = own_model_class(source, own_config.auto_map["AutoModel"], revision=settings.get("revision"))
+            family = import_module(FAMILIES[own_config.model_type].module)
+            stock = family.own_model_class(source, own_config.auto_map["AutoModel"], revision=settings.get("revision"))
             settings = {**settings, "config": own_config, "attn_implementation": "sdpa"}
         loaded: Any = stock.from_pretrained(source, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:

@@ -2,8 +2,8 @@
 
 The stock classes (transformers >= 5.10: `InternVLVideoProcessor` and its like) need torchvision, whose compiled half
 does not load beside a torch of another build. What they compute is small: torchvision's antialiased resize of uint8
-frames and one fused rescale-and-normalise. Both are plain torch here; how the Qwen families size frames and cut them
-into patches is in `qwen_pixels.py`.
+frames and one fused rescale-and-normalise. Both are plain torch here; what size frames get, and what is cut out of
+them, is each family's own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,8 +20,6 @@ from statekv.errors import ModelError
 # PIL's numbers, as the JSON files hold them. Stock's Lanczos depends on the version of torchvision: left out.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _STEPS_ALWAYS_DONE = ("do_resize", "do_rescale", "do_normalize")
-
-Recipe = TypeVar("Recipe", bound="SquareRecipe")
 
 
 @dataclass(frozen=True)
@@ -32,69 +30,6 @@ class PixelRecipe:
     std: tuple[float, ...]
     rescale_factor: float = 1 / 255
     resample: int = 3
-
-
-@dataclass(frozen=True)
-class SquareRecipe(PixelRecipe):
-    """Every frame to one size, in pixels, whatever its shape. Defaults are those that the stock classes share."""
-
-    stock_class: ClassVar[str]
-
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    height: int = 384
-    width: int = 384
-
-    @classmethod
-    def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
-        """Read the JSON of a checkpoint; missing and null keys take the stock class's defaults.
-
-        Raises:
-            ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
-        """
-        size = size_of(values, {"height": cls.height, "width": cls.width})
-        common = common_of(values, cls.stock_class, cls())
-        return cls(**common, height=size[0], width=size[1])
-
-
-@dataclass(frozen=True)
-class InternVLRecipe(SquareRecipe):
-    """InternVL."""
-
-    stock_class: ClassVar[str] = "InternVLVideoProcessor"
-
-
-@dataclass(frozen=True)
-class LlavaOnevisionRecipe(SquareRecipe):
-    """LLaVA-OneVision."""
-
-    stock_class: ClassVar[str] = "LlavaOnevisionVideoProcessor"
-
-
-@dataclass(frozen=True)
-class Eagle25Recipe(SquareRecipe):
-    """Eagle2.5: a frame of a video is one tile, and an image processor's JSON says how tiles are made."""
-
-    stock_class: ClassVar[str] = "Eagle2_5_VLImageProcessorFast"
-
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    height: int = 448
-    width: int = 448
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Eagle25Recipe:
-        # Cutting into tiles resizes, whatever do_resize says of the tiles themselves.
-        tiled = {**values, "do_resize": True, "video_processor_type": values.get("image_processor_type")}
-        recipe = super().from_dict(tiled)
-        side = {"height": recipe.height, "width": recipe.height}
-        kept = {"pad_during_tiling": False, "min_dynamic_tiles": 1, "crop_size": side, "size": side}
-        wrong = {key: values[key] for key, value in kept.items() if value_of(values, key, value) != value}
-        if wrong:
-            told = ", ".join(f"{key}={value}" for key, value in wrong.items())
-            rule = f"the image processor asks for {told}, which is not reproduced"
-            raise ModelError(rule, "a frame must become one square tile, without padding")
-        return recipe
 
 
 def value_of(values: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -12,7 +12,7 @@ the same order is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -42,80 +42,6 @@ class VisionTokens:
     reserved: tuple[str, ...]
     opens: str = ""
     closes: str = ""
-
-
-def internvl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-    """InternVL names its tokens in the tokenizer's JSON, and stock takes them from there.
-
-    Raises:
-        ModelError: the tokenizer does not name them.
-    """
-    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
-    found = [getattr(tokenizer, name, None) for name in names]
-    missing = [name for name, token in zip(names, found, strict=True) if token is None]
-    if missing:
-        rule = f"the tokenizer does not define {', '.join(missing)}"
-        raise ModelError(rule, "use the checkpoint that was converted for transformers, named …-hf")
-    start, end, pad, placeholder = (str(token) for token in found)
-    return VisionTokens(start, end, pad, placeholder, reserved=(start, end, pad, placeholder))
-
-
-def qwen3_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-    """Qwen3-VL's tokens: as the tokenizer names them, or the usual ones, as in the stock processor.
-
-    Stock replaces only the pad token. The start and end that the chat template writes around it stay, so the
-    prompt holds a `<|vision_start|>` before the first timestamp and a `<|vision_end|>` after the last step,
-    besides each step's own.
-    """
-    start = str(getattr(tokenizer, "vision_start_token", "<|vision_start|>"))
-    end = str(getattr(tokenizer, "vision_end_token", "<|vision_end|>"))
-    pad = str(getattr(tokenizer, "video_token", "<|video_pad|>"))
-    image = str(getattr(tokenizer, "image_token", "<|image_pad|>"))
-    return VisionTokens(start, end, pad, placeholder=pad, reserved=(start, end, pad, image))
-
-
-def qwen2_5_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-    """Qwen2.5-VL's tokens are Qwen3-VL's, but steps are bare: one start and one end enclose the whole video."""
-    tokens = qwen3_vl_tokens(tokenizer)
-    whole = tokens.start + tokens.pad + tokens.end
-    return replace(tokens, placeholder=whole, opens=tokens.start, closes=tokens.end)
-
-
-def llava_onevision_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-    """LLaVA-OneVision's tokens: one placeholder for every token of a video, and one more behind its last frame."""
-    pad = str(getattr(tokenizer, "video_token", "<video>"))
-    image = str(getattr(tokenizer, "image_token", "<image>"))
-    return VisionTokens("", "", pad, placeholder=pad, reserved=(pad, image), closes=pad)
-
-
-def eagle2_5_tokens() -> VisionTokens:
-    """Eagle2.5's tokens, which its processor knows by name; its template numbers pictures and videos from 1."""
-    marks = ("<img>", "</img>", "<IMG_CONTEXT>", "<video-1>")
-    return VisionTokens(*marks, reserved=(*marks, "<image-1>"), opens="The first video: ")
-
-
-def internvl_step(index: int, num_tokens: int, tokens: VisionTokens, layout: Layout) -> str:
-    """The text of one InternVL frame: `index` counts frames from 0, `num_tokens` vision tokens per frame."""
-    vision = tokens.start + tokens.pad * num_tokens + tokens.end
-    if layout == "release":
-        return f"{vision}\n"
-    newline = "\n" if index else ""
-    return f"{newline}Frame{index + 1}: {vision}"
-
-
-def qwen3_vl_step(first_seconds: float, last_seconds: float, num_tokens: int, tokens: VisionTokens) -> str:
-    """The text of one Qwen3-VL temporal patch: the mean of its first and last frame's times, and its tokens.
-
-    A patch that was filled by repeating its only frame has that frame's time.
-    """
-    seconds = (first_seconds + last_seconds) / 2
-    return f"<{seconds:.1f} seconds>{tokens.start}{tokens.pad * num_tokens}{tokens.end}"
-
-
-def eagle2_5_step(index: int, seconds: float, num_tokens: int, tokens: VisionTokens) -> str:
-    """The text of one Eagle2.5 frame: counted from 0, with its time from the video's first frame."""
-    vision = tokens.start + tokens.pad * num_tokens + tokens.end
-    return f"Frame {index + 1} sample at {seconds:.2f}s: {vision}"
 
 
 class Prompt:

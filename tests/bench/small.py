@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from statekv.bench.models import SIZES, Size, build
+from statekv.bench.models import SIZES, build
 from statekv.models.adapter import VideoModel
+from statekv.models.size import Size
 
 CPU = torch.device("cpu")
 

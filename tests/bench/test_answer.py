@@ -10,7 +10,7 @@ import torch
 from statekv.bench.answer import EACH, FIRST, Plan, measure, panels
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
 from statekv.bench.harness import Row
-from statekv.bench.models import Size
+from statekv.models.size import Size
 from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL
 

@@ -8,18 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from statekv.bench.models import (
-    SIZES,
-    Size,
-    build,
-    fill,
-    fill_carried,
-    products_alone,
-    random_step,
-    size_of,
-    stand,
-    stride,
-)
+from statekv.bench.models import SIZES, build, fill, fill_carried, products_alone, random_step, size_of, stand
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
@@ -27,6 +16,7 @@ from statekv.errors import ConfigError, MemoryLimitError
 from statekv.models import adapter_of
 from statekv.models.encoded import EncodedStep
 from statekv.models.families.qwen3_vl import Qwen3VL
+from statekv.models.size import Size
 from statekv.runner.runner import ModelRunner
 from tests.bench.small import CPU, FAMILIES, INTERNVL, QWEN3_VL, shrunk, small
 
@@ -151,13 +141,13 @@ def test_steps_follow_each_other(size: Size) -> None:
     model = small(size)
     first, second = random_step(model, 20, 1), random_step(model, 20, 2)
     assert first.positions.min() == 0
-    assert first.next_position == second.positions.min() == stride(model, 20)
-    assert second.next_position == 2 * stride(model, 20)
+    assert first.next_position == second.positions.min() == model.stride(20)
+    assert second.next_position == 2 * model.stride(20)
     assert first.length == first.embeds.shape[1] == first.positions.shape[-1] == 20
 
 
 def test_internvl_counts_every_token() -> None:
-    assert stride(small(INTERNVL), 256) == 256
+    assert small(INTERNVL).stride(256) == 256
     assert random_step(small(INTERNVL), 8, 3).positions.tolist() == [list(range(16, 24))]
 
 
@@ -210,7 +200,7 @@ def walked(runner: ModelRunner, config: Config, steps: int) -> StreamState:
 def filled(runner: ModelRunner, config: Config, steps: int) -> StreamState:
     state = runner.open(config)
     fill(state, steps * TOKENS, TOKENS)
-    stand(state, steps * TOKENS, steps * stride(runner.model, TOKENS), TOKENS)
+    stand(state, steps * TOKENS, steps * runner.model.stride(TOKENS), TOKENS)
     return state
 
 

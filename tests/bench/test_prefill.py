@@ -9,9 +9,9 @@ import torch
 
 from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Row, best_rate
-from statekv.bench.models import Size
 from statekv.bench.prefill import Plan, measure, panels
 from statekv.errors import MemoryLimitError
+from statekv.models.size import Size
 from statekv.runner import memory
 from tests.bench.small import CPU, FAMILIES, INTERNVL
 

@@ -10,11 +10,12 @@ import torch
 
 from statekv.bench.floor import segment_flops
 from statekv.bench.harness import Row, best_rate
-from statekv.bench.models import SIZES, Size
+from statekv.bench.models import SIZES
 from statekv.bench.sessions import DEMO, Plan, _Stream, _together, measure, panels
 from statekv.cache.batched import BatchedCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.errors import ConfigError, MemoryLimitError
+from statekv.models.size import Size
 from statekv.runner import memory
 from statekv.runner.runner import ModelRunner
 from tests.bench.small import CPU, FAMILIES, INTERNVL, small

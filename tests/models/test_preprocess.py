@@ -12,7 +12,10 @@ import torch
 
 from statekv.errors import ModelError
 from statekv.models import checkpoint, preprocess
-from statekv.models.preprocess import Eagle25Recipe, InternVLRecipe, LlavaOnevisionRecipe, resize_and_normalise
+from statekv.models.families.eagle2_5 import Eagle25Recipe
+from statekv.models.families.internvl import InternVLRecipe
+from statekv.models.families.llava_onevision import LlavaOnevisionRecipe
+from statekv.models.preprocess import resize_and_normalise
 from tests import stock
 from tests.models.families import eagle_processor
 

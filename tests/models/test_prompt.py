@@ -10,21 +10,13 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from statekv.errors import ConfigError, ModelError
-from statekv.models.families.qwen_vl import Qwen3VLRecipe, Qwen25VLRecipe, qwen2_5_vl_size, qwen3_vl_size
-from statekv.models.prompt import (
-    Layout,
-    Prompt,
-    VisionTokens,
-    eagle2_5_step,
-    eagle2_5_tokens,
-    internvl_step,
-    internvl_tokens,
-    llava_onevision_tokens,
-    load_chat_template,
-    qwen2_5_vl_tokens,
-    qwen3_vl_step,
-    qwen3_vl_tokens,
-)
+from statekv.models.families.eagle2_5 import eagle2_5_step, eagle2_5_tokens
+from statekv.models.families.internvl import internvl_step, internvl_tokens
+from statekv.models.families.llava_onevision import llava_onevision_tokens
+from statekv.models.families.qwen2_5_vl import Qwen25VLRecipe, qwen2_5_vl_size, qwen2_5_vl_tokens
+from statekv.models.families.qwen3_vl import Qwen3VLRecipe, qwen3_vl_size, qwen3_vl_step
+from statekv.models.families.qwen_vl import qwen_tokens
+from statekv.models.prompt import Layout, Prompt, VisionTokens, load_chat_template
 from tests.tiny import FAMILIES, Tiny, tiny, video
 
 QUESTIONS = [
@@ -45,7 +37,7 @@ def tokens_of(model: Tiny) -> VisionTokens:
         return eagle2_5_tokens()
     found = {
         "internvl": internvl_tokens,
-        "qwen3_vl": qwen3_vl_tokens,
+        "qwen3_vl": qwen_tokens,
         "qwen2_5_vl": qwen2_5_vl_tokens,
         "llava_onevision": llava_onevision_tokens,
     }

@@ -14,7 +14,8 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from statekv.evals.cards.render import render
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, SHAPES, Story, frame_of, questions, write_story
-from statekv.models.prompt import Layout, Prompt, internvl_step, internvl_tokens
+from statekv.models.families.internvl import internvl_step, internvl_tokens
+from statekv.models.prompt import Layout, Prompt
 from training import batch as batching
 from training.batch import IGNORE, LONG_CLIP, Batch, BatchMaker
 from training.heads import Heads

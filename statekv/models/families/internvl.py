@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import InternVLConfig, PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
+from statekv.errors import ModelError
 from statekv.models.adapter import Segment, check_placeholders, runs
 from statekv.models.encoded import EncodedStep, unchanged
-from statekv.models.families.square import SquareFrames
-from statekv.models.preprocess import InternVLRecipe
-from statekv.models.prompt import Layout, VisionTokens, internvl_step, internvl_tokens
+from statekv.models.families.square import SMALL_TOWER, SquareFrames, SquareRecipe
+from statekv.models.prompt import Layout, VisionTokens
+from statekv.models.size import Size, qwen2, qwen2_7b, text_config
+
+
+@dataclass(frozen=True)
+class InternVLRecipe(SquareRecipe):
+    """InternVL."""
+
+    stock_class: ClassVar[str] = "InternVLVideoProcessor"
+
+
+def internvl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """InternVL names its tokens in the tokenizer's JSON, and stock takes them from there.
+
+    Raises:
+        ModelError: the tokenizer does not name them.
+    """
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    found = [getattr(tokenizer, name, None) for name in names]
+    missing = [name for name, token in zip(names, found, strict=True) if token is None]
+    if missing:
+        rule = f"the tokenizer does not define {', '.join(missing)}"
+        raise ModelError(rule, "use the checkpoint that was converted for transformers, named …-hf")
+    start, end, pad, placeholder = (str(token) for token in found)
+    return VisionTokens(start, end, pad, placeholder, reserved=(start, end, pad, placeholder))
+
+
+def internvl_step(index: int, num_tokens: int, tokens: VisionTokens, layout: Layout) -> str:
+    """The text of one InternVL frame: `index` counts frames from 0, `num_tokens` vision tokens per frame."""
+    vision = tokens.start + tokens.pad * num_tokens + tokens.end
+    if layout == "release":
+        return f"{vision}\n"
+    newline = "\n" if index else ""
+    return f"{newline}Frame{index + 1}: {vision}"
+
+
+_DYNAMIC: dict[str, Any] = {"vocab": 151674, "rope_factor": 2.0}
 
 
 class InternVL(SquareFrames):
     """`InternVLForConditionalGeneration`, for example OpenGVLab/InternVL3-1B-hf."""
 
+    sizes: ClassVar[tuple[Size, ...]] = (
+        qwen2("internvl3-1b", "internvl", 896, 4864, 24, 14, 2, 64, **_DYNAMIC),
+        qwen2("internvl3-2b", "internvl", 1536, 8960, 28, 12, 2, 128, **_DYNAMIC),
+        qwen2_7b("internvl3-8b", "internvl", **_DYNAMIC),
+    )
+
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return internvl_tokens(tokenizer)
+
+    @classmethod
+    def random_config(cls, size: Size) -> Any:
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
+        if size.rope_factor is not None:
+            rope |= {"rope_type": "dynamic", "factor": size.rope_factor}
+        return InternVLConfig(
+            vision_config=SMALL_TOWER,
+            text_config={"model_type": "qwen2", "rope_parameters": rope, **text_config(size)},
+            tie_word_embeddings=size.tied,
+        )
 
     @property
     def video_token_id(self) -> int:

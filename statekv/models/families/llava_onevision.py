@@ -7,26 +7,53 @@ a stream that goes on never holds one in its middle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LlavaOnevisionConfig, PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, check_placeholders, runs, without_dropped
 from statekv.models.encoded import EncodedStep, unchanged
-from statekv.models.families.square import SquareFrames
-from statekv.models.preprocess import LlavaOnevisionRecipe
-from statekv.models.prompt import Layout, VisionTokens, llava_onevision_tokens
+from statekv.models.families.square import SMALL_TOWER, SquareFrames, SquareRecipe
+from statekv.models.prompt import Layout, VisionTokens
+from statekv.models.size import Size, qwen2_7b, text_config
+
+
+@dataclass(frozen=True)
+class LlavaOnevisionRecipe(SquareRecipe):
+    """LLaVA-OneVision."""
+
+    stock_class: ClassVar[str] = "LlavaOnevisionVideoProcessor"
+
+
+def llava_onevision_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """LLaVA-OneVision's tokens: one placeholder for every token of a video, and one more behind its last frame."""
+    pad = str(getattr(tokenizer, "video_token", "<video>"))
+    image = str(getattr(tokenizer, "image_token", "<image>"))
+    return VisionTokens("", "", pad, placeholder=pad, reserved=(pad, image), closes=pad)
 
 
 class LlavaOnevision(SquareFrames):
     """`LlavaOnevisionForConditionalGeneration`, for example llava-hf/llava-onevision-qwen2-0.5b-ov-hf."""
 
+    sizes: ClassVar[tuple[Size, ...]] = (
+        qwen2_7b("llava-onevision-7b", "llava_onevision", 152000, tokens_per_step=196),
+    )
+
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return llava_onevision_tokens(tokenizer)
+
+    @classmethod
+    def random_config(cls, size: Size) -> Any:
+        rope = {"rope_type": "default", "rope_theta": size.rope_theta}
+        return LlavaOnevisionConfig(
+            vision_config={"model_type": "siglip_vision_model", **SMALL_TOWER},
+            text_config={"model_type": "qwen2", "rope_parameters": rope, **text_config(size)},
+            tie_word_embeddings=size.tied,
+        )
 
     @property
     def video_token_id(self) -> int:

@@ -10,26 +10,94 @@ the fraction of a step's seconds, so that a video of more than 2 frames a second
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, check_placeholders, runs
 from statekv.models.encoded import EncodedStep, unchanged
-from statekv.models.families.qwen_vl import Qwen25VLRecipe, QwenVL, qwen2_5_vl_size, temporal_patches
-from statekv.models.prompt import Layout, VisionTokens, qwen2_5_vl_tokens
+from statekv.models.families.qwen_vl import SMALL_TOWER, QwenRecipe, QwenVL, qwen_tokens, temporal_patches, within
+from statekv.models.preprocess import value_of
+from statekv.models.prompt import Layout, VisionTokens
+from statekv.models.size import Size, qwen2_7b, text_config
 
 # Times are differences of floats: what falls short of a whole position by less than this is one.
 _ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Qwen25VLRecipe(QwenRecipe):
+    """Qwen2.5-VL: the bounds are for height x width. Defaults are those of `Qwen2VLVideoProcessor`."""
+
+    stock_class: ClassVar[str] = "Qwen2VLVideoProcessor"
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    shortest_edge: int = 128 * 28 * 28
+    longest_edge: int = 28 * 28 * 768
+    patch_size: int = 14
+    max_video_tokens: int = 128000
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Qwen25VLRecipe:
+        """As for any of these; the JSON of older checkpoints names the bounds min_pixels and max_pixels."""
+        size = value_of(values, "size", {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
+        if isinstance(size, Mapping):
+            bounds = {"shortest_edge": values.get("min_pixels"), "longest_edge": values.get("max_pixels")}
+            size = {**size, **{edge: bound for edge, bound in bounds.items() if bound is not None}}
+        return super().from_dict({**values, "size": size})
+
+
+def qwen2_5_vl_size(height: int, width: int, num_frames: int, recipe: Qwen25VLRecipe) -> tuple[int, int]:
+    """The size to which Qwen2.5-VL resizes the frames of a video: Qwen2-VL's `smart_resize` of transformers 5.23.
+
+    Only with `cap_pixels_per_frame` does it depend on the number of frames, and then only for long videos.
+
+    Args:
+        height, width: of the frames as decoded, in pixels.
+        num_frames: of the whole video.
+
+    Returns:
+        (height, width) in pixels, multiples of patch_size * merge_size.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    factor, largest = recipe.factor, recipe.longest_edge
+    if recipe.cap_pixels_per_frame:
+        total = int(recipe.max_video_tokens * factor * factor * 0.9)
+        share = total * recipe.temporal_patch_size // num_frames
+        largest = max(min(largest, share), int(recipe.shortest_edge * 1.05))
+    return within(height, width, factor, (recipe.shortest_edge, largest))
+
+
+def qwen2_5_vl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """Qwen2.5-VL's tokens are Qwen3-VL's, but steps are bare: one start and one end enclose the whole video."""
+    tokens = qwen_tokens(tokenizer)
+    whole = tokens.start + tokens.pad + tokens.end
+    return replace(tokens, placeholder=whole, opens=tokens.start, closes=tokens.end)
 
 
 class Qwen25VL(QwenVL):
     """`Qwen2_5_VLForConditionalGeneration`, for example Qwen/Qwen2.5-VL-3B-Instruct."""
 
     own_time: ClassVar[bool] = True
+    sizes: ClassVar[tuple[Size, ...]] = (qwen2_7b("qwen2.5-vl-7b", "qwen2_5_vl", 152064, trained_length=128000),)
     recipe: Qwen25VLRecipe
+
+    @classmethod
+    def random_config(cls, size: Size) -> Any:
+        eighth = size.head_dim // 8
+        sections = [eighth, 3 * eighth // 2, 3 * eighth // 2]
+        rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": sections}
+        return Qwen2_5_VLConfig(
+            vision_config={**SMALL_TOWER, "out_hidden_size": size.hidden, "fullatt_block_indexes": [0]},
+            text_config={"rope_parameters": rope, **text_config(size)},
+            tie_word_embeddings=size.tied,
+        )
 
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return qwen2_5_vl_tokens(tokenizer)

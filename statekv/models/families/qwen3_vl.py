@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from math import isqrt
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, runs
 from statekv.models.encoded import EncodedStep, unchanged
-from statekv.models.families.qwen_vl import Qwen3VLRecipe, QwenVL, qwen3_vl_size, temporal_patches
-from statekv.models.prompt import Layout, VisionTokens, qwen3_vl_step, qwen3_vl_tokens
+from statekv.models.families.qwen_vl import SMALL_TOWER, QwenRecipe, QwenVL, qwen_tokens, temporal_patches, within
+from statekv.models.prompt import Layout, VisionTokens
+from statekv.models.size import Size, text_config
+from statekv.ops.rope import grid_positions, text_positions
+
+
+@dataclass(frozen=True)
+class Qwen3VLRecipe(QwenRecipe):
+    """Qwen3-VL: the bounds are for frames x height x width. Defaults are those of `Qwen3VLVideoProcessor`."""
+
+    stock_class: ClassVar[str] = "Qwen3VLVideoProcessor"
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    shortest_edge: int = 128 * 32 * 32
+    longest_edge: int = 32 * 32 * 768
+    patch_size: int = 16
+    max_video_tokens: int = 768
+
+
+def qwen3_vl_size(height: int, width: int, num_frames: int, recipe: Qwen3VLRecipe) -> tuple[int, int]:
+    """The size to which Qwen3-VL resizes the frames of a video: `smart_resize` of transformers 5.23.
+
+    The budget is for the whole video, so the number of frames has to be known (or chosen) before the first
+    one. Stock refuses a video of a single frame; here it counts as the full temporal patch that it is padded
+    to. transformers before 5.15 rounds odd counts up to the temporal patch where later ones round half to
+    even: the two differ only when `num_frames % 4 == 1` and the budget lies between both roundings.
+
+    Args:
+        height, width: of the frames as decoded, in pixels.
+        num_frames: of the whole video.
+
+    Returns:
+        (height, width) in pixels, multiples of patch_size * merge_size.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    factor = recipe.factor
+    num_frames = max(num_frames, recipe.temporal_patch_size)
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    bounds = recipe.shortest_edge, _pixel_budget(num_frames, recipe)
+    rounded = round(num_frames / recipe.temporal_patch_size) * recipe.temporal_patch_size
+    return within(height, width, factor, bounds, num_frames, rounded)
+
+
+def _pixel_budget(num_frames: int, recipe: Qwen3VLRecipe) -> int:
+    if not recipe.cap_pixels_per_frame:
+        return recipe.longest_edge
+    ceiling = recipe.max_video_tokens * recipe.factor**2
+    share = min(ceiling, recipe.longest_edge // num_frames)
+    return max(share, int(recipe.shortest_edge * 1.05)) * num_frames
+
+
+def qwen3_vl_step(first_seconds: float, last_seconds: float, num_tokens: int, tokens: VisionTokens) -> str:
+    """The text of one Qwen3-VL temporal patch: the mean of its first and last frame's times, and its tokens.
+
+    A patch that was filled by repeating its only frame has that frame's time.
+    """
+    seconds = (first_seconds + last_seconds) / 2
+    return f"<{seconds:.1f} seconds>{tokens.start}{tokens.pad * num_tokens}{tokens.end}"
 
 
 class _Everywhere:
@@ -29,15 +92,74 @@ class _Everywhere:
 
 
 EVERYWHERE = _Everywhere()
+_DEEPSTACK = 3  # layers that receive vision features, in all sizes
+
+
+def _qwen3(name: str, hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> Size:
+    """A Qwen3 with multi-axis RoPE."""
+    return Size(
+        *(name, "qwen3_vl", hidden, intermediate, layers, heads),
+        kv_heads=8,
+        head_dim=128,
+        vocab=151936,
+        rope_theta=5e6,
+        rope_factor=None,
+        trained_length=262144,
+        qkv_bias=False,
+        tied=tied,
+    )
 
 
 class Qwen3VL(QwenVL):
     """`Qwen3VLForConditionalGeneration`, for example Qwen/Qwen3-VL-2B-Instruct."""
 
+    sizes: ClassVar[tuple[Size, ...]] = (
+        _qwen3("qwen3-vl-2b", 2048, 6144, 28, 16, tied=True),
+        _qwen3("qwen3-vl-4b", 2560, 9728, 36, 32, tied=True),
+        _qwen3("qwen3-vl-8b", 4096, 12288, 36, 32, tied=False),
+    )
     recipe: Qwen3VLRecipe
 
+    @classmethod
+    def random_config(cls, size: Size) -> Any:
+        vision = {**SMALL_TOWER, "out_hidden_size": size.hidden}
+        sixteenth = size.head_dim // 16
+        sections = [
+            3 * sixteenth,
+            5 * sixteenth // 2,
+            5 * sixteenth // 2,
+        ]  # time, height and width share the rotated pairs
+        rope = {
+            "rope_type": "default",
+            "rope_theta": size.rope_theta,
+            "mrope_section": sections,
+            "mrope_interleaved": True,
+        }
+        return Qwen3VLConfig(
+            vision_config={**vision, "deepstack_visual_indexes": [0]},
+            text_config={"head_dim": size.head_dim, "rope_parameters": rope, **text_config(size)},
+            tie_word_embeddings=size.tied,
+        )
+
+    def random_step(self, tokens: int, start: int) -> Segment:
+        """The largest square is the picture, the rest is text."""
+        step, side = super().random_step(tokens, start), isqrt(tokens)
+        words = text_positions(start + side, tokens - side * side, self.model.device)
+        positions = torch.cat([grid_positions(start, side, side, self.model.device), words], dim=-1)  # [3, 1, T]
+        deep = [torch.randn_like(step.embeds) for _ in range(_DEEPSTACK)]
+        extras = {"visual_pos_masks": EVERYWHERE, "deepstack_visual_embeds": deep}
+        return replace(step, positions=positions, frames=self.frames_per_step, extras=extras)
+
+    def stride(self, tokens: int) -> int:
+        side = isqrt(tokens)
+        return side + tokens - side * side
+
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-        return qwen3_vl_tokens(tokenizer)
+        """Stock replaces only the pad token. The start and end that the chat template writes around it stay, so the
+        prompt holds a `<|vision_start|>` before the first timestamp and a `<|vision_end|>` after the last step,
+        besides each step's own.
+        """
+        return qwen_tokens(tokenizer)
 
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = Qwen3VLRecipe.from_dict(video_json)

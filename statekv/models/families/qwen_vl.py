@@ -1,9 +1,7 @@
 """What Qwen3-VL and Qwen2.5-VL share: two frames make a step, positions have three axes, one way to look.
 
-The Qwen families' pixels: how large a frame becomes, and its flat patches; as the stock video processors.
-
-Both families read the same keys of the JSON, and mean different things by them: Qwen3-VL's bounds are for the whole
-video, Qwen2.5-VL's for each frame.
+Both read the same keys of the video processor's JSON, and mean different things by them: Qwen3-VL's bounds are for the
+whole video, Qwen2.5-VL's for each frame.
 """
 
 from __future__ import annotations
@@ -15,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from statekv.errors import VideoError
 from statekv.models.adapter import VideoModel, check_placeholders
 from statekv.models.encoded import EncodedStep
 from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of, value_of
+from statekv.models.prompt import VisionTokens
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame
 
@@ -28,6 +28,10 @@ from statekv.video.frame import Frame
 _FRAMES_IF_UNKNOWN = 768
 
 Modality = Literal["image", "video"]
+
+
+# A vision tower that costs nothing, for models with random weights.
+SMALL_TOWER = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64}
 
 
 class QwenVL(VideoModel):
@@ -126,6 +130,15 @@ class QwenVL(VideoModel):
         return patches, (rows, columns)
 
 
+def qwen_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """Both families' tokens: as the tokenizer names them, or the usual ones, as in the stock processors."""
+    start = str(getattr(tokenizer, "vision_start_token", "<|vision_start|>"))
+    end = str(getattr(tokenizer, "vision_end_token", "<|vision_end|>"))
+    pad = str(getattr(tokenizer, "video_token", "<|video_pad|>"))
+    image = str(getattr(tokenizer, "image_token", "<|image_pad|>"))
+    return VisionTokens(start, end, pad, placeholder=pad, reserved=(start, end, pad, image))
+
+
 def temporal_patches(
     patches: torch.Tensor | None, grids: torch.Tensor | None
 ) -> Iterator[list[tuple[torch.Tensor, tuple[int, int]]]]:
@@ -188,95 +201,7 @@ class QwenRecipe(PixelRecipe):
         return self.patch_size * self.merge_size
 
 
-@dataclass(frozen=True)
-class Qwen3VLRecipe(QwenRecipe):
-    """Qwen3-VL: the bounds are for frames x height x width. Defaults are those of `Qwen3VLVideoProcessor`."""
-
-    stock_class: ClassVar[str] = "Qwen3VLVideoProcessor"
-
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    shortest_edge: int = 128 * 32 * 32
-    longest_edge: int = 32 * 32 * 768
-    patch_size: int = 16
-    max_video_tokens: int = 768
-
-
-@dataclass(frozen=True)
-class Qwen25VLRecipe(QwenRecipe):
-    """Qwen2.5-VL: the bounds are for height x width. Defaults are those of `Qwen2VLVideoProcessor`."""
-
-    stock_class: ClassVar[str] = "Qwen2VLVideoProcessor"
-
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    shortest_edge: int = 128 * 28 * 28
-    longest_edge: int = 28 * 28 * 768
-    patch_size: int = 14
-    max_video_tokens: int = 128000
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Qwen25VLRecipe:
-        """As for any of these; the JSON of older checkpoints names the bounds min_pixels and max_pixels."""
-        size = value_of(values, "size", {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
-        if isinstance(size, Mapping):
-            bounds = {"shortest_edge": values.get("min_pixels"), "longest_edge": values.get("max_pixels")}
-            size = {**size, **{edge: bound for edge, bound in bounds.items() if bound is not None}}
-        return super().from_dict({**values, "size": size})
-
-
-def qwen3_vl_size(height: int, width: int, num_frames: int, recipe: Qwen3VLRecipe) -> tuple[int, int]:
-    """The size to which Qwen3-VL resizes the frames of a video: `smart_resize` of transformers 5.23.
-
-    The budget is for the whole video, so the number of frames has to be known (or chosen) before the first
-    one. Stock refuses a video of a single frame; here it counts as the full temporal patch that it is padded
-    to. transformers before 5.15 rounds odd counts up to the temporal patch where later ones round half to
-    even: the two differ only when `num_frames % 4 == 1` and the budget lies between both roundings.
-
-    Args:
-        height, width: of the frames as decoded, in pixels.
-        num_frames: of the whole video.
-
-    Returns:
-        (height, width) in pixels, multiples of patch_size * merge_size.
-
-    Raises:
-        VideoError: one side is more than 200 times the other.
-    """
-    factor = recipe.factor
-    num_frames = max(num_frames, recipe.temporal_patch_size)
-    if height < factor or width < factor:
-        scale = max(factor / height, factor / width)
-        height, width = int(height * scale), int(width * scale)
-    bounds = recipe.shortest_edge, _pixel_budget(num_frames, recipe)
-    rounded = round(num_frames / recipe.temporal_patch_size) * recipe.temporal_patch_size
-    return _within(height, width, factor, bounds, num_frames, rounded)
-
-
-def qwen2_5_vl_size(height: int, width: int, num_frames: int, recipe: Qwen25VLRecipe) -> tuple[int, int]:
-    """The size to which Qwen2.5-VL resizes the frames of a video: Qwen2-VL's `smart_resize` of transformers 5.23.
-
-    Only with `cap_pixels_per_frame` does it depend on the number of frames, and then only for long videos.
-
-    Args:
-        height, width: of the frames as decoded, in pixels.
-        num_frames: of the whole video.
-
-    Returns:
-        (height, width) in pixels, multiples of patch_size * merge_size.
-
-    Raises:
-        VideoError: one side is more than 200 times the other.
-    """
-    factor, largest = recipe.factor, recipe.longest_edge
-    if recipe.cap_pixels_per_frame:
-        total = int(recipe.max_video_tokens * factor * factor * 0.9)
-        share = total * recipe.temporal_patch_size // num_frames
-        largest = max(min(largest, share), int(recipe.shortest_edge * 1.05))
-    return _within(height, width, factor, (recipe.shortest_edge, largest))
-
-
-def _within(
+def within(
     height: int, width: int, factor: int, bounds: tuple[int, int], frames: int = 1, rounded_frames: int = 1
 ) -> tuple[int, int]:
     """Multiples of `factor` that keep the shape, and the pixels of so many frames between the bounds."""
@@ -295,14 +220,6 @@ def _within(
         rounded_h = math.ceil(height * grow / factor) * factor
         rounded_w = math.ceil(width * grow / factor) * factor
     return rounded_h, rounded_w
-
-
-def _pixel_budget(num_frames: int, recipe: Qwen3VLRecipe) -> int:
-    if not recipe.cap_pixels_per_frame:
-        return recipe.longest_edge
-    ceiling = recipe.max_video_tokens * recipe.factor**2
-    share = min(ceiling, recipe.longest_edge // num_frames)
-    return max(share, int(recipe.shortest_edge * 1.05)) * num_frames
 
 
 def patchify(pixels: torch.Tensor, recipe: QwenRecipe) -> tuple[torch.Tensor, tuple[int, int, int]]:

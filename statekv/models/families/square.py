@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from statekv.models.adapter import VideoModel
 from statekv.models.encoded import EncodedStep
-from statekv.models.preprocess import SquareRecipe, resize_and_normalise
+from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of
 from statekv.video.frame import Frame
+
+# A vision tower that costs nothing, for models with random weights.
+SMALL_TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+Recipe = TypeVar("Recipe", bound="SquareRecipe")
+
+
+@dataclass(frozen=True)
+class SquareRecipe(PixelRecipe):
+    """Every frame to one size, in pixels, whatever its shape. Defaults are those that the stock classes share."""
+
+    stock_class: ClassVar[str]
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    height: int = 384
+    width: int = 384
+
+    @classmethod
+    def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
+        """Read the JSON of a checkpoint; missing and null keys take the stock class's defaults.
+
+        Raises:
+            ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
+        """
+        size = size_of(values, {"height": cls.height, "width": cls.width})
+        common = common_of(values, cls.stock_class, cls())
+        return cls(**common, height=size[0], width=size[1])
 
 
 class SquareFrames(VideoModel):

@@ -13,7 +13,8 @@ from statekv.models import FAMILIES, Checkpoint
 from statekv.models.adapter import VideoModel
 from statekv.models.families import qwen_vl
 from statekv.models.families.eagle2_5 import completed_config, completed_model
-from statekv.models.families.qwen_vl import Qwen3VLRecipe, Qwen25VLRecipe, qwen2_5_vl_size, qwen3_vl_size
+from statekv.models.families.qwen2_5_vl import Qwen25VLRecipe, qwen2_5_vl_size
+from statekv.models.families.qwen3_vl import Qwen3VLRecipe, qwen3_vl_size
 from statekv.models.loading import wrap_model
 from tests.models.families.eagle_stand_in import Eagle2_5_VLConfig, Eagle2_5_VLForConditionalGeneration
 

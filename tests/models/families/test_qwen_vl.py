@@ -10,7 +10,9 @@ import transformers
 from packaging.version import Version
 
 from statekv.errors import ModelError, VideoError
-from statekv.models.families.qwen_vl import Qwen3VLRecipe, Qwen25VLRecipe, patchify, qwen2_5_vl_size, qwen3_vl_size
+from statekv.models.families.qwen2_5_vl import Qwen25VLRecipe, qwen2_5_vl_size
+from statekv.models.families.qwen3_vl import Qwen3VLRecipe, qwen3_vl_size
+from statekv.models.families.qwen_vl import patchify
 from statekv.models.preprocess import resize_and_normalise
 from tests import stock
 
