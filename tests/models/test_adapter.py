@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from statekv.cache.stream import StreamState
+from statekv.config import Config
+from statekv.engine.engine import Engine
 from statekv.errors import ModelError
 from statekv.models import FAMILIES as KNOWN
-from statekv.models import adapter_of
-from statekv.models.adapter import Segment, runs
+from statekv.models import Family, adapter_of
+from statekv.models.adapter import Segment, Texts, runs
 from statekv.models.encoded import EncodedStep
+from statekv.models.families.internvl import InternVL
 from statekv.video.frame import Frame
 from tests.talk import shared_engine, some_frames, stock_model
 from tests.tiny import EVERY_MODEL, FAMILIES, tiny
@@ -130,3 +137,28 @@ def test_the_table_of_families_holds(family: str) -> None:
 )
 def test_runs_of_placeholders(ids: list[int], expected: list[tuple[int, int, int]]) -> None:
     assert list(runs(ids, [8, 9])) == expected
+
+
+def test_families_are_listed_without_waiting_for_torch() -> None:
+    code = "import sys; from statekv.models import FAMILIES; assert FAMILIES; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class OneFile(InternVL):
+    """A family of a user's own: InternVL, but for the word before a frame."""
+
+    def step_text(self, seen: EncodedStep, state: StreamState) -> str:
+        return super().step_text(seen, state).replace("Frame", "Picture")
+
+
+def test_a_family_is_one_file_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KNOWN, "one_file", Family(__name__, "OneFile", (), tokens_per_frame=4))
+    made = tiny("internvl")
+    texts = Texts(made.tokenizer, made.chat_template, made.video_json)
+    session = Engine(adapter_of("one_file")(made.model, texts), Config(budget=30)).open()
+    session.push(some_frames(3))
+    plain = shared_engine("internvl").open(budget=30)
+    plain.push(some_frames(3))
+    assert session.ask("What happens?", max_new_tokens=3)
+    assert session.state.frames == plain.state.frames == 3
+    assert session.state.tokens != plain.state.tokens
