@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from operator import attrgetter
@@ -172,14 +172,44 @@ def _given(other: str) -> Needs:
     return Needs(other, lambda values: values[other] is not None, f"`{other}`", f"give `{other}`")
 
 
-# A policy of the user's own is asked once it is loaded.
+def _goes_by_attention(values: Mapping[str, Any]) -> bool:
+    """Of a policy that is not loaded yet, but for those that are known, it is not known: `check_attention`."""
+    carry = values["carry"]
+    if isinstance(carry, str):
+        return carry.partition("(")[0].strip() not in _WITHOUT_ATTENTION
+    return bool(carry.needs_attention) if hasattr(carry, "needs_attention") else True
+
+
 ATTENTION = Needs(
     "carry",
-    lambda values: values["carry"] not in _WITHOUT_ATTENTION,
+    _goes_by_attention,
     "a `carry` that goes by attention",
     "set `carry` to 'attention'",
 )
-BOUNDED = Needs("carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "set `carry`")
+BOUNDED = Needs(
+    "carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "choose another `carry`"
+)
+# Two recalls go by the budget too, whatever is carried.
+BUDGETED = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] in ("recent", "sink_recent"))
+SINKING = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] == "sink_recent")
+
+
+def _recalled(recall: str) -> Needs:
+    told = f"`recall` {recall!r}"
+    return Needs("recall", lambda values: values["recall"] == recall, told, f"set `recall` to {recall!r}")
+
+
+RETRIEVING = _recalled("retrieve")
+
+# What frames come from, in words.
+SOURCES = {
+    "file": "a file",
+    "realtime": "a file in real time",
+    "live": "a live source",
+    "pushed": "pushed frames",
+    "processed": "a processor's outputs",
+}
+_READ = ("file", "realtime", "live")
 
 
 class Scope(NamedTuple):
@@ -216,6 +246,7 @@ class Setting(NamedTuple):
         panel: where the help of the commands shows it.
         needs: that without which it means nothing; None: it always does.
         scope: where it may differ.
+        sources: of `SOURCES`, with which it means something.
     """
 
     name: str
@@ -226,6 +257,7 @@ class Setting(NamedTuple):
     panel: str
     needs: Needs | None = None
     scope: Scope = OF_THE_STEP
+    sources: tuple[str, ...] = tuple(SOURCES)
 
     @property
     def option(self) -> str:
@@ -247,9 +279,15 @@ class Setting(NamedTuple):
 
 
 def _setting(
-    default: Any, help: str, kind: Kind, panel: str, scope: Scope = OF_THE_STEP, needs: Needs | None = None
+    default: Any,
+    help: str,
+    kind: Kind,
+    panel: str,
+    scope: Scope = OF_THE_STEP,
+    needs: Needs | None = None,
+    sources: tuple[str, ...] = tuple(SOURCES),
 ) -> Any:
-    known = {"help": help, "kind": kind, "panel": panel, "needs": needs, "scope": scope}
+    known = {"help": help, "kind": kind, "panel": panel, "needs": needs, "scope": scope, "sources": sources}
     return field(default=default, metadata=known)
 
 
@@ -261,7 +299,9 @@ class Config:
         ConfigError: a value outside its range, an unknown name, or settings that do not go together.
     """
 
-    budget: int = _setting(4096, "Tokens carried per layer and KV head: the paper's B.", _whole(1), "Method")
+    budget: int = _setting(
+        4096, "Tokens carried per layer and KV head: the paper's B.", _whole(1), "Method", needs=BUDGETED
+    )
     carry: Any = _setting(  # noqa: RUF009 (`field`, as for the others)
         "attention",
         "Which keys go on to the next step: a name, a class of your own as package.module:Class, either of them with "
@@ -283,12 +323,14 @@ class Config:
         "budget. By default what the carry says: 4 for sink_recent and random, else 0.",
         _whole(0),
         "Method",
+        needs=SINKING,
     )
     pin_prefix: bool = _setting(
         False,
         "Carry the prompt's prefix whatever its scores; it counts towards the budget. Some methods do.",
         SWITCH,
         "Method",
+        needs=BOUNDED,
     )
     decay: float = _setting(
         0.0,
@@ -336,6 +378,7 @@ class Config:
         _whole(1),
         "Answers",
         FREE._replace(planned=True),
+        needs=RETRIEVING,
     )
     retrieve_newest: int = _setting(
         0,
@@ -343,9 +386,10 @@ class Config:
         _whole(0),
         "Answers",
         FREE._replace(planned=True),
+        needs=RETRIEVING,
     )
     retrieve_carried: bool = _setting(
-        False, "Let recall retrieve show the carried keys too.", SWITCH, "Answers", OF_THE_STREAM
+        False, "Let recall retrieve show the carried keys too.", SWITCH, "Answers", OF_THE_STREAM, needs=RETRIEVING
     )
     retrieve_positions: str = _setting(
         "keep",
@@ -354,6 +398,7 @@ class Config:
         _one_of("keep", "reindex"),
         "Answers",
         OF_THE_STREAM,
+        needs=RETRIEVING,
     )
     last_frames: int = _setting(
         4,
@@ -361,6 +406,7 @@ class Config:
         _whole(1),
         "Answers",
         OF_THE_STREAM,
+        needs=_recalled("last_frames"),
     )
     uniform: bool = _setting(
         False,
@@ -376,9 +422,9 @@ class Config:
         "Prompt",
         OF_THE_STREAM,
     )
-    fps: float | None = _setting(1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM)
+    fps: float | None = _setting(1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM, sources=_READ)
     max_frames: int | None = _setting(
-        None, "Frames at most, spread over the video.", _whole(1), "Source", OF_THE_STREAM
+        None, "Frames at most, spread over the video.", _whole(1), "Source", OF_THE_STREAM, sources=_READ
     )
     horizon: int | None = _setting(
         None,
@@ -441,20 +487,32 @@ class Config:
         _one_of("auto", "naive", "blocked", "triton"),
         "Speed",
         Scope(on_restore=True),
+        needs=ATTENTION,
     )
     score_every: int = _setting(
         1,
         "Score keys with every n-th query of a step, counted from its last; 1, all, is the method.",
         _whole(1),
         "Method",
+        needs=ATTENTION,
     )
     seed: int = _setting(0, "Of what is drawn: carry random, coverage, sampled answers.", _whole(0, bits=63), "Method")
-    prefetch: int = _setting(8, "Frames decoded ahead of the model.", _whole(1), "Speed", FREE)
+    prefetch: int = _setting(8, "Frames decoded ahead of the model.", _whole(1), "Speed", FREE, sources=_READ)
     schemes: str = _setting(
-        ",".join(SCHEMES), "Protocols of sources that may be opened, with commas.", _some_of(SCHEMES), "Source", FREE
+        ",".join(SCHEMES),
+        "Protocols of sources that may be opened, with commas.",
+        _some_of(SCHEMES),
+        "Source",
+        FREE,
+        sources=_READ,
     )
     max_lag_seconds: float = _setting(
-        2.0, "Seconds that a frame of a live source waits before newer ones push it out.", SECONDS, "Source", FREE
+        2.0,
+        "Seconds that a frame of a live source waits before newer ones push it out.",
+        SECONDS,
+        "Source",
+        FREE,
+        sources=("live", "realtime"),
     )
     reconnect_seconds: float = _setting(
         300.0,
@@ -462,6 +520,7 @@ class Config:
         SECONDS,
         "Source",
         FREE,
+        sources=("live",),
     )
     vision_batch: int = _setting(
         8, "Steps whose pictures pass the vision tower together while a source is watched.", _whole(1), "Speed", FREE
@@ -491,13 +550,8 @@ class Config:
         """Settings that mean nothing beside the others: the rule, and the way out."""
         values = self.settings
         for setting in SETTINGS.values():
-            value, needs = values[setting.name], setting.needs
-            if needs is None or value == setting.default or needs.met(values):
-                continue
-            other = values[needs.other]
-            beside = f"without `{needs.other}`" if other is None else f"with `{needs.other}` {other!r}"
-            rule = f"`{setting.name}` is {setting.shown(value)} {beside}, but means something only with {needs.told}"
-            yield rule, f"{needs.way_out}, or leave `{setting.name}` out"
+            if setting.needs is not None and not setting.needs.met(values):
+                yield from _refusal(setting, setting.needs, values)
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together: the rule, and the way out."""
@@ -551,17 +605,35 @@ class Config:
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, Any]) -> Config:
-        """What `facts` has written down. Saves of format 0.1 hold no method; it is told from their settings."""
-        return cls(**{"_method" if name == "method" else name: value for name, value in facts.items()})
+        """What `facts` has written down.
+
+        Version 0.1 wrote no method, which is told from the settings, and settings that meant nothing beside the others.
+        Sinks were of sink_recent alone.
+        """
+        values = {name: setting.default for name, setting in SETTINGS.items()} | dict(facts)
+        if "method" not in facts and "sink_recent" not in (values["carry"], values["recall"]):
+            values["sinks"] = 0 if values["carry"] == "random" else None
+        method = values.pop("method", "")
+        return cls(**_without_idle(values), _method=method)
 
     def with_(self, method: str | None = None, **settings: Any) -> Config:
-        """A copy with another method and other settings; what the former method had set goes with it."""
+        """A copy with another method and other settings.
+
+        What the former method had set goes with it, and so does what means nothing any more beside the new ones. Of
+        these themselves all must mean something.
+        """
         for name in settings:
             check_name("setting", name, tuple(SETTINGS))
+        values = self.settings
         if method is not None:
             check_name("method", method, tuple(METHODS))
-            settings = {**self._of_method(), **METHODS[method], **settings}
-        return Config(**{**self.settings, **settings}, _method=method or self._method)
+            values |= self._of_method() | dict(METHODS[method])
+        return Config(**_without_idle(values | settings, but=settings), _method=method or self._method)
+
+    def fitting(self, **settings: Any) -> dict[str, Any]:
+        """Those of these settings that would mean something here: what several methods can be given at once."""
+        values = _without_idle(self.settings | settings)
+        return {name: value for name, value in settings.items() if _means(SETTINGS[name], values)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -615,6 +687,52 @@ def schema() -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+def _refusal(setting: Setting, needs: Needs, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Why a setting means nothing without what it needs, and the way out; nothing where it is not given."""
+    value, other = values[setting.name], values[needs.other]
+    if value != setting.default:
+        beside = f"without `{needs.other}`" if other is None else f"with `{needs.other}` {other!r}"
+        rule = f"`{setting.name}` is {setting.shown(value)} {beside}, but means something only with {needs.told}"
+        yield rule, f"{needs.way_out}, or leave `{setting.name}` out"
+
+
+def check_attention(config: Config) -> None:
+    """Raise a ConfigError if a setting is given that needs a carry which goes by attention; for one that does not."""
+    for setting in SETTINGS.values():
+        if setting.needs is ATTENTION:
+            for rule, way_out in _refusal(setting, ATTENTION, config.settings):
+                raise ConfigError(rule, way_out)
+
+
+def check_source(settings: Mapping[str, Any], source: str) -> None:
+    """Raise a ConfigError if one of these settings, given for this source, means nothing with it.
+
+    Args:
+        settings: by name; what is at its default passes.
+        source: of `SOURCES`.
+    """
+    for name, value in settings.items():
+        setting = SETTINGS[name]
+        if value == setting.default or source in setting.sources:
+            continue
+        told = " or ".join(SOURCES[known] for known in setting.sources)
+        rule = f"`{name}` is {setting.shown(value)} with {SOURCES[source]}, but means something only with {told}"
+        raise ConfigError(rule, f"leave `{name}` out")
+
+
+def _without_idle(values: Mapping[str, Any], but: Container[str] = ()) -> dict[str, Any]:
+    """Settings that mean nothing beside the others at their defaults, `but` those."""
+    found = dict(values)
+    for name, setting in SETTINGS.items():  # each stands behind what it needs
+        if name not in but and not _means(setting, found):
+            found[name] = setting.default
+    return found
+
+
+def _means(setting: Setting, values: Mapping[str, Any]) -> bool:
+    return setting.needs is None or setting.needs.met(values)
+
+
 def _name_of(values: Mapping[str, Any], made_with: str) -> str:
     """The method's name: that which it was made with if it is still true, else the one that asks for the most."""
 
@@ -627,7 +745,8 @@ def _name_of(values: Mapping[str, Any], made_with: str) -> str:
     if fits(made_with):
         return made_with
     found = [method for method in METHODS if fits(method)]
-    return max(found, key=lambda method: len(METHODS[method]), default=f"{values['carry']}+{values['recall']}")
+    carry = values["carry"] if isinstance(values["carry"], str) else spell(values["carry"], CARRIES)
+    return max(found, key=lambda method: len(METHODS[method]), default=f"{carry}+{values['recall']}")
 
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:

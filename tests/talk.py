@@ -21,7 +21,7 @@ from statekv.video.frame import Frame
 from tests.tiny import Tiny, tiny, video
 
 QUESTION = "What happens in the video?"
-UNLIMITED: dict[str, Any] = {"budget": 100_000, "carry": "all"}
+UNLIMITED: dict[str, Any] = {"carry": "all"}
 TOLERANCE = 1e-4
 
 

@@ -11,23 +11,36 @@ from typing import Any
 import pytest
 import torch
 
+from statekv.cache.policies import Candidates, Policy
+from statekv.cache.stream import policy_of
 from statekv.config import (
-    ATTENTION,
     BYTES,
     CARRIES,
     METHODS,
     RECALLS,
     SETTINGS,
+    SOURCES,
     Config,
     Setting,
     bytes_of,
     check_name,
+    check_source,
     load_named,
     schema,
     spell,
     told,
 )
 from statekv.errors import ConfigError
+
+HERE = "tests.test_config"
+
+
+class Whatever(Policy):
+    """Goes by nothing."""
+
+    def score(self, candidates: Candidates) -> torch.Tensor:
+        return candidates.token_ids.double()
+
 
 CAPS = [name for name, setting in SETTINGS.items() if setting.kind is BYTES]
 
@@ -41,7 +54,7 @@ def test_the_defaults_are_the_paper() -> None:
     assert config.method == "statekv"
     assert (config.carry, config.recall, config.budget, config.pin_prefix) == ("attention", "all", 4096, False)
     assert config.score_every == 1
-    assert not any(getattr(config, name) for name, setting in SETTINGS.items() if setting.needs is ATTENTION)
+    assert not any((config.decay, config.value_norms, config.layer_slope, config.pin_newest, config.coverage))
     assert config == Config.of() == Config.of("statekv")
 
 
@@ -54,9 +67,9 @@ def test_is_frozen_and_can_be_a_key() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_what_it_sets(method: str) -> None:
-    config = Config.of(method, budget=99)
-    settings: dict[str, Any] = dict(METHODS[method])
-    assert config == Config(budget=99, **settings)
+    budget = Config.of(method).fitting(budget=99)
+    config, settings = Config.of(method, **budget), {**METHODS[method], **budget}
+    assert config == Config(**settings)
     assert config.method == method
 
 
@@ -98,7 +111,8 @@ def test_none_takes_a_limit_away() -> None:
 
 def test_another_method_replaces_both_dials_and_nothing_else() -> None:
     config = Config(carry="recent", recall="recent", budget=10, seed=4)
-    assert config.with_("full") == Config(carry="all", recall="all", budget=10, seed=4)
+    assert config.with_("uniform") == Config.of("uniform", seed=4)
+    assert config.with_("statekv") == Config(budget=10, seed=4)
     assert config.with_(None, budget=11).carry == "recent"
 
 
@@ -108,7 +122,7 @@ def test_the_method_is_what_it_was_made_with() -> None:
     assert config.method == "full"
     assert Config(carry="all", uniform=True, max_frames=9).method == "uniform"
     assert config == Config(carry="all", uniform=True, max_frames=9)  # who made it changes nothing about it
-    for kept in (config.with_(budget=3), dataclasses.replace(config, budget=3), copy.deepcopy(config)):
+    for kept in (config.with_(seed=3), dataclasses.replace(config, seed=3), copy.deepcopy(config)):
         assert kept.method == "full"
 
 
@@ -144,6 +158,71 @@ def test_it_shows_what_is_not_as_it_would_be_anyway(config: Config, shown: str) 
     assert repr(config) == shown
     again = eval(shown)
     assert (again, again.method) == (config, config.method)
+
+
+def test_what_the_former_method_alone_had_a_use_for_goes_with_it() -> None:
+    """A session may have another method than its engine, whose settings are those of sessions that say nothing."""
+    engine = Config.of("statekv_retrieve", budget=9, retrieve=5, decay=0.5, kernel="naive", fps=3.0)
+    assert engine.with_("full") == Config.of("full", fps=3.0)
+    assert engine.with_("recency_window") == Config.of("recency_window", budget=9, fps=3.0)
+    assert engine.with_("rekv") == Config.of("rekv", budget=9, retrieve=5, fps=3.0)
+    assert engine.with_(carry="all") == Config(carry="all", recall="retrieve", retrieve=5, fps=3.0)
+    with pytest.raises(ConfigError, match="budget is 9 with carry 'all'"):
+        engine.with_("full", budget=9)
+    with pytest.raises(ConfigError, match="memory is 1"):  # a promise is not dropped
+        Config(memory=1).with_("full")
+
+
+def test_what_version_0_1_saved_is_read() -> None:
+    """It saved every setting, whether it meant something or not."""
+    facts = Config.of("full").settings | {"budget": 40, "retrieve": 3, "pin_prefix": True}
+    assert Config.of_facts(facts) == Config.of("full")
+
+
+@pytest.mark.parametrize("carry", ["recent", "recent()", " key_norm()", Whatever()], ids=str)
+def test_dials_of_attention_need_it(carry: Any) -> None:
+    for name, value in {"decay": 0.5, "score_every": 2, "kernel": "naive"}.items():
+        with pytest.raises(ConfigError, match=f"{name} is {value!r} with carry .*, but means something only with"):
+            Config(**{"carry": carry, name: value})
+
+
+def test_a_policy_that_is_not_known_is_asked_once_it_is_loaded() -> None:
+    config = Config(carry=f"{HERE}:Whatever", kernel="naive")
+    with pytest.raises(ConfigError, match=r"kernel is 'naive' with carry 'tests.test_config:Whatever', but means"):
+        policy_of(config)
+    assert policy_of(Config(carry=f"{HERE}:Whatever")).needs_attention is False
+
+
+def test_a_policy_keeps_its_own_sinks_within_the_budget() -> None:
+    with pytest.raises(ConfigError, match=r"carry 'random' keeps 4 sinks, which fill a budget of 4 \(raise budget"):
+        policy_of(Config(carry="random", budget=4))
+    policy_of(Config(carry="random", budget=4, sinks=3))
+    policy_of(Config(carry="random", budget=5))
+
+
+def test_a_policy_names_the_method() -> None:
+    assert Config(carry=Whatever()).method == f"{HERE}:Whatever()+all"
+    assert Config(carry="key_norm").method == "key_norm+all"
+
+
+def test_settings_for_several_methods_are_given_to_those_that_have_a_use_for_them() -> None:
+    given = {"budget": 9, "retrieve": 5, "kernel": "naive", "memory": "1GiB", "bits": 4, "seed": 3}
+    assert Config.of("statekv").fitting(**given) == {name: given[name] for name in given if name != "retrieve"}
+    assert Config.of("rekv").fitting(**given) == {name: given[name] for name in given if name != "kernel"}
+    assert Config.of("full").fitting(budget=9, bits=4, seed=3) == {"seed": 3}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_means_nothing_with_a_source_is_refused(source: str) -> None:
+    for name, value in {"fps": 2.0, "prefetch": 3, "max_lag_seconds": 5.0, "reconnect_seconds": 0, "seed": 3}.items():
+        check_source({name: SETTINGS[name].default}, source)
+        if source in SETTINGS[name].sources:
+            check_source({name: value}, source)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            check_source({name: value}, source)
+        assert f"{name} is {value!r} with {SOURCES[source]}, but means something only with" in str(caught.value)
+        assert caught.value.hint == f"leave {name} out"
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -184,7 +263,9 @@ def test_errors_can_be_spelled_as_the_command_line_does() -> None:
 @pytest.mark.parametrize("former", METHODS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_leaves_nothing_to_the_next(former: str, method: str) -> None:
-    assert Config.of(former, budget=9, sinks=1).with_(method) == Config.of(method, budget=9, sinks=1)
+    settings = {"retrieve": 9, "sinks": 1, "kernel": "naive", "seed": 3}
+    of_both = {**Config.of(method).fitting(**Config.of(former).fitting(**settings))}
+    assert Config.of(former, **Config.of(former).fitting(**settings)).with_(method) == Config.of(method, **of_both)
 
 
 def test_what_was_set_by_hand_stays() -> None:
@@ -263,6 +344,16 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"host_memory": "1KiB"}, ["host_memory is 1.0 KiB", "without memory", "give memory"]),
         ({"disk": "1KiB", "disk_folder": "x"}, ["disk is 1.0 KiB", "without memory"]),
         ({"memory": "1GiB", "disk_folder": "x"}, ["disk_folder is 'x'", "without disk", "give disk"]),
+        ({"carry": "all", "budget": 9}, ["budget is 9 with carry 'all'", "leaves keys behind", "leave budget out"]),
+        ({"carry": "all", "recall": "recent", "sinks": 3}, ["sinks is 3 with carry 'all'"]),
+        ({"carry": "all", "pin_prefix": True}, ["pin_prefix is True with carry 'all'"]),
+        ({"carry": "recent", "kernel": "naive"}, ["kernel is 'naive' with carry 'recent'", "set carry to 'attention'"]),
+        ({"carry": "random", "score_every": 2}, ["score_every is 2 with carry 'random'"]),
+        ({"retrieve": 9}, ["retrieve is 9 with recall 'all'", "set recall to 'retrieve', or leave retrieve out"]),
+        ({"retrieve_newest": 1, "recall": "recent"}, ["retrieve_newest is 1 with recall 'recent'"]),
+        ({"retrieve_carried": True}, ["retrieve_carried is True with recall 'all'"]),
+        ({"retrieve_positions": "reindex"}, ["retrieve_positions is 'reindex' with recall 'all'"]),
+        ({"last_frames": 9}, ["last_frames is 9 with recall 'all'", "set recall to 'last_frames'"]),
         ({"memory": 512, "carry": "all"}, ["memory is 512", "carry 'all'", "leave memory out"]),
         ({"memory": 512, "recall": "recent"}, ["memory is 512", "recall 'recent'", "set recall to"]),
         ({"memory": 512, "recall": "sink_recent"}, ["memory is 512", "recall 'sink_recent'"]),
@@ -295,8 +386,11 @@ def test_a_wrong_type_is_not_told_to_be_larger() -> None:
         {"fps": 29.97},
         {"budget": 5, "sinks": 4},
         {"budget": 4, "sinks": 3, "carry": "sink_recent"},
-        {"retrieve": 1, "retrieve_newest": 0, "last_frames": 1, "recall": "retrieve", "retrieve_carried": True},
-        {"retrieve_carried": True, "carry": "all", "retrieve_positions": "reindex"},  # likewise
+        {"retrieve": 1, "retrieve_newest": 0, "recall": "retrieve", "retrieve_carried": True},
+        {"last_frames": 1, "recall": "last_frames", "carry": "all"},
+        {"retrieve": 64, "last_frames": 4, "sinks": SETTINGS["sinks"].default},  # as if they had not been given
+        {"budget": 9, "recall": "recent", "carry": "all"},
+        {"budget": 9, "sinks": 3, "recall": "sink_recent", "carry": "all"},
         {"uniform": True, "max_frames": 1},
         {"decay": 1, "coverage": 1.0, "layer_slope": -0.99, "pin_newest": 0},
         {"decay": 0, "coverage": 0.0, "layer_slope": 0.5, "budget": 2, "value_norms": True},
@@ -402,7 +496,6 @@ class Holding(Method):
     step: object
 
 
-HERE = "tests.test_config"
 TABLE: dict[str, str | type[Any]] = {"every": f"{HERE}:Every", "bare": Method}
 
 

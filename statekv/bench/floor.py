@@ -97,7 +97,8 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
     size = size_of(name, layers)
     runner = ModelRunner(build(size, torch.device("meta"), torch.bfloat16))
     method = "full" if budget is None else "statekv"
-    state = runner.open(Config.of(method, kernel="naive", budget=budget or Config().budget))
+    settings = {} if budget is None else {"budget": budget, "kernel": "naive"}
+    state = runner.open(Config.of(method, **settings))
     with counting() as counter:
         for tokens in steps:
             runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from statekv.cache.policies.wrappers import Checked, Covered, Decayed, Noted, Pi
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
 from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span
 from statekv.cache.tiers.cache import TieredCache
-from statekv.config import CARRIES, Config, load_named
+from statekv.config import CARRIES, Config, check_attention, load_named
 from statekv.errors import ConfigError, HorizonError
 from statekv.ops.rope import Angles
 
@@ -525,14 +525,15 @@ def policy_of(config: Config, pinned: int = 0) -> Policy:
     Raises:
         ConfigError: there is no such policy, or it does not go with the dials.
     """
-    c, found = config, load_named(config.carry, CARRIES, "carry", Policy)
+    c, found = config, load_named(config.carry, CARRIES, "`carry`", Policy)
     sinks, ours = found.sinks if c.sinks is None else c.sinks, type(found).__module__.startswith("statekv.")
-    if any(each.name == "seed" for each in fields(found)) and found.seed is None:
+    if "seed" in getattr(found, "__dataclass_fields__", ()) and found.seed is None:
         found = replace(found, seed=c.seed)
-    for name, idle in (("decay", 0), ("score_every", 1)):
-        if getattr(c, name) != idle and not found.needs_attention:
-            rule = f"`{name}` is {getattr(c, name)} with `carry` {c.carry!r}, but means something only with attention"
-            raise ConfigError(rule, f"set `carry` to 'attention', or leave `{name}` out")
+    if not found.needs_attention:
+        check_attention(c)
+    if sinks and sinks >= c.budget:
+        rule = f"`carry` {c.carry!r} keeps {sinks} sinks, which fill a `budget` of {c.budget}"
+        raise ConfigError(rule, "raise `budget` or lower `sinks`")
     policy: Policy = found if ours else Checked(found)
     if c.decay:
         policy = Decayed(policy, c.decay)

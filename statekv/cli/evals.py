@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from statekv.evals.task import Task
 
 _METHODS = "full,statekv,recency_window,random"
+_SEPARATE = re.compile(r",(?![^(]*\))")  # package.module:Class(one=1,two=2) is one
+_OWN = re.compile(r":(?=\w+=)")
 
 
 TaskName = Annotated[str, typer.Argument(help="cards, videomme, mlvu, ovo_realtime, ovo_backward.", show_default=False)]
@@ -131,27 +134,36 @@ def _open_task(name: str, folder: Path | None, frames: int | None, videos: int |
 def _configs(
     methods: list[str], budgets: list[int], prescribed: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Config]:
-    """A configuration for each method and budget, the budget in its name where it means something."""
-    found = {}
-    for written in dict.fromkeys(written.strip() for part in methods for written in part.split(",")):
+    """A configuration for each method and budget, the budget in its name where it means something.
+
+    Raises:
+        ConfigError: among others, a setting that means nothing to any of the methods.
+    """
+    found: dict[str, Config] = {}
+    idle = dict(given)
+    for written in dict.fromkeys(written.strip() for part in methods for written in _SEPARATE.split(part)):
         method, own = _read_method(written)
         # What a task prescribes does not undo what makes a method: uniform takes 64 frames of any video.
-        settings = {name: value for name, value in prescribed.items() if name not in METHODS[method]}
-        settings |= {**given, **own}
-        name = written.replace(":", "-")
-        if Config.of(method, **settings).carry == "all":
-            found[name] = Config.of(method, **settings)
+        plain = Config.of(method, **{n: value for n, value in prescribed.items() if n not in METHODS[method]} | own)
+        taken = plain.fitting(**given)
+        config, name = plain.with_(**taken | own), written.replace(":", "-")
+        budgeted = {f"{name}-{budget}": config.fitting(budget=budget) for budget in budgets}
+        if any(budgeted.values()):
+            found |= {label: config.with_(**settings) for label, settings in budgeted.items()}
         else:
-            found |= {f"{name}-{budget}": Config.of(method, **settings, budget=budget) for budget in budgets}
+            found[name] = config
+        idle = {name: value for name, value in idle.items() if name not in taken}
+    for name, value in idle.items():
+        plain.with_(**{name: value})
     return found
 
 
 def _read_method(written: str) -> tuple[str, dict[str, Any]]:
     """`statekv:decay=0.9` → the method and settings of its own."""
-    method, *own = written.split(":")
+    method, given, rest = written.partition(":")
     check_name("method", method, tuple(METHODS))
     settings = {}
-    for text in own:
+    for text in _OWN.split(rest) if given else ():
         name, _, value = text.partition("=")
         if not value or name == "budget":
             raise ConfigError(

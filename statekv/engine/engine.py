@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from statekv.cache.folder import Saved, read_folder
-from statekv.cache.stream import StreamState, room_for_answers
+from statekv.cache.stream import StreamState, policy_of, room_for_answers
 from statekv.config import Config
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
@@ -18,7 +18,7 @@ from statekv.engine.snapshot import load_session
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
-from statekv.runner.runner import ModelRunner
+from statekv.runner.runner import ModelRunner, with_reducer
 from statekv.video.address import check_scheme, display_name, local_path, locate
 from statekv.video.file import VideoInfo, count_frames, probe
 from statekv.video.frame import Frame
@@ -227,6 +227,10 @@ def load(
         ModelError: a checkpoint that is not found, not supported or does not load.
     """
     config = Config.of(method, **settings)
+    # A policy or a reducer that is not there is told before the checkpoint is read.
+    if config.carry != "all":
+        policy_of(config)
+    with_reducer(config)
     loaded = load_model(
         model,
         dtype=dtype,

@@ -18,6 +18,7 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.models.adapter import VideoModel
 from statekv.video.frame import Frame
 from tests.analysis.streams import opened, watched
+from tests.method.presets import filled
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.talk import assert_same_memory, assert_same_stream, entering, memory, shared_engine, some_frames
@@ -140,7 +141,7 @@ def test_a_session_that_is_looked_into_equals_one_that_is_not(family: str) -> No
 @pytest.mark.parametrize("carry", ["all", "attention", "random"])
 def test_an_observer_changes_nothing_and_is_told_the_key_scores(family: str, carry: str) -> None:
     engine = shared_engine(family)
-    observed, plain = engine.open(carry=carry, budget=20), engine.open(carry=carry, budget=20)
+    observed, plain = (engine.open(**filled({"carry": carry}, budget=20)) for _ in range(2))
     model, told = engine.model, list[tuple[int, torch.Tensor]]()
     with torch.inference_mode():
         for frames in zip(*[iter(some_frames(6))] * model.frames_per_step, strict=True):

@@ -15,10 +15,11 @@ from statekv.cache.stream import Compaction, StreamState
 from statekv.config import METHODS, Config
 from statekv.errors import ConfigError
 from tests.cache.tokens import check_whole, keys, kv_spec, values
+from tests.method.presets import filled
 
 
 def stream(method: str = "statekv", **settings: Any) -> StreamState:
-    return StreamState(kv_spec(), Config.of(method, **settings), horizon=1000)
+    return StreamState(kv_spec(), Config.of(**filled({"method": method}, **settings)), horizon=1000)
 
 
 def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_seconds: float | None = None) -> None:

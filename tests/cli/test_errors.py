@@ -161,7 +161,7 @@ def test_sinks_that_fill_the_budget(film: Path, setting: tuple[str, str]) -> Non
 )
 def test_names_that_nobody_knows(film: Path, option: str, known: tuple[str, ...]) -> None:
     line = refused("ask", film, COUNT, f"--{option.replace('_', '-')}", "nope")
-    assert f"'nope' (known: {', '.join(known)})" in line
+    assert f"'nope' (known: {', '.join(known)}" in line
     assert all(name in line for name in known)
 
 

@@ -19,6 +19,7 @@ from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from statekv.video.live import FrameBuffer, LiveSource, LiveStatus
 from tests.engine.test_session_failures import NO_MEMORY, failing
+from tests.method.presets import filled
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, some_frames
 from tests.tiny import FAMILIES, video
@@ -58,13 +59,13 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def watching(engine: Engine, frames: Sequence[Frame], **settings: Any) -> Session:
-    session = engine.open(**{"budget": 20, "vision_batch": 1, **settings})
+    session = engine.open(**filled(settings, budget=20, vision_batch=1))
     session.source = iter(frames)
     return session
 
 
 def filming(engine: Engine, **settings: Any) -> tuple[Session, Camera]:
-    session, camera = engine.open(**{"budget": 20, **settings}), Camera()
+    session, camera = engine.open(**filled(settings, budget=20)), Camera()
     session.source = camera
     return session, camera
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from statekv.errors import ConfigError, ModelError, SaveError, StateKVError, Vid
 from statekv.ops.packed import packable
 from statekv.video.file import probe
 from statekv.video.writer import write_video
+from tests.method.presets import chosen, preset
 from tests.runner.test_packing import Watched
 from tests.talk import (
     QUESTION,
@@ -32,15 +32,9 @@ from tests.video.clips import write_clip
 
 EVERY_KIND = pytest.mark.parametrize("family", EVERY_MODEL)
 FRAMES = 14
-SETTINGS: dict[str, dict[str, Any]] = {
-    "attention": {"budget": 30},
-    "random": {"budget": 30, "carry": "random", "seed": 5},
-    "rekv": {"method": "rekv", "budget": 60, "retrieve": 2},
-    "streaming_llm": {"method": "streaming_llm", "budget": 30},
-    "all": {"carry": "all"},
-    "last_frames": {"method": "last_frames"},
-    "far": {"budget": 30, "horizon": 9000},
-    "dials": {"budget": 60, "decay": 0.5, "layer_slope": 0.3, "pin_newest": 1, "coverage": 0.2, "value_norms": True},
+SETTINGS = {
+    **chosen("attention", "random", "rekv", "streaming_llm", "all", "last_frames", "far", budget=30),
+    "every dial": preset("every dial", budget=60),
 }
 
 

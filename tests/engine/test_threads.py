@@ -16,19 +16,15 @@ from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from tests.engine.test_scheduler import watching
+from tests.method.presets import chosen
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
 
 THREADS = 8
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"carry": "random"},
-    {"method": "statekv_retrieve", "retrieve": 2},
-    {"pin_prefix": True, "budget": 40},
-    {"method": "full"},
-    {"method": "last_frames"},
-    {"decay": 0.5},
-    {"method": "streaming_llm"},
+SETTINGS = [
+    *chosen(
+        *("attention", "random", "retrieve", "pinned", "all", "last_frames", "decay", "streaming_llm"), budget=20
+    ).values()
 ]
 
 
@@ -55,7 +51,7 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
 def life(engine: Engine, number: int) -> list[Any]:
     """Pushes, questions, answers given up, forks and closes, as the number says; what all of it came to."""
     drawn, seen = Random(number), list[Any]()
-    ways = {"budget": 20, "horizon": 5000 + 1000 * number, **SETTINGS[number % len(SETTINGS)]}
+    ways = {"horizon": 5000 + 1000 * number, **SETTINGS[number % len(SETTINGS)]}
     sessions = [engine.open(**ways)]  # another horizon: other rotary frequencies, set on the one model
     for _ in range(25):
         session = drawn.choice(sessions)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from statekv.errors import StateKVError
+from tests.method.presets import chosen
 from tests.talk import (
     QUESTION,
-    UNLIMITED,
     assert_same_memory,
     assert_same_stream,
     frames_of,
@@ -21,14 +21,7 @@ from tests.talk import (
 )
 from tests.tiny import FAMILIES, video
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "attention": {"budget": 20},
-    "roomy": {"budget": 100_000},
-    "pinned": {"budget": 40, "pin_prefix": True},
-    "all": UNLIMITED,
-    "random": {"budget": 20, "carry": "random"},
-    "streaming_llm": {"budget": 20, "method": "streaming_llm"},
-}
+SETTINGS = chosen("attention", "roomy", "pinned", "all", "random", "streaming_llm", budget=20)
 EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

@@ -17,6 +17,7 @@ from statekv.errors import HorizonError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.ops.rope import rotate
 from statekv.runner.runner import ModelRunner
+from tests.method.presets import chosen, filled, preset
 from tests.talk import (
     QUESTION,
     assert_same_answer,
@@ -33,12 +34,10 @@ from tests.tiny import FAMILIES, video
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 SHORT = 160  # positions
 LONG = 48  # frames: far more than fit
-SETTINGS: dict[str, dict[str, Any]] = {
-    "attention": {"budget": 40},
-    "all": {"carry": "all"},
-    "pinned": {"budget": 60, "pin_prefix": True, "decay": 0.5},
-    "streaming_llm": {"budget": 40, "method": "streaming_llm"},
-    "retrieve": {"budget": 40, "recall": "retrieve", "retrieve": 3, "retrieve_carried": True},
+SETTINGS = {
+    **chosen("attention", "all", "streaming_llm"),
+    "pinned": preset("pinned", budget=60, decay=0.5),
+    "retrieve": preset("retrieve", retrieve=3, retrieve_carried=True),
 }
 EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 TWO_SETTINGS = pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def pictures(family: str, frames: int = LONG) -> list[Any]:
 
 
 def opened(family: str, horizon: int = SHORT, **settings: Any) -> Session:
-    return shared_engine(family).open(**{"budget": 40, "horizon": horizon, "max_new_tokens": 6, **settings})
+    return shared_engine(family).open(**filled(settings, budget=40, horizon=horizon, max_new_tokens=6))
 
 
 class Unrotated(ModelRunner):

@@ -21,6 +21,7 @@ from statekv.reduce.static import Static
 from statekv.video.writer import write_video
 from tests.engine.test_session_failures import NO_MEMORY, failing
 from tests.evals.small import Small, videos_of, write_clips
+from tests.method.presets import filled
 from tests.reduce.methods import Everything, Rotating
 from tests.talk import (
     QUESTION,
@@ -40,7 +41,7 @@ PLACE = "tests.reduce.methods:Rotating(by=2)"
 
 
 def opened(family: str, reduce: object = PLACE, **settings: Any) -> Session:
-    return shared_engine(family).open(**{"budget": 30, "reduce": reduce, **settings})
+    return shared_engine(family).open(**filled(settings, budget=30, reduce=reduce))
 
 
 def memories(session: Session) -> Mapping[str, Mapping[str, Any]]:

@@ -16,6 +16,7 @@ from statekv.models.adapter import Segment
 from statekv.models.hooks import Observer
 from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHand, Keep, Piece, always, best, newest, pieces_of
+from tests.method.presets import filled
 from tests.method.test_method import PREFIX, assert_close
 from tests.talk import (
     QUESTION,
@@ -177,7 +178,7 @@ def test_reindexed_keys_are_rotated_where_they_then_stand(family: str, settings:
 
 def compare(family: str, settings: dict[str, Any]) -> None:
     made = stock_model(family)
-    session = watched(family, **{"recall": "retrieve", "budget": 24, **settings})
+    session = watched(family, **filled(settings, recall="retrieve", budget=24))
     session.ask(QUESTION, max_new_tokens=4)
     prefix = len(made.tokenizer(PREFIX[family])["input_ids"])
     rule = always(prefix, newest) if settings.get("method") == "rekv" else best
@@ -204,12 +205,13 @@ def compare(family: str, settings: dict[str, Any]) -> None:
 @EVERY_FAMILY
 def test_with_every_step_retrieved_it_is_full_recall(family: str, method: str) -> None:
     steps = FRAMES // shared_engine(family).model.frames_per_step
-    every = watched(family, method=method, budget=24)
+    settings = filled({"method": method}, budget=24)
+    every = watched(family, **settings)
     for retrieve, last in ((steps, 0), (steps + 7, 0), (steps - 2, 2), (1, steps)):
-        found = watched(family, method=method, budget=24, recall="retrieve", retrieve=retrieve, retrieve_newest=last)
+        found = watched(family, **settings, recall="retrieve", retrieve=retrieve, retrieve_newest=last)
         assert_same_stream(found, every)
         assert torch.equal(found.logits(QUESTION), every.logits(QUESTION))
-    fewer = watched(family, method=method, budget=24, recall="retrieve", retrieve=steps - 1)
+    fewer = watched(family, **settings, recall="retrieve", retrieve=steps - 1)
     assert not torch.allclose(fewer.logits(QUESTION), every.logits(QUESTION), atol=1e-3)
 
 

@@ -19,6 +19,7 @@ from statekv.config import BYTES, SETTINGS, Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError, StorageError
 from statekv.ops.quantise import dequantise, quantise
+from tests.method.presets import chosen, filled, preset
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.runner.test_runner import push_together
@@ -42,18 +43,17 @@ LOWER: dict[str, dict[str, Any]] = {
     "host and disk": {"host_memory": "100KiB", "disk": "1GiB"},
 }
 EVERY_LOWER = pytest.mark.parametrize("lower", LOWER.values(), ids=LOWER)
-CARRY: dict[str, dict[str, Any]] = {
-    "attention": {},
-    "pinned": {"pin_prefix": True, "pin_newest": 1},
-    "decay": {"decay": 0.5, "value_norms": True},
-    "random": {"method": "random"},
-    "retrieve": {"recall": "retrieve", "retrieve": 3, "retrieve_carried": True},
+CARRY = {
+    **chosen("attention", "random"),
+    "pinned": preset("pinned", pin_newest=1),
+    "decay": preset("decay", value_norms=True),
+    "retrieve": preset("retrieve", retrieve=3, retrieve_carried=True),
 }
 EVERY_CARRY = pytest.mark.parametrize("carry", CARRY.values(), ids=CARRY)
 
 
 def opened(family: str, **settings: Any) -> Session:
-    return shared_engine(family).open(**{"budget": 40, "max_new_tokens": 6, **settings})
+    return shared_engine(family).open(**filled(settings, budget=40, max_new_tokens=6))
 
 
 @functools.cache

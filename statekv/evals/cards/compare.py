@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
@@ -114,7 +115,7 @@ def compare(
         path = folder / f"cards-{number}.mp4"
         write_film(story, path)
         asked = questions(story, np.random.default_rng([story.seed, 3]), per_kind)
-        sessions = [engine.open(method=method, budget=budget) for method in METHODS]
+        sessions = [engine.open(method=name, **Config.of(name).fitting(budget=budget)) for name in METHODS]
         _watch(path, sessions, results)
         _ask(asked, sessions, results)
         for session in sessions:
