@@ -101,3 +101,10 @@ def test_the_package_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "statekv", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "statekv" in done.stdout
+
+
+def test_what_is_pinned_twice_is_pinned_alike() -> None:
+    """`make` installs both lists under the constraints of the first."""
+    lists = [(ROOT / name).read_text().splitlines() for name in ("constraints.txt", "tests/lmms-eval.txt")]
+    first, second = ({line.partition("==")[0].lower(): line for line in lines if "==" in line} for lines in lists)
+    assert {name: second[name] for name in first.keys() & second.keys() if first[name] != second[name]} == {}
