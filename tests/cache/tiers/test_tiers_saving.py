@@ -12,8 +12,8 @@ import torch
 from statekv.cache.folder import FACTS
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, SaveError, StorageWarning
+from tests.cache.tiers.test_tiers import carried, held, opened, pictures, spots, tiered, tight
 from tests.killing import kill_at_moments
-from tests.method.test_tiers import carried, held, opened, pictures, spots, tiered, tight
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
 from tests.tiny import video
 
@@ -177,7 +177,7 @@ _IMPORTS = """
 from statekv.cache import folder
 from statekv.cache.tiers import cache as tiered
 from statekv.cache.tiers.disk import SpillFile
-from tests.method.test_tiers_saving import run, shared_engine
+from tests.cache.tiers.test_tiers_saving import run, shared_engine
 """
 _CALLS = """
     (SpillFile, "write"), (SpillFile, "give"), (tiered, "close_gaps"), (folder, "save_file"), (os, "replace"),
