@@ -85,7 +85,7 @@ def check_target(save: Path | None) -> None:
 def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
     """To the end; what was seen is saved where that is not reached."""
     # With the newest frames alone, that is how many are looked at together, not how many there are.
-    expected = None if session.state.config.recall == "last_frames" else session.state.frames_expected
+    expected = session.state.frames_expected if session.sampler.newest is None else None
     with progress() as bar:
         task = bar.add_task("frames", total=expected)
         try:

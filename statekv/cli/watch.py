@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from statekv.engine.session import Session
 
 
-LiveSource = Annotated[
+VideoSource = Annotated[
     str, typer.Argument(help="A file, a URL, a camera (/dev/video0), or - for a pipe.", show_default=False)
 ]
 Realtime = Annotated[bool, typer.Option("--realtime", help="Show a file as if it were live.")]
@@ -49,7 +49,7 @@ Restore = Annotated[
 
 @options.generated()
 def watch(
-    source: LiveSource,
+    source: VideoSource,
     *,
     realtime: Realtime = False,
     ask_every: AskEvery = None,

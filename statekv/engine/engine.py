@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from statekv.cache.folder import Saved, read_folder
 from statekv.cache.stream import StreamState, policy_of, room_for_answers
 from statekv.config import Config
+from statekv.engine.ingest import sampler_of
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
 from statekv.engine.snapshot import load_session
@@ -19,11 +20,13 @@ from statekv.errors import ConfigError, HorizonError
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.runner import ModelRunner, with_reducer
-from statekv.video.address import check_scheme, display_name, local_path, locate
+from statekv.video.address import PathOrUrl, check_scheme, display_name, local_path, locate
 from statekv.video.file import VideoInfo, count_frames, probe
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSettings, LiveSource, Unopened
-from statekv.video.resume import Reading, ResumableVideo, ResumePoint
+from statekv.video.live import LiveSettings, LiveSource, ResumePoint, Unopened
+from statekv.video.resume import ResumableVideo, open_video
+from statekv.video.sampling import FrameSampler
+from statekv.video.source import Source, as_source
 
 
 class Engine:
@@ -42,7 +45,7 @@ class Engine:
 
     def open(
         self,
-        source: str | os.PathLike[str] | None = None,
+        source: PathOrUrl | Iterable[Frame] | None = None,
         method: str | None = None,
         stream: int | None = None,
         until_seconds: float | None = None,
@@ -54,8 +57,9 @@ class Engine:
         Cameras, standard input, UDP, TCP, RTP, RTSP and RTMP are live, and so is HTTP without a known length.
 
         Args:
-            source: path or URL of a video, a camera (/dev/video0), "-" for standard input; None for a stream whose
-                frames are pushed.
+            source: path or URL of a video, a camera (/dev/video0), "-" for standard input; frames, such as those of a
+                `PushedSource` or of any iterator, which are taken as they come; None for a stream whose frames are
+                pushed.
             method: one of statekv.config.METHODS; None: the engine's dials.
             stream: which of the file's video streams, from 0; None: the one FFmpeg thinks best.
             until_seconds: where the video ends, as if it had been cut there; None: whole.
@@ -63,39 +67,29 @@ class Engine:
             settings: fields of `Config` that differ from the engine's.
 
         Raises:
-            ConfigError: an unknown method or setting, a value outside its range, or uniform sampling of a source whose
-                length is unknown.
+            ConfigError: an unknown method or setting, a value outside its range, uniform sampling of a source whose
+                length is unknown, or a way to open frames that are there already.
             VideoError: the source cannot be opened, or its protocol is not allowed.
             HorizonError: the file is longer than the model's positions reach.
             MemoryLimitError: what it may take does not fit beside what open sessions may still grow by.
         """
         config = self.config.with_(method, **settings)
-        if source is None:
-            _check_length(config, None)
-            return Session(self.runner, self._state(config))
+        sampler = sampler_of(config)
+        if not isinstance(source, (str, os.PathLike)):
+            frames = None if source is None else as_source(source)
+            _check_opened(stream=stream, until_seconds=until_seconds, realtime=realtime or None)
+            sampler.check_length(None)
+            return Session(self.runner, self._state(config), frames)
         check_scheme(source, tuple(config.schemes.split(",")))
-        if locate(source).live:
-            _check_length(config, None)
-            state = self._state(config)
-            return Session(self.runner, state, live_source(source, config, stream, until_seconds))
-        info = probe(source, stream)
-        if until_seconds is not None:
-            seconds = until_seconds - info.start_seconds
-            info = replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
-        _check_length(config, info.duration_seconds)
-        frames = frames_of(source, config, stream, until_seconds)
-        state = self._state(config, frames, self._horizon(config, frames, info))
-        reading: Iterator[Frame]
-        if realtime or (local_path(source) is None and info.duration_seconds is None):
-            ends = None if until_seconds is None else until_seconds - info.start_seconds
-            reading = live_source(source, config, stream, ends, info.duration_seconds)
-        else:
-            how = Reading(config.fps, config.max_frames, stream, until_seconds, config.prefetch)
-            reading = ResumableVideo(source, how)
-        return Session(self.runner, state, reading)
+        info = None if locate(source).live else _cut(probe(source, stream), until_seconds)
+        sampler.check_length(None if info is None else info.duration_seconds)
+        expected = None if info is None else _count(source, sampler, stream, until_seconds)
+        state = self._state(config, expected, self._horizon(config, sampler, expected, info))
+        how = _reading(config, until_seconds)
+        return Session(self.runner, state, open_video(source, how, stream, realtime, info))
 
     def restore(
-        self, folder: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, **settings: Any
+        self, folder: str | os.PathLike[str], source: PathOrUrl | Iterable[Frame] | None = None, **settings: Any
     ) -> Session:
         """Go on with a session that `Session.save` wrote; its settings are those that it had, not the engine's.
 
@@ -105,7 +99,8 @@ class Engine:
 
         Args:
             folder: where it was saved.
-            source: where the video is now; None: where it was.
+            source: where the video is now, None: where it was; more frames, such as those of a `PushedSource`, for a
+                session whose frames were pushed.
             settings: of answers and speed, such as max_new_tokens, to have anew.
 
         Raises:
@@ -122,7 +117,7 @@ class Engine:
         self.runner.admission.admit(state)
         if state.spans:
             self.runner.reserve(state)
-        return Session(self.runner, state, source_again(saved, source, state.config), snapshot)
+        return Session(self.runner, state, _source_again(saved, source, state.config), snapshot)
 
     def watch_all(
         self,
@@ -177,18 +172,18 @@ class Engine:
         self.runner.admission.admit(state)
         return state
 
-    def _horizon(self, config: Config, frames: int | None, info: VideoInfo) -> int:
-        """Positions for a file of so many frames, at least the trained length; just that where the stream compacts.
+    def _horizon(self, config: Config, sampler: FrameSampler, frames: int | None, info: VideoInfo | None) -> int | None:
+        """Positions for a file of so many frames, at least the trained length; None where the stream compacts.
 
         Raises:
             HorizonError: the model's RoPE cannot be scaled that far; known before any work is done.
         """
+        if frames is None or info is None or config.horizon is not None or config.on_horizon == "compact":
+            return None
         trained = self.model.trained_length
-        if frames is None or config.horizon is not None or config.on_horizon == "compact":
-            return trained
         layout = self.model.prompts[config.layout].layout
         # The newest frames alone are a clip that is no longer than its own few positions.
-        seconds = None if config.recall == "last_frames" else info.duration_seconds
+        seconds = info.duration_seconds if sampler.newest is None else None
         longest = self.model.max_positions(frames, info.height, info.width, layout, seconds)
         needed = longest + room_for_answers(config)
         if needed > trained and self.model.rope.kind != "dynamic":
@@ -247,24 +242,32 @@ def _compacts(config: Config, frames: int | None) -> bool:
     return config.on_horizon == "compact" or (config.on_horizon is None and frames is None)
 
 
-def _check_length(config: Config, duration_seconds: float | None) -> None:
-    if config.uniform and duration_seconds is None:
-        raise ConfigError(
-            "uniform spreads its frames over the whole video, but the length of this source is unknown",
-            "use a file, or another method, such as last_frames",
-        )
+def _check_opened(**given: object) -> None:
+    """Raise ConfigError if something was said of how to open what is open already, or not there."""
+    for name, value in given.items():
+        if value is not None:
+            rule = f"{name} is {value!r}, but says how to open a path or a URL, and none was given"
+            raise ConfigError(rule, f"leave {name} out")
 
 
-def live_source(
-    source: str | os.PathLike[str],
-    config: Config,
-    stream: int | None,
-    until_seconds: float | None,
-    duration_seconds: float | None = None,
-    left: ResumePoint | None = None,
-) -> LiveSource:
-    """A live source; `until_seconds` counts from its first frame."""
-    settings = LiveSettings(
+def _cut(info: VideoInfo, until_seconds: float | None) -> VideoInfo:
+    """A video as if it had been cut there."""
+    if until_seconds is None:
+        return info
+    seconds = until_seconds - info.start_seconds
+    return replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
+
+
+def _count(source: PathOrUrl, sampler: FrameSampler, stream: int | None, until_seconds: float | None) -> int | None:
+    """How many frames will be seen together: positions and pictures are sized by that."""
+    # Counting reads the file once without decoding it; a URL would be fetched twice.
+    if local_path(source) is None:
+        return None
+    return sampler.together(count_frames(source, sampler.fps, sampler.max_frames, stream, until_seconds))
+
+
+def _reading(config: Config, until_seconds: float | None, duration_seconds: float | None = None) -> LiveSettings:
+    return LiveSettings(
         fps=config.fps,
         max_frames=config.max_frames,
         duration_seconds=duration_seconds,
@@ -273,12 +276,16 @@ def live_source(
         reconnect_seconds=config.reconnect_seconds,
         until_seconds=until_seconds,
     )
-    return LiveSource(source, settings, stream, left)
 
 
-def source_again(saved: Saved, source: str | os.PathLike[str] | None, config: Config) -> Iterator[Frame] | None:
+def _source_again(saved: Saved, source: PathOrUrl | Iterable[Frame] | None, config: Config) -> Source | None:
     """The source of a saved session, from where it was left."""
     known = saved.facts["source"]
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        if known is not None:
+            rule = f"{saved.folder} watched a file or an address, which pushed frames cannot go on with"
+            raise ConfigError(rule, "name it with source, or set session.source")
+        return as_source(source)
     if source is not None:
         check_scheme(source, tuple(config.schemes.split(",")))
     if known is None:
@@ -295,15 +302,4 @@ def source_again(saved: Saved, source: str | os.PathLike[str] | None, config: Co
         return ResumableVideo.resumed(known, source)
     if source is None:
         return Unopened(left)
-    return live_source(source, config, left.stream, left.until_seconds, left.duration_seconds, left)
-
-
-def frames_of(
-    source: str | os.PathLike[str], config: Config, stream: int | None, until_seconds: float | None
-) -> int | None:
-    # Counting reads the file once without decoding it; a URL would be fetched twice.
-    if local_path(source) is None:
-        return None
-    found = count_frames(source, config.fps, config.max_frames, stream, until_seconds)
-    # Positions and pictures are sized by what enters together.
-    return min(found, config.last_frames) if config.recall == "last_frames" else found
+    return LiveSource(source, _reading(config, left.until_seconds, left.duration_seconds), left.stream, left)

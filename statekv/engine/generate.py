@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from statekv.config import Config
+from statekv.engine.ingest import sampler_of
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
 from statekv.models.hooks import attention_left_as_found
@@ -137,7 +138,7 @@ def _refuse_unfollowed(generation: GenerationConfig) -> None:
 
 
 def _refuse_choice_of_frames(config: Config) -> None:
-    if config.uniform or config.recall == "last_frames":
+    if sampler_of(config).chooses:
         rule = (
             f"{config.method} chooses among the frames of a video, but the processor's outputs hold no video any more"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.config import Config
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot
@@ -20,7 +21,8 @@ from statekv.models.encoded import EncodedStep
 from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSource, LiveStatus
+from statekv.video.sampling import FrameSampler
+from statekv.video.source import LiveStatus, Source, as_source
 
 
 class FrameQueue:
@@ -33,6 +35,7 @@ class FrameQueue:
         snapshot: where another session stood, which this one goes on from.
 
     Attributes:
+        sampler: which frames are seen.
         ahead: frames read, and looked at, before their turn.
         seconds: where the time went.
         steps: that have entered.
@@ -40,28 +43,38 @@ class FrameQueue:
     """
 
     def __init__(
-        self, runner: ModelRunner, state: StreamState, source: Iterator[Frame] | None, snapshot: SessionSnapshot
+        self, runner: ModelRunner, state: StreamState, source: Iterable[Frame] | None, snapshot: SessionSnapshot
     ) -> None:
         if source is None and snapshot.ahead:
-            source = iter(())  # what was read before its turn is still to be drawn
-        self.runner, self.state, self.source = runner, state, source
+            source = ()  # what was read before its turn is still to be drawn
+        self.runner, self.state = runner, state
+        self.source = source
         self.seconds, self.steps = replace(snapshot.seconds), snapshot.steps
         self.waiting = list(snapshot.waiting)
         self.ended = False
         self.ahead = VisionPrefetch(runner, state, self.seconds)
         self.ahead.hold(snapshot.ahead, snapshot.looked)
-        self.only_newest = state.config.recall == "last_frames"
+        self.sampler = sampler_of(state.config)
         self._passed, self._broken = snapshot.passed, snapshot.broken
 
     @property
     def frames(self) -> int:
         """Pictures seen, also those that still wait: for a partner to make a step, or for a question."""
-        return (self._passed if self.only_newest else self.state.frames) + len(self.waiting)
+        return (self.state.frames if self.sampler.newest is None else self._passed) + len(self.waiting)
+
+    @property
+    def source(self) -> Source | None:
+        """Where frames are drawn from; any iterable of frames may be given."""
+        return self._source
+
+    @source.setter
+    def source(self, frames: Iterable[Frame] | None) -> None:
+        self._source = None if frames is None else as_source(frames)
 
     @property
     def live(self) -> LiveStatus | None:
         """How the live source is doing; None for other sources."""
-        return self.source.status if isinstance(self.source, LiveSource) else None
+        return None if self.source is None else self.source.status
 
     @property
     def snapshot(self) -> SessionSnapshot:
@@ -74,7 +87,7 @@ class FrameQueue:
         if self._broken:
             raise StateKVError(self._broken, "questions still work; open a new session to watch on")
 
-    def drawn(self) -> Iterator[Frame]:
+    def drawn(self) -> Source:
         """The source.
 
         Raises:
@@ -103,8 +116,8 @@ class FrameQueue:
         per_step = self.runner.model.frames_per_step
         check_frame(frame, self.waiting[-1:] if per_step > 1 else [])
         self.waiting.append(frame)
-        if self.only_newest:
-            return self._pass(per_step)
+        if self.sampler.newest is not None:
+            return self._pass(self.sampler.newest, per_step)
         if len(self.waiting) < per_step:
             return None
         frames, self.waiting = self.waiting, []
@@ -143,14 +156,21 @@ class FrameQueue:
         self.waiting.clear()
         self.ahead.forget()
 
-    def _pass(self, per_step: int) -> Progress | None:
+    def _pass(self, newest: int, per_step: int) -> Progress | None:
         """Let go of the frame that a newer one pushes out."""
-        passed = max(0, len(self.waiting) - self.state.config.last_frames)
+        passed = max(0, len(self.waiting) - newest)
         del self.waiting[:passed]
         self._passed += passed
         self.steps = self.frames // per_step
-        newest = self.waiting[-1].pts_seconds
-        return Progress(self.steps, self.frames, newest, 0.0, 0, 0, self.live) if self.frames % per_step == 0 else None
+        if self.frames % per_step:
+            return None
+        return Progress(self.steps, self.frames, self.waiting[-1].pts_seconds, 0.0, 0, 0, self.live)
+
+
+def sampler_of(config: Config) -> FrameSampler:
+    """Which frames of a video are seen; the only place that knows which settings say so."""
+    newest = config.last_frames if config.recall == "last_frames" else None
+    return FrameSampler(config.fps, config.max_frames, config.uniform, newest)
 
 
 _POLL_SECONDS = 0.1
@@ -171,6 +191,7 @@ class VisionPrefetch:
         self._runner = runner
         self._per_step = runner.model.frames_per_step
         self._state = state
+        self._only_newest = sampler_of(state.config).newest is not None
         self._seconds = seconds
         self._frames: deque[Frame] = deque()
         self._error: Exception | None = None  # what ended the source, raised behind the frames before it
@@ -178,11 +199,11 @@ class VisionPrefetch:
         device = runner.model.model.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def wait(self, source: Iterator[Frame], pause: Callable[[], bool] | None = None) -> bool:
-        """Wait until a live source has a frame, or has ended; False where `pause` says so before.
+    def wait(self, source: Source, pause: Callable[[], bool] | None = None) -> bool:
+        """Wait until the source has a frame, or has ended; False where `pause` says so before.
 
         Args:
-            source: where frames come from; any other than a live one is ready at once.
+            source: where frames come from.
             pause: asked first, and several times a second meanwhile.
         """
         while pause is None or not pause():
@@ -190,11 +211,11 @@ class VisionPrefetch:
                 return True
         return False
 
-    def ready(self, source: Iterator[Frame], timeout_seconds: float = 0.0) -> bool:
+    def ready(self, source: Source, timeout_seconds: float = 0.0) -> bool:
         """Whether `draw` has something to say without waiting for a camera."""
-        return not isinstance(source, LiveSource) or bool(self._frames) or source.ready(timeout_seconds)
+        return bool(self._frames) or source.ready(timeout_seconds)
 
-    def draw(self, source: Iterator[Frame], waiting: Sequence[Frame], look: bool = True) -> Frame | None:
+    def draw(self, source: Source, waiting: Sequence[Frame], look: bool = True) -> Frame | None:
         """The source's next frame, None behind its last one.
 
         A live source is read frame by frame: a batch would keep its first frames waiting for its last.
@@ -207,13 +228,12 @@ class VisionPrefetch:
         Raises:
             MemoryLimitError: the vision tower ran out of memory; no frame is lost.
         """
-        live = isinstance(source, LiveSource)
-        batch = 1 if live else self._per_step
-        if self._state.frames and not live:  # the first step does not wait for a batch
+        batch = 1 if source.live else self._per_step
+        if self._state.frames and not source.live:  # the first step does not wait for a batch
             batch *= self._state.config.vision_batch
-        if len(self._frames) <= (batch if self._stream is not None and not live else 0):
+        if len(self._frames) <= (batch if self._stream is not None and not source.live else 0):
             self._read(source, len(self._frames) + batch)
-        if look or not live:
+        if look or not source.live:
             self._look([*waiting, *self._frames])
         if self._frames:
             return self._frames.popleft()
@@ -260,13 +280,12 @@ class VisionPrefetch:
         self._frames.clear()
         self._looked.clear()
 
-    def _read(self, source: Iterator[Frame], frames: int) -> None:
+    def _read(self, source: Source, frames: int) -> None:
         began = time.perf_counter()
         try:
             while len(self._frames) < frames and self._error is None:
                 # An interrupted generator could not go on; a live source could, and may keep one waiting.
-                live = isinstance(source, LiveSource)
-                with nullcontext() if live else deferred_interrupts(second_gets_through=True):
+                with nullcontext() if source.live else deferred_interrupts(second_gets_through=True):
                     frame = next(source, None)
                     if frame is None:
                         return
@@ -278,7 +297,7 @@ class VisionPrefetch:
 
     def _look(self, frames: Sequence[Frame]) -> None:
         """Look at all full steps of `frames` that come behind those looked at before."""
-        if self._state.config.recall == "last_frames":
+        if self._only_newest:
             return  # a question looks at the few frames that it sees
         frames = frames[sum(len(seen.frames) for seen, _ in self._looked) :]
         size = self._per_step

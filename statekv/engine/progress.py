@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from statekv.video.live import LiveStatus
+from statekv.video.source import LiveStatus
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.engine.ingest import FrameQueue, PendingStep
+from statekv.engine.ingest import FrameQueue, PendingStep, sampler_of
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
@@ -21,8 +21,8 @@ from statekv.runner.decoding import Detokenizer, SamplingParams
 from statekv.runner.lock import FairLock
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSource, LiveStatus, Unopened
-from statekv.video.resume import ResumableVideo
+from statekv.video.sampling import FrameSampler
+from statekv.video.source import LiveStatus, Source
 
 
 class Session:
@@ -33,7 +33,7 @@ class Session:
     Args:
         runner: the loaded model.
         state: both memories.
-        source: frames that `watch` draws from; None where all come through `push`.
+        source: frames that `watch` draws from, any iterable; None where all come through `push`.
         snapshot: where another session stood, which this one goes on from.
 
     Attributes:
@@ -45,7 +45,7 @@ class Session:
         self,
         runner: ModelRunner,
         state: StreamState,
-        source: Iterator[Frame] | None = None,
+        source: Iterable[Frame] | None = None,
         snapshot: SessionSnapshot | None = None,
     ) -> None:
         self.state = state
@@ -64,13 +64,18 @@ class Session:
         self.queue.runner = runner
 
     @property
-    def source(self) -> Iterator[Frame] | None:
-        """Frames that `watch` draws from."""
+    def source(self) -> Source | None:
+        """Frames that `watch` draws from; any iterable of frames may be given."""
         return self.queue.source
 
     @source.setter
-    def source(self, source: Iterator[Frame] | None) -> None:
-        self.queue.source = source
+    def source(self, frames: Iterable[Frame] | None) -> None:
+        self.queue.source = frames
+
+    @property
+    def sampler(self) -> FrameSampler:
+        """Which frames are seen."""
+        return self.queue.sampler
 
     @property
     def frames(self) -> int:
@@ -149,7 +154,7 @@ class Session:
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
-        if seen is not None and not self.queue.only_newest:
+        if seen is not None and self.sampler.newest is None:
             with self.lock:
                 self.queue.ahead.offer(seen)
         for frame in frames:
@@ -215,7 +220,7 @@ class Session:
         """Write the session to a folder, from which `Engine.restore` goes on as if nothing had happened.
 
         A session that the folder holds already is replaced once this one is whole. Frames that an iterator of the
-        user's own has yet to give are not part of it.
+        user's own, or a `PushedSource`, has yet to give are not part of it: they are pushed anew.
 
         Raises:
             ConfigError: the session is closed, or an answer is being given.
@@ -223,21 +228,21 @@ class Session:
         """
         with self.lock, deferred_interrupts():
             self._check_free()
-            source = self.source.facts() if isinstance(self.source, (ResumableVideo, LiveSource, Unopened)) else None
+            source = None if self.source is None else self.source.facts()
             save_session(folder, self.runner.model, self.state, self.queue.snapshot, source)
 
     def fork(self) -> Session:
         """A second session from here on; neither sees what becomes of the other.
 
         The detailed cache's memory is shared until both have written behind the common part: the second to do so moves
-        to a copy. A file is read on separately; an iterator of the user's own stays with this session.
+        to a copy. A file is read on separately; a live source or an iterator of the user's own stays with this session.
 
         Raises:
             ConfigError: the session is closed, or an answer is being given.
         """
         with self.lock:
             self._check_free()
-            source = self.source.again() if isinstance(self.source, ResumableVideo) else None
+            source = None if self.source is None else self.source.fork()
             with self.runner.lock:  # memory is about to be shared
                 state = self.state.fork()
             return Session(self.runner, state, source, self.queue.snapshot)
@@ -245,9 +250,8 @@ class Session:
     def close(self) -> None:
         """Free both memories and the source; may be called twice. An answer that is being given ends with an error."""
         self._closed = True
-        close = getattr(self.source, "close", None)
-        if close is not None:
-            close()
+        if (source := self.source) is not None:
+            source.close()
         with self.lock, self.runner.lock:
             self.queue.free()
             self.runner.batches.leave(self.state)
@@ -358,11 +362,11 @@ def _entering(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame],
 
     Those do not become part of the stream: they are cropped away with the question.
     """
-    model, only_newest = runner.model, state.config.recall == "last_frames"
+    model, alone = runner.model, sampler_of(state.config).newest is not None
     segment = model.question(question, state)
     for seen in waiting_steps(runner, state, waiting):
         for entering in runner.segments_of(state, seen, compact=False):
-            runner.prefill(state, entering, "carry" if only_newest else "peek")
+            runner.prefill(state, entering, "carry" if alone else "peek")
     return model.question(question, state) if waiting else segment
 
 
@@ -375,4 +379,5 @@ def waiting_steps(runner: ModelRunner, state: StreamState, waiting: Sequence[Fra
         return []
     size = runner.model.frames_per_step
     steps = [waiting[i : i + size] for i in range(0, len(waiting), size)]
-    return runner.encode(steps, len(waiting) if state.config.recall == "last_frames" else state.frames_expected)
+    alone = sampler_of(state.config).newest is not None
+    return runner.encode(steps, len(waiting) if alone else state.frames_expected)

@@ -18,7 +18,7 @@ def prefill_flops(session: Session) -> int:
 
 
 def clip_tokens(session: Session) -> list[int]:
-    """Tokens of each segment that recall="last_frames" encodes for one question about what has been seen."""
+    """Tokens of each segment encoded for one question about what has been seen, where the newest frames alone are."""
     runner = session.runner
     scratch, lengths = runner.open(session.state.config), []
     for seen in waiting_steps(runner, scratch, session.queue.waiting):

@@ -101,7 +101,7 @@ def watch(
 def _go_through(task: Task, video: EvalVideo, streams: Mapping[str, Stream], lines: Mapping[str, list[Line]]) -> None:
     sampled: dict[tuple[float | None, int | None], list[Stream]] = {}
     for stream in streams.values():
-        if not stream.config.uniform:
+        if not stream.session.sampler.uniform:
             sampled.setdefault((stream.config.fps, stream.config.max_frames), []).append(stream)
     feeds = [FrameQueue(alike) for alike in sampled.values()]
     for at_seconds, asked in groupby(video.questions, lambda question: question.at_seconds):
@@ -246,7 +246,7 @@ class Stream:
         Raises:
             StateKVError: as `Engine.open` and `Session.watch`.
         """
-        if self.config.uniform:  # frames spread over what has been shown until then
+        if self.session.sampler.uniform:  # frames spread over what has been shown until then
             self.close()
             self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **self.config.settings)
             self.session.watch()
@@ -259,7 +259,7 @@ class Stream:
         """
         answer = self.session.ask(question).strip()
         self.tokens = self.session.state.tokens
-        if self.config.recall == "last_frames":
+        if self.session.sampler.newest is not None:
             encoded = clip_tokens(self.session)
             self.flops += flops_of(self.session, encoded)
             self.tokens = sum(encoded)
@@ -298,7 +298,7 @@ class FrameQueue:
         assert source is not None
         self._source = source
         # Where there are none but the newest frames, they are looked at when a question comes.
-        self._leader = next((s.session for s in streams if s.config.recall != "last_frames"), None)
+        self._leader = next((s.session for s in streams if s.session.sampler.newest is None), None)
         self._coming = self._look()
 
     def advance(self, until_seconds: float | None) -> None:

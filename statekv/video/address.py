@@ -13,12 +13,12 @@ from urllib.request import url2pathname
 
 from statekv.errors import VideoError
 
-Source = str | os.PathLike[str]
+PathOrUrl = str | os.PathLike[str]
 
 _MP4_FIRST_BOXES = (b"ftyp", b"mdat", b"moov", b"free", b"skip", b"wide")
 
 
-def local_path(source: Source) -> Path | None:
+def local_path(source: PathOrUrl) -> Path | None:
     """Return the path of a local file, or None for a URL, a camera or a pipe."""
     if is_camera(source) or is_stdin(source):
         return None
@@ -29,7 +29,7 @@ def local_path(source: Source) -> Path | None:
     return None
 
 
-def scheme_of(source: Source) -> str:
+def scheme_of(source: PathOrUrl) -> str:
     """Return the scheme of a URL in lower case; "file" for what is none."""
     text = os.fspath(source)
     if not isinstance(source, str) or text.startswith("pipe:"):
@@ -38,17 +38,17 @@ def scheme_of(source: Source) -> str:
     return scheme.lower() if separator else "file"
 
 
-def is_stdin(source: Source) -> bool:
+def is_stdin(source: PathOrUrl) -> bool:
     """True for "-"."""
     return os.fspath(source) == "-"
 
 
-def is_camera(source: Source) -> bool:
+def is_camera(source: PathOrUrl) -> bool:
     """True for a camera as Linux names it: /dev/video0."""
     return re.fullmatch(r"/dev/video\d+", os.fspath(source)) is not None
 
 
-def display_name(source: Source) -> str:
+def display_name(source: PathOrUrl) -> str:
     """Return a short name for messages, without folders, passwords or access tokens."""
     if is_stdin(source):
         return "standard input"
@@ -59,7 +59,7 @@ def display_name(source: Source) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts.netloc else os.fspath(source)
 
 
-def check_camera(source: Source) -> None:
+def check_camera(source: PathOrUrl) -> None:
     """Raise VideoError if there is no such camera."""
     if not Path(source).exists():
         found = sorted(str(path) for path in Path("/dev").glob("video*") if is_camera(path))
@@ -79,7 +79,7 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{name} is empty (0 bytes)", "record or download it again")
 
 
-def check_there(source: Source) -> None:
+def check_there(source: PathOrUrl) -> None:
     """Raise VideoError for a file or camera that is not there; nothing is known of other sources beforehand."""
     path = local_path(source)
     if path is not None:
@@ -88,7 +88,7 @@ def check_there(source: Source) -> None:
         check_camera(source)
 
 
-def explain(source: Source, reason: str) -> VideoError:
+def explain(source: PathOrUrl, reason: str) -> VideoError:
     """Return the error for a source that FFmpeg refused to open with this short reason in lower case."""
     path, name = local_path(source), display_name(source)
     if is_stdin(source):
@@ -104,7 +104,7 @@ def explain(source: Source, reason: str) -> VideoError:
     return unusable(source, "is not a video that FFmpeg can read", "check that it plays elsewhere")
 
 
-def unusable(source: Source, problem: str, hint: str) -> VideoError:
+def unusable(source: PathOrUrl, problem: str, hint: str) -> VideoError:
     """Return the error for a source without usable video, or the deeper cause: an MP4 cut in its index."""
     path, name = local_path(source), display_name(source)
     if path is not None and path.is_file() and _lacks_mp4_index(path):
@@ -133,7 +133,7 @@ def _lacks_mp4_index(path: Path) -> bool:
     return offset > 0
 
 
-def nothing_decodes(source: Source) -> VideoError:
+def nothing_decodes(source: PathOrUrl) -> VideoError:
     """For a source whose pictures cannot be read."""
     return unusable(source, "has no frame that decodes", "check that it plays elsewhere")
 
@@ -180,7 +180,7 @@ class Address:
     returns: bool = False
 
 
-def locate(source: Source) -> Address:
+def locate(source: PathOrUrl) -> Address:
     """Return the address of a file, URL, camera or of standard input.
 
     Raises:
@@ -204,7 +204,7 @@ def locate(source: Source) -> Address:
     return Address(text, None, options, scheme in _ALWAYS_LIVE, scheme not in _PUSHED, returns=True)
 
 
-def check_scheme(source: Source, allowed: tuple[str, ...]) -> str:
+def check_scheme(source: PathOrUrl, allowed: tuple[str, ...]) -> str:
     """Return a source's scheme in lower case; what is no URL counts as a file.
 
     Raises:
@@ -224,7 +224,7 @@ def _only(scheme: str) -> dict[str, str]:
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
-def digest_of(source: Source) -> str | None:
+def digest_of(source: PathOrUrl) -> str | None:
     """SHA-256 over the size and 16 evenly spread samples of 64 KiB of a local file; None for all else.
 
     A change between the samples that leaves the size alone is not seen.
@@ -241,7 +241,7 @@ def digest_of(source: Source) -> str | None:
     return found.hexdigest()
 
 
-def check_same(source: Source, digest: str | None) -> None:
+def check_same(source: PathOrUrl, digest: str | None) -> None:
     """Raise a VideoError unless a local file is the one with this digest; None: not known, and not asked for."""
     if digest is None or local_path(source) is None:
         return

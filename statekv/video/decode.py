@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 from statekv.errors import ConfigError
 from statekv.video.address import (
-    Source,
+    PathOrUrl,
     StandardInput,
     check_there,
     display_name,
@@ -114,7 +114,7 @@ class Track:
 
 @contextmanager
 def open_track(
-    source: Source,
+    source: PathOrUrl,
     stream: int | None,
     timeouts_seconds: tuple[float, float] = _URL_TIMEOUTS_SECONDS,
     options: Mapping[str, str] | None = None,
@@ -156,7 +156,7 @@ def open_track(
         yield Track(container, videos, video)
 
 
-def _video_streams(container: InputContainer, source: Source) -> list[VideoStream]:
+def _video_streams(container: InputContainer, source: PathOrUrl) -> list[VideoStream]:
     # FFmpeg reads any text file as "ANSI art"; nobody means that.
     if container.format.name == "tty":
         raise nothing_decodes(source)
@@ -167,7 +167,7 @@ def _video_streams(container: InputContainer, source: Source) -> list[VideoStrea
     return videos
 
 
-def _pick(container: InputContainer, videos: list[VideoStream], stream: int | None, source: Source) -> VideoStream:
+def _pick(container: InputContainer, videos: list[VideoStream], stream: int | None, source: PathOrUrl) -> VideoStream:
     if stream is None:
         best: Any = container.streams.best("video")
         return best if best in videos else videos[0]

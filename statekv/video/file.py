@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from statekv.errors import VideoError, VideoWarning
-from statekv.video.address import Source, display_name, local_path, nothing_decodes
+from statekv.video.address import PathOrUrl, display_name, local_path, nothing_decodes
 from statekv.video.decode import Damage, open_track, orientation, rgb
 from statekv.video.frame import Frame
 from statekv.video.prefetch import prefetch
@@ -43,7 +43,7 @@ class VideoInfo:
     num_video_streams: int
 
 
-def probe(source: Source, stream: int | None = None) -> VideoInfo:
+def probe(source: PathOrUrl, stream: int | None = None) -> VideoInfo:
     """Read the header and the first frame of a video.
 
     Args:
@@ -76,7 +76,7 @@ def probe(source: Source, stream: int | None = None) -> VideoInfo:
 
 
 def read_frames(
-    source: Source,
+    source: PathOrUrl,
     fps: float | None = None,
     max_frames: int | None = None,
     stream: int | None = None,
@@ -104,7 +104,7 @@ def read_frames(
 
 
 def count_frames(
-    source: Source,
+    source: PathOrUrl,
     fps: float | None = None,
     max_frames: int | None = None,
     stream: int | None = None,
@@ -127,7 +127,7 @@ def count_frames(
 
 
 def _read(
-    source: Source, fps: float | None, max_frames: int | None, stream: int | None, until_seconds: float | None
+    source: PathOrUrl, fps: float | None, max_frames: int | None, stream: int | None, until_seconds: float | None
 ) -> Generator[Frame | VideoWarning, None, None]:
     with open_track(source, stream) as track:
         sampler, clock, damage = track.sampler(fps, max_frames, until_seconds), track.clock(), Damage()

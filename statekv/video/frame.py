@@ -47,6 +47,11 @@ class Frame:
             if not (math.isfinite(value) and value >= 0):
                 raise VideoError(f"{name} is {value}, must be finite and not negative", "use 0 where it is unknown")
 
+    def __repr__(self) -> str:  # without the pixels
+        told = [f"{self.data.shape[2]}x{self.data.shape[1]}", f"pts_seconds={self.pts_seconds}"]
+        told += [f"gap_seconds={self.gap_seconds}"] if self.gap_seconds else []
+        return f"Frame({', '.join(told)})"
+
 
 def _channel_hint(shape: list[int]) -> str:
     if len(shape) == 3 and shape[2] == 3:

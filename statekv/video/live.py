@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from statekv.errors import VideoError, VideoWarning
-from statekv.video.address import Source, display_name, local_path, locate, nothing_decodes
+from statekv.errors import ConfigError, VideoError, VideoWarning
+from statekv.video.address import (
+    PathOrUrl,
+    check_same,
+    digest_of,
+    display_name,
+    local_path,
+    locate,
+    nothing_decodes,
+)
 from statekv.video.clock import LiveClock
 from statekv.video.decode import Damage, Track, open_track, rgb
 from statekv.video.frame import Frame
-from statekv.video.resume import ResumePoint, left_at_the_start
 from statekv.video.sampling import Sampler
+from statekv.video.source import FrameBuffer, LiveStatus, Source
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUTS_SECONDS = (10.0, 20.0)  # to connect, to read on; HLS is silent for the length of a segment
 # FFmpeg looks at five seconds of a stream by default before it hands out the first packet.
@@ -51,7 +60,57 @@ class LiveSettings:
     timeouts_seconds: tuple[float, float] = _TIMEOUTS_SECONDS
 
 
-class LiveSource(Iterator[Frame]):
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A live source at the moment at which it was left.
+
+    Attributes:
+        name: of the source, without passwords and access tokens.
+        digest: of a file that was played as live; None: it was no file.
+        stream: which video stream, from 0; None: the best one.
+        duration_seconds, until_seconds: as `LiveSettings`.
+        seconds: stream time of the newest frame that was handed out; None: there was none.
+        began_at: the moment of its second 0, in seconds since 1970; None: it had not begun.
+        kept: sampled frames.
+        dropped, gaps, gap_seconds: as `LiveStatus`.
+    """
+
+    name: str
+    digest: str | None = None
+    stream: int | None = None
+    duration_seconds: float | None = None
+    until_seconds: float | None = None
+    seconds: float | None = None
+    began_at: float | None = None
+    kept: int = 0
+    dropped: int = 0
+    gaps: int = 0
+    gap_seconds: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON: `ResumePoint(**facts)` is the same."""
+        return asdict(self)
+
+    def check(self, source: PathOrUrl) -> None:
+        """Raise unless `source` can follow: any live source after another, after a file just that file.
+
+        Raises:
+            VideoError: another file.
+            ConfigError: a file after a live source, or the other way round.
+        """
+        played = local_path(source) is not None
+        if played != (self.digest is not None):
+            then, now = (self.name, "a file") if played else (f"the file {self.name}", "none")
+            raise ConfigError(f"{then} was watched before, {display_name(source)} is {now}", "name the source of then")
+        check_same(source, self.digest)
+
+
+def left_at_the_start(source: PathOrUrl, stream: int | None) -> ResumePoint:
+    """A source of which nothing has been seen yet."""
+    return ResumePoint(display_name(source), digest_of(source), stream)
+
+
+class LiveSource(Source):
     """Sampled frames of a live source, whose times are seconds since its first frame.
 
     Sources that hand out frames before their time (a file, HTTP, a pipe) are read no faster than their stamps say.
@@ -70,8 +129,10 @@ class LiveSource(Iterator[Frame]):
         ConfigError: there is no such stream, or the source cannot follow the one that was left.
     """
 
+    live = True
+
     def __init__(
-        self, source: Source, settings: LiveSettings, stream: int | None = None, left: ResumePoint | None = None
+        self, source: PathOrUrl, settings: LiveSettings, stream: int | None = None, left: ResumePoint | None = None
     ) -> None:
         if left is not None:
             left.check(source)
@@ -137,6 +198,9 @@ class LiveSource(Iterator[Frame]):
         self._seconds = frame.pts_seconds
         return frame
 
+    def __repr__(self) -> str:
+        return f"LiveSource({self._name!r}, pts_seconds={self._seconds}, {self.status})"
+
     def close(self) -> None:
         """Stop reading. A read that hangs ends with its timeout; nothing waits for it."""
         self._stopped.set()
@@ -184,6 +248,7 @@ class LiveSource(Iterator[Frame]):
             if left <= 0:
                 told = f"{self._name} went away {self._settings.reconnect_seconds:g} s ago and has not come back"
                 return VideoWarning(told)
+            _log.info("%s is away; it is called again in %.1f s, for %.0f s more", self._name, min(delay, left), left)
             self._stopped.wait(min(delay, left))
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 
@@ -223,6 +288,7 @@ class LiveSource(Iterator[Frame]):
                 self._gaps += 1
                 self._gap_seconds += pts - before
                 self._untold_gap_seconds += pts - before
+                _log.info("%s is back after a gap of %.2f s", self._name, pts - before)
             until = self._settings.until_seconds
             if until is not None and pts >= until:
                 self._finished = True
@@ -246,7 +312,7 @@ class LiveSource(Iterator[Frame]):
                     return
 
 
-class Unopened(Iterator[Frame]):
+class Unopened(Source):
     """A live source that was left, and that nobody has opened again.
 
     Args:
@@ -262,98 +328,3 @@ class Unopened(Iterator[Frame]):
     def facts(self) -> dict[str, Any]:
         """As those of the source that was left."""
         return {"live": True, "left": self._left.facts()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    frame: Frame
-    due: float
-    came: float
-
-
-class FrameBuffer:
-    """A bounded queue that drops by age; for one thread that puts and one that gets.
-
-    Args:
-        depth: frames that wait at most.
-        max_age_seconds: how long a frame waits before a newer one pushes it out.
-
-    Attributes:
-        dropped: frames that nobody got.
-    """
-
-    def __init__(self, depth: int, max_age_seconds: float) -> None:
-        self.dropped = 0
-        self._depth = depth
-        self._max_age_seconds = max_age_seconds
-        self._frames: deque[_Waiting] = deque()
-        self._ended = False
-        self._error: Exception | None = None
-        self._changed = threading.Condition()
-
-    def put(self, frame: Frame, due: float) -> None:
-        """Add a frame that was due at this moment of `time.monotonic`; never waits."""
-        with self._changed:
-            self._frames.append(_Waiting(frame, due, time.monotonic()))
-            self._drop()
-            self._changed.notify_all()
-
-    def end(self, error: Exception | None = None) -> None:
-        """No frame follows; an error is raised behind those that wait."""
-        with self._changed:
-            self._ended = True
-            self._error = error
-            self._changed.notify_all()
-
-    def ready(self, timeout_seconds: float) -> bool:
-        """Wait until `get` has something to say; False if it has not by then."""
-        with self._changed:
-            return self._changed.wait_for(lambda: bool(self._frames) or self._ended, timeout_seconds)
-
-    def get(self) -> tuple[Frame, float] | None:
-        """Wait for the oldest frame and the moment it was due; None behind the last one."""
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._frames) or self._ended)
-            if self._frames:
-                self._drop()
-                found = self._frames.popleft()
-                return found.frame, found.due
-            error, self._error = self._error, None
-            if error is not None:
-                raise error
-            return None
-
-    def clear(self) -> None:
-        """Let go of all frames."""
-        with self._changed:
-            self._frames.clear()
-
-    def _drop(self) -> None:
-        oldest = time.monotonic() - self._max_age_seconds
-        # The newest one stays however old it is: a reader that is always late still sees something.
-        while len(self._frames) > self._depth or (len(self._frames) > 1 and self._frames[0].came < oldest):
-            lost = self._frames.popleft().frame
-            self.dropped += 1
-            if lost.gap_seconds:  # the gap goes on up to the next frame that is seen
-                after = self._frames.popleft()
-                gap = lost.gap_seconds + after.frame.gap_seconds
-                self._frames.appendleft(replace(after, frame=replace(after.frame, gap_seconds=gap)))
-
-
-@dataclass(frozen=True, slots=True)
-class LiveStatus:
-    """A live source at one moment.
-
-    Attributes:
-        connected: whether it is there.
-        lag_seconds: how long ago the frame that was handed out last was due.
-        dropped: sampled frames that were never handed out, because the reader was slower.
-        gaps: how often it went away and came back.
-        gap_seconds: stream time that was lost in them, in all.
-    """
-
-    connected: bool
-    lag_seconds: float
-    dropped: int
-    gaps: int
-    gap_seconds: float

@@ -1,17 +1,19 @@
-"""A video's frames, with a note of how far they have been read, so that reading can go on another day."""
+"""A video opened, and a file's frames with a note of how far they have been read, to go on another day."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from statekv.errors import ConfigError, VideoError
-from statekv.video.address import Source, check_same, digest_of, display_name, local_path
-from statekv.video.file import read_frames
+from statekv.errors import VideoError
+from statekv.video.address import PathOrUrl, check_same, digest_of, display_name, local_path, locate
+from statekv.video.file import VideoInfo, probe, read_frames
 from statekv.video.frame import Frame
+from statekv.video.live import LiveSettings, LiveSource
+from statekv.video.source import Source
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Reading:
     ahead: int = 0
 
 
-class ResumableVideo(Iterator[Frame]):
+class ResumableVideo(Source):
     """The sampled frames of a video, from its beginning or from where reading stopped.
 
     A file is decoded from its beginning again, and the frames that were drawn before are skipped: so the frames that
@@ -45,7 +47,7 @@ class ResumableVideo(Iterator[Frame]):
     """
 
     def __init__(
-        self, source: Source, reading: Reading, drawn: int = 0, ended: bool = False, digest: str | None = None
+        self, source: PathOrUrl, reading: Reading, drawn: int = 0, ended: bool = False, digest: str | None = None
     ) -> None:
         self.source = source
         self.reading = reading
@@ -72,7 +74,7 @@ class ResumableVideo(Iterator[Frame]):
             self._frames.close()
         self._frames = None
 
-    def again(self) -> ResumableVideo:
+    def fork(self) -> ResumableVideo:
         """The same frames from here on, read separately."""
         return ResumableVideo(self.source, self.reading, self.drawn, self.ended, self.digest)
 
@@ -91,7 +93,7 @@ class ResumableVideo(Iterator[Frame]):
         }
 
     @classmethod
-    def resumed(cls, facts: dict[str, Any], source: Source | None = None) -> ResumableVideo:
+    def resumed(cls, facts: dict[str, Any], source: PathOrUrl | None = None) -> ResumableVideo:
         """Go on where reading stopped.
 
         Args:
@@ -108,6 +110,9 @@ class ResumableVideo(Iterator[Frame]):
         if source is not None:
             found.check()
         return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({display_name(self.source)!r}, drawn={self.drawn}, ended={self.ended})"
 
     def check(self) -> None:
         """Raise a VideoError unless the file is still the one whose frames were drawn."""
@@ -135,51 +140,32 @@ class _Withheld(ResumableVideo):
         raise VideoError(rule, "give the address with source")
 
 
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """A live source at the moment at which it was left.
+def open_video(
+    source: PathOrUrl,
+    settings: LiveSettings | None = None,
+    stream: int | None = None,
+    realtime: bool = False,
+    info: VideoInfo | None = None,
+) -> Source:
+    """Open whatever has pictures: a file, or a URL of known length, waits for its reader; all else is live.
 
-    Attributes:
-        name: of the source, without passwords and access tokens.
-        digest: of a file that was played as live; None: it was no file.
-        stream: which video stream, from 0; None: the best one.
-        duration_seconds, until_seconds: as `LiveSettings`.
-        seconds: stream time of the newest frame that was handed out; None: there was none.
-        began_at: the moment of its second 0, in seconds since 1970; None: it had not begun.
-        kept: sampled frames.
-        dropped, gaps, gap_seconds: as `LiveStatus`.
+    Args:
+        source: path or URL of a video, a camera (/dev/video0), or "-" for standard input.
+        settings: how it is read, None: every frame; a file is decoded `depth` frames ahead, and tells its own length.
+        stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+        realtime: show a file no faster than it would be played, as if it were live.
+        info: what `probe` says of it; None: it is asked where that matters.
+
+    Raises:
+        VideoError: it cannot be opened or holds no video.
+        ConfigError: there is no such stream.
     """
-
-    name: str
-    digest: str | None = None
-    stream: int | None = None
-    duration_seconds: float | None = None
-    until_seconds: float | None = None
-    seconds: float | None = None
-    began_at: float | None = None
-    kept: int = 0
-    dropped: int = 0
-    gaps: int = 0
-    gap_seconds: float = 0.0
-
-    def facts(self) -> dict[str, Any]:
-        """As JSON: `ResumePoint(**facts)` is the same."""
-        return dataclasses.asdict(self)
-
-    def check(self, source: Source) -> None:
-        """Raise unless `source` can follow: any live source after another, after a file just that file.
-
-        Raises:
-            VideoError: another file.
-            ConfigError: a file after a live source, or the other way round.
-        """
-        played = local_path(source) is not None
-        if played != (self.digest is not None):
-            then, now = (self.name, "a file") if played else (f"the file {self.name}", "none")
-            raise ConfigError(f"{then} was watched before, {display_name(source)} is {now}", "name the source of then")
-        check_same(source, self.digest)
-
-
-def left_at_the_start(source: Source, stream: int | None) -> ResumePoint:
-    """A source of which nothing has been seen yet."""
-    return ResumePoint(display_name(source), digest_of(source), stream)
+    settings = settings or LiveSettings()
+    if locate(source).live:
+        return LiveSource(source, settings, stream)
+    info = info or probe(source, stream)
+    until = settings.until_seconds
+    if realtime or (local_path(source) is None and info.duration_seconds is None):
+        ends = None if until is None else until - info.start_seconds
+        return LiveSource(source, replace(settings, duration_seconds=info.duration_seconds, until_seconds=ends), stream)
+    return ResumableVideo(source, Reading(settings.fps, settings.max_frames, stream, until, settings.depth))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from statekv.errors import ConfigError
 
@@ -19,6 +20,57 @@ def check_limits(fps: float | None, max_frames: int | None) -> None:
         raise ConfigError(f"fps is {fps}, must be a positive number", "leave it out to keep every frame")
     if max_frames is not None and max_frames < 1:
         raise ConfigError(f"max_frames is {max_frames}, must be at least 1", "leave it out for no limit")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSampler:
+    """Which frames of a video are seen.
+
+    Attributes:
+        fps: frames per second at most; None keeps every frame.
+        max_frames: frames at most, spread over a video of known length; None: no limit.
+        uniform: spread max_frames over the whole video, and refuse one of unknown length.
+        newest: frames that a question sees, the newest ones of those kept; None: all.
+
+    Raises:
+        ConfigError: a limit that is not positive.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    uniform: bool = False
+    newest: int | None = None
+
+    def __post_init__(self) -> None:
+        check_limits(self.fps, self.max_frames)
+        if self.newest is not None and self.newest < 1:
+            raise ConfigError(f"newest is {self.newest}, must be at least 1", "leave it out to see all frames")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether what is seen depends on where the video ends."""
+        return self.uniform or self.newest is not None
+
+    def begin(self, start_seconds: float = 0.0, duration_seconds: float | None = None) -> Sampler:
+        """Sample one video: its first frame's time, and its length; None where that is unknown.
+
+        Raises:
+            ConfigError: `uniform` without a length, or a length that is not positive.
+        """
+        self.check_length(duration_seconds)
+        return Sampler(self.fps, self.max_frames, start_seconds, duration_seconds)
+
+    def check_length(self, duration_seconds: float | None) -> None:
+        """Raise ConfigError if a video of this length, None where it is unknown, cannot be sampled so."""
+        if self.uniform and duration_seconds is None:
+            raise ConfigError(
+                "uniform spreads its frames over the whole video, but the length of this source is unknown",
+                "use a file, or another method",
+            )
+
+    def together(self, frames: int) -> int:
+        """Of so many frames that are kept, how many are seen together."""
+        return frames if self.newest is None else min(frames, self.newest)
 
 
 class Sampler:

@@ -22,7 +22,7 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
 from statekv.models.loading import DEMO
 from tests.cli.test_cli import COUNT, Result, command, subprocess_command
-from tests.video.clips import write_sound
+from tests.video.fixtures.clips import write_sound
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from tests.cli.test_cli import COUNT, succeed
 from tests.cli.test_errors import refused
 from tests.cli.test_watch import Terminal, watch
-from tests.video.broadcast import TcpServer, encoded, paced
+from tests.video.fixtures.broadcast import TcpServer, encoded, paced
 
 FRAMES = 12
 OFTEN = ("--autosave", "0.0001s")  # after each step

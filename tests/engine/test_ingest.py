@@ -14,6 +14,7 @@ from statekv.engine.session import Session
 from statekv.errors import VideoError
 from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
+from statekv.video.source import IteratorSource
 from tests.talk import assert_same_stream, shared_engine, some_frames
 from tests.tiny import FAMILIES
 
@@ -105,7 +106,7 @@ def test_time_is_noted_where_it_was_spent() -> None:
     engine, seconds = shared_engine("internvl"), Seconds()
     state = engine.runner.open(Config())
     ahead = VisionPrefetch(engine.runner, state, seconds)
-    frame = ahead.draw(iter(some_frames(3)), [])
+    frame = ahead.draw(IteratorSource(some_frames(3)), [])
     assert frame is not None
     assert seconds.decode > 0 < seconds.vision
     spent = seconds.vision
@@ -140,7 +141,7 @@ def test_of_other_frames_it_is_not_taken() -> None:
 def test_frames_let_go_are_gone() -> None:
     engine = shared_engine("internvl")
     ahead = VisionPrefetch(engine.runner, engine.runner.open(Config()), Seconds())
-    source = iter(some_frames(3))
+    source = IteratorSource(some_frames(3))
     ahead.draw(source, [])
     ahead.forget()
     assert ahead.draw(source, []) is not None

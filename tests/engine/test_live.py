@@ -16,10 +16,12 @@ from statekv.config import Config
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, VideoError
+from statekv.video.frame import Frame
+from statekv.video.source import PushedSource
 from tests.talk import QUESTION, assert_same_stream, shared_engine, some_frames
 from tests.tiny import FAMILIES
-from tests.video.broadcast import TcpServer, encoded, paced
-from tests.video.clips import write_clip
+from tests.video.fixtures.broadcast import TcpServer, encoded, paced
+from tests.video.fixtures.clips import write_clip
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 PATIENT: dict[str, Any] = {"fps": None, "budget": 20, "prefetch": 50, "max_lag_seconds": 60.0, "reconnect_seconds": 0.0}
@@ -78,11 +80,22 @@ def test_a_gap_is_noted_where_it_was_and_changes_no_token() -> None:
 
 
 def test_a_source_that_returns_is_told_in_the_progress() -> None:
-    server = TcpServer(paced(encoded(8)), paced(encoded(8, first=10)), away_seconds=0.2)
     told: list[Progress] = []
-    settings = {**PATIENT, "reconnect_seconds": 20.0, "max_frames": 16}
+    entered = threading.Semaphore(0)
+
+    def returns() -> Iterator[bytes]:
+        for _ in range(8):  # not before all frames of the first connection are in
+            assert entered.acquire(timeout=15)
+        yield from paced(encoded(8, first=10))
+
+    def on_step(progress: Progress) -> None:
+        told.append(progress)
+        entered.release()
+
+    server = TcpServer(paced(encoded(8)), returns(), away_seconds=0.2)
+    settings = {**PATIENT, "reconnect_seconds": 60.0, "max_frames": 16}
     with shared_engine("internvl").open(server.url, **settings) as session:
-        session.watch(on_step=told.append)
+        session.watch(on_step=on_step)
         assert [progress.live.gaps for progress in told if progress.live] == [0] * 8 + [1] * 8
         assert [span.kind for span in session.state.spans].count("gap") == 1
         pts = [progress.pts_seconds for progress in told]
@@ -296,3 +309,144 @@ def test_a_source_of_another_kind_is_refused(tmp_path: Path) -> None:
         session.save(tmp_path / "file")
     with pytest.raises(ConfigError, match="was watched before, udp://host is live"):
         engine.restore(tmp_path / "file", "udp://host:5")
+
+
+def socket_of(frames: list[Frame]) -> PushedSource:
+    """All of them there, and the end told."""
+    source = PushedSource(depth=len(frames), max_lag_seconds=60)
+    for frame in frames:
+        source.put(frame)
+    source.end()
+    return source
+
+
+@EVERY_FAMILY
+def test_frames_of_a_socket_become_the_same_stream_as_pushed_ones(family: str) -> None:
+    engine, frames = shared_engine(family), some_frames(8)
+    with engine.open(socket_of(frames), budget=20) as session, engine.open(budget=20) as pushed:
+        session.watch()
+        pushed.push(frames)
+        assert_same_stream(session, pushed)
+        assert session.ask(QUESTION) == pushed.ask(QUESTION)
+
+
+def test_frames_enter_while_another_thread_hands_them_over_and_questions_come_between() -> None:
+    engine, frames, source = shared_engine("internvl"), some_frames(12), PushedSource(depth=12, max_lag_seconds=60)
+    told: list[Progress] = []
+
+    def talk() -> None:
+        for frame in frames:
+            source.put(frame)
+            time.sleep(0.01)
+        source.end()
+
+    with engine.open(source, budget=20) as session, engine.open(budget=20) as pushed:
+        speaker = threading.Thread(target=talk)
+        speaker.start()
+        session.watch(on_step=told.append, pause=lambda: session.frames >= 5)
+        assert session.frames == 5
+        assert session.ask(QUESTION)
+        session.watch(on_step=told.append)
+        speaker.join(5)
+        pushed.push(frames)
+        assert_same_stream(session, pushed)
+        assert [progress.live is not None and progress.live.dropped for progress in told] == [0] * 12
+
+
+def test_a_socket_that_is_too_fast_is_seen_at_its_newest() -> None:
+    source = PushedSource(depth=2, max_lag_seconds=60)
+    with shared_engine("internvl").open(source, budget=20) as session:
+        for frame in some_frames(9):
+            source.put(frame)
+        source.end()
+        session.watch()
+        assert session.live is not None
+        assert (session.frames, session.live.dropped, session.live.connected) == (2, 7, False)
+        assert [span.pts_seconds for span in session.state.spans if span.kind == "step"] == [7.0, 8.0]
+
+
+def test_who_closes_the_session_tells_the_socket() -> None:
+    source = PushedSource()
+    with shared_engine("internvl").open(source, budget=20):
+        source.put(some_frames(1)[0])
+    with pytest.raises(ConfigError, match="after the end"):
+        source.put(some_frames(1)[0])
+
+
+def test_several_sockets_are_watched_together() -> None:
+    engine = shared_engine("internvl")
+    films = [some_frames(count, seed) for seed, count in enumerate((6, 9, 3))]
+    sessions = [engine.open(socket_of(film), budget=20) for film in films]
+    slow = PushedSource(depth=9, max_lag_seconds=60)
+    late = engine.open(slow, budget=20)
+
+    def on_step(session: Session, progress: Progress) -> None:
+        if session is sessions[1] and progress.step == 9:
+            for frame in films[0]:
+                slow.put(frame)
+            slow.end()
+
+    assert engine.watch_all([*sessions, late], on_step) == {}
+    assert [session.frames for session in (*sessions, late)] == [6, 9, 3, 6]
+
+
+def test_a_fork_has_no_part_in_the_socket() -> None:
+    engine, frames, source = shared_engine("internvl"), some_frames(6), PushedSource(max_lag_seconds=60)
+    with engine.open(source, budget=20) as session:
+        for frame in frames[:3]:
+            source.put(frame)
+        session.watch(pause=lambda: session.frames >= 3)
+        with session.fork() as fork:
+            with pytest.raises(ConfigError, match="has no source to watch"):
+                fork.watch()
+            fork.push(frames[3:])
+            for frame in frames[3:]:
+                source.put(frame)
+            source.end()
+            session.watch()
+            assert_same_stream(session, fork)
+
+
+def test_a_save_goes_on_with_frames_that_are_handed_over_anew(tmp_path: Path) -> None:
+    engine, frames = shared_engine("internvl"), some_frames(8)
+    with engine.open(socket_of(frames[:5]), budget=20) as session:
+        session.watch()
+        session.save(tmp_path)
+    with engine.open(budget=20) as whole:
+        whole.push(frames)
+        with engine.restore(tmp_path) as pushed:
+            assert pushed.source is None
+            pushed.push(frames[5:])
+            assert_same_stream(pushed, whole)
+        with engine.restore(tmp_path, socket_of(frames[5:])) as watched:
+            watched.watch()
+            assert_same_stream(watched, whole)
+
+
+def test_any_frames_can_be_opened_but_what_gives_none_cannot(tmp_path: Path) -> None:
+    engine, clip = shared_engine("internvl"), write_clip(tmp_path / "clip.mp4", range(9))
+    with engine.open(iter(some_frames(3)), budget=20) as session, engine.open(some_frames(3), budget=20) as other:
+        session.watch()
+        other.watch()
+        assert session.live is None
+        assert_same_stream(session, other)
+        session.save(tmp_path / "frames")
+    with engine.restore(tmp_path / "frames") as restored, engine.open(clip, budget=20) as file:
+        assert restored.source is None
+        file.save(tmp_path / "file")
+    with pytest.raises(ConfigError, match="which pushed frames cannot go on with"):
+        engine.restore(tmp_path / "file", PushedSource())
+    with pytest.raises(ConfigError, match="cannot be drawn from a int"):
+        engine.open(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", [{"realtime": True}, {"stream": 0}, {"until_seconds": 3.0}])
+def test_ways_to_open_mean_nothing_for_what_is_open(way: dict[str, Any]) -> None:
+    for source in (None, PushedSource()):
+        with pytest.raises(ConfigError, match=f"{next(iter(way))} is .*, but says how to open a path or a URL"):
+            shared_engine("internvl").open(source, **way)
+
+
+def test_uniform_sampling_of_a_socket_is_refused() -> None:
+    with pytest.raises(ConfigError, match="length of this source is unknown"):
+        shared_engine("internvl").open(PushedSource(), method="uniform")

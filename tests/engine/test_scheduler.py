@@ -17,7 +17,7 @@ from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from statekv.video.live import FrameBuffer, LiveSource, LiveStatus
+from statekv.video.source import FrameBuffer, Source
 from tests.engine.test_session_failures import NO_MEMORY, failing
 from tests.method.presets import filled
 from tests.runner.test_runner import assert_close
@@ -25,16 +25,22 @@ from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, s
 from tests.tiny import FAMILIES, video
 
 
-class Camera(LiveSource):
-    """A live source whose frames come when the test says so."""
+class Camera(Source):
+    """A live source whose frames come when the test says so, in no order of time."""
+
+    live = True
 
     def __init__(self) -> None:
         self._newest = FrameBuffer(1000, 1000.0)
-        self._due_seconds = None
 
-    @property
-    def status(self) -> LiveStatus:
-        return LiveStatus(True, 0.0, 0, 0, 0.0)
+    def __next__(self) -> Frame:
+        found = self._newest.get()
+        if found is None:
+            raise StopIteration
+        return found[0]
+
+    def ready(self, timeout_seconds: float) -> bool:
+        return self._newest.ready(timeout_seconds)
 
     def show(self, frames: Sequence[Frame]) -> None:
         for frame in frames:

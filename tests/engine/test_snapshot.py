@@ -28,7 +28,7 @@ from tests.talk import (
     some_frames,
 )
 from tests.tiny import EVERY_MODEL, FAMILIES, tiny, video
-from tests.video.clips import write_clip
+from tests.video.fixtures.clips import write_clip
 
 EVERY_KIND = pytest.mark.parametrize("family", EVERY_MODEL)
 FRAMES = 14

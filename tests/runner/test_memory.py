@@ -152,7 +152,7 @@ def test_an_engine_refuses_before_anything_is_opened(monkeypatch: pytest.MonkeyP
     engine = Engine(adapted(tiny("internvl")), Config(budget=20))
     one = engine.open(memory="5MiB")
     opened: list[object] = []
-    monkeypatch.setattr("statekv.engine.engine.LiveSource", opened.append)
+    monkeypatch.setattr("statekv.engine.engine.open_video", lambda *how: opened.append(how))
     for source in (None, "udp://127.0.0.1:9"):
         with pytest.raises(MemoryLimitError, match=r"may take 5\.0 MiB .*, open ones 5\.0 MiB more"):
             engine.open(source, memory="5MiB")

@@ -7,7 +7,7 @@ from statekv.errors import VideoError
 from statekv.video.address import check_scheme, display_name, explain, local_path, locate
 from statekv.video.file import probe, read_frames
 
-from .broadcast import encoded
+from .fixtures.broadcast import encoded
 
 NETWORK = [scheme for scheme in SCHEMES if scheme != "file"]
 

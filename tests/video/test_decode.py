@@ -12,7 +12,7 @@ from statekv.errors import VideoError, VideoWarning
 from statekv.video.decode import Damage
 from statekv.video.file import count_frames, probe, read_frames
 
-from .clips import noise, write_clip, write_sound
+from .fixtures.clips import noise, write_clip, write_sound
 
 
 def test_a_sound_video_has_no_complaint():

@@ -12,7 +12,7 @@ from statekv.video.decode import rgb
 from statekv.video.file import VideoInfo, count_frames, probe, read_frames
 from statekv.video.sampling import Sampler
 
-from .clips import (
+from .fixtures.clips import (
     REAL,
     SIZE,
     closest_index,

@@ -41,6 +41,12 @@ def test_hint_names_the_way_out_for_channels_last():
     assert "permute(2, 0, 1)" in caught.value.hint
 
 
+def test_a_frame_is_told_without_its_pixels():
+    data = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    assert repr(Frame(data, 1.5)) == "Frame(6x4, pts_seconds=1.5)"
+    assert repr(Frame(data, 90000.25, 0.04, 2.0)) == "Frame(6x4, pts_seconds=90000.25, gap_seconds=2.0)"
+
+
 def matrix(a, b, c, d):
     return struct.pack("9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 

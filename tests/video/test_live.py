@@ -17,12 +17,11 @@ import torch
 
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.file import probe, read_frames
-from statekv.video.frame import Frame
-from statekv.video.live import FrameBuffer, LiveSettings, LiveSource
+from statekv.video.live import LiveSettings, LiveSource
 
-from .broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
-from .clips import closest_index, write_clip
-from .rtsp import RtspServer
+from .fixtures.broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
+from .fixtures.clips import closest_index, write_clip
+from .fixtures.rtsp import RtspServer
 
 pytestmark = pytest.mark.filterwarnings("error::statekv.errors.VideoWarning")
 ONCE = LiveSettings(depth=50, max_lag_seconds=60, reconnect_seconds=0, timeouts_seconds=(5, 2))
@@ -119,7 +118,8 @@ def test_mpegts_over_tcp():
     assert status.gaps == 0
 
 
-def test_a_source_that_dies_and_returns_leaves_a_gap_and_true_times():
+def test_a_source_that_dies_and_returns_leaves_a_gap_and_true_times(caplog):
+    caplog.set_level("INFO", logger="statekv")
     server = TcpServer(paced(encoded(10)), paced(encoded(10, first=15, start_seconds=500)), away_seconds=0.3)
     frames, status = watched(server.url, replace(COMES_BACK, max_frames=20))
     assert greys(frames) == [*range(10), *range(15, 25)]
@@ -131,6 +131,9 @@ def test_a_source_that_dies_and_returns_leaves_a_gap_and_true_times():
     assert 0.3 < gaps[0][1] < 5
     assert status.gap_seconds == gaps[0][1] == pytest.approx(frames[10].pts_seconds - frames[9].pts_seconds)
     assert times(frames[10:]) == near([frames[10].pts_seconds + index / FPS for index in range(10)])
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].startswith(f"tcp://{HOST} is away; it is called again in 0.5 s")
+    assert told[-1] == f"tcp://{HOST} is back after a gap of {gaps[0][1]:.2f} s"
 
 
 def test_a_source_that_stays_away_is_given_up_with_a_warning():
@@ -288,93 +291,3 @@ def test_closing_ends_the_thread_and_the_iterator(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(live) == []
-
-
-PICTURE = torch.zeros(3, 2, 2, dtype=torch.uint8)
-
-
-def frame(pts, gap=0.0):
-    return Frame(PICTURE, pts, 0.0, gap)
-
-
-def taken(frames):
-    frames.end()
-    found = []
-    while (one := frames.get()) is not None:
-        found.append(one[0])
-    return found
-
-
-@pytest.fixture
-def now(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    return clock
-
-
-def test_in_order_and_with_the_moment_they_were_due():
-    frames = FrameBuffer(4, 10.0)
-    for pts in range(3):
-        frames.put(frame(pts), due=pts + 0.5)
-    found = [one for one in (frames.get(), frames.get()) if one is not None]
-    assert [(one.pts_seconds, due) for one, due in found] == [(0, 0.5), (1, 1.5)]
-    assert frames.dropped == 0
-
-
-def test_the_oldest_make_room():
-    frames = FrameBuffer(2, 10.0)
-    for pts in range(7):
-        frames.put(frame(pts), 0.0)
-    assert frames.dropped == 5
-    assert [found.pts_seconds for found in taken(frames)] == [5, 6]
-
-
-def test_what_has_waited_too_long_goes_but_never_the_newest(now):
-    frames = FrameBuffer(10, 2.0)
-    for pts in (0, 1, 2, 3):
-        now[0] = pts
-        frames.put(frame(pts), pts)
-    assert frames.dropped == 1
-    now[0] = 100.0
-    assert [found.pts_seconds for found in taken(frames)] == [3]
-    assert frames.dropped == 3
-
-
-def test_a_gap_outlives_the_frame_behind_it():
-    frames = FrameBuffer(1, 10.0)
-    frames.put(frame(5, gap=2.0), 0.0)
-    frames.put(frame(9, gap=3.0), 0.0)
-    (last,) = taken(frames)
-    assert (last.pts_seconds, last.gap_seconds) == (9, 5.0)
-
-
-def test_an_error_comes_once_and_behind_the_frames():
-    frames = FrameBuffer(2, 10.0)
-    frames.put(frame(0), 0.0)
-    frames.end(VideoError("gone"))
-    assert frames.get() is not None
-    with pytest.raises(VideoError, match="gone"):
-        frames.get()
-    assert frames.get() is None
-
-
-def test_readiness():
-    frames = FrameBuffer(2, 10.0)
-    assert not frames.ready(0.0)
-    frames.put(frame(0), 0.0)
-    assert frames.ready(0.0)
-    frames.clear()
-    assert not frames.ready(0.0)
-    frames.end()
-    assert frames.ready(0.0)
-
-
-def test_who_waits_is_woken():
-    frames = FrameBuffer(2, 10.0)
-    found: list[tuple[Frame, float] | None] = []
-    waiting = threading.Thread(target=lambda: found.append(frames.get()))
-    waiting.start()
-    frames.put(frame(7), 0.0)
-    waiting.join(5)
-    assert found[0] is not None
-    assert found[0][0].pts_seconds == 7

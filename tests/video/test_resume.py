@@ -15,10 +15,10 @@ import torch
 from statekv.errors import ConfigError, VideoError
 from statekv.video.file import read_frames
 from statekv.video.frame import Frame
-from statekv.video.live import LiveSettings, LiveSource, Unopened
-from statekv.video.resume import Reading, ResumableVideo, ResumePoint
-from tests.video.broadcast import FPS, TcpServer, encoded, paced
-from tests.video.clips import closest_index, level, write_clip
+from statekv.video.live import LiveSettings, LiveSource, ResumePoint, Unopened
+from statekv.video.resume import Reading, ResumableVideo, open_video
+from tests.video.fixtures.broadcast import FPS, TcpServer, encoded, paced
+from tests.video.fixtures.clips import closest_index, level, write_clip
 
 EVERY = Reading(fps=None)
 
@@ -43,7 +43,7 @@ def test_what_follows_is_what_would_have_followed(clip: Path, reading: Reading, 
     footage = ResumableVideo(clip, reading)
     first = [next(footage) for _ in range(drawn)]
     facts = json.loads(json.dumps(footage.facts()))
-    for rest in (footage.again(), ResumableVideo.resumed(facts), footage):
+    for rest in (footage.fork(), ResumableVideo.resumed(facts), footage):
         assert same([*first, *rest], whole)
     assert footage.drawn == len(whole)
 
@@ -65,7 +65,7 @@ def test_an_end_is_remembered(clip: Path) -> None:
 
 def test_a_closed_one_can_be_read_on(clip: Path) -> None:
     footage = ResumableVideo(clip, EVERY)
-    whole = list(footage.again())
+    whole = list(footage.fork())
     first = [next(footage), next(footage)]
     footage.close()
     footage.close()
@@ -199,6 +199,31 @@ def test_a_file_played_as_live_goes_on_where_it_was(settings: dict[str, float], 
     assert all(torch.equal(frame.data, other.data) for frame, other in zip(frames, plain[4:], strict=True))
     assert [closest_index(frame.data, 25) for frame in frames][-1] > 20
     assert not any(frame.gap_seconds for frame in frames)
+
+
+def test_whatever_has_pictures_is_opened(tmp_path: Path) -> None:
+    clip, server = write_clip(tmp_path / "clip.mp4", range(25)), TcpServer(paced(encoded(6)))
+    how = replace(ONCE, fps=10, until_seconds=0.6)
+    plain = list(read_frames(clip, fps=10, until_seconds=0.6))
+    for realtime in (False, True):
+        with contextlib.closing(open_video(clip, how, realtime=realtime)) as source:
+            assert (source.live, source.status is not None) == (realtime, realtime)
+            assert same(list(source), plain)
+    with contextlib.closing(open_video(server.url, ONCE)) as source:
+        assert source.live
+        assert len(list(source)) == 6
+    assert len(list(open_video(clip))) == 25
+    with pytest.raises(VideoError, match="does not exist"):
+        open_video(tmp_path / "missing.mp4")
+
+
+def test_a_source_tells_a_debugger_where_it_is(clip: Path) -> None:
+    footage = ResumableVideo(clip, EVERY)
+    next(footage)
+    assert repr(footage) == "ResumableVideo('clip.mp4', drawn=1, ended=False)"
+    with contextlib.closing(LiveSource(clip, ONCE)) as live:
+        next(live)
+        assert repr(live).startswith("LiveSource('clip.mp4', pts_seconds=0.0, LiveStatus(connected=True")
 
 
 def test_only_the_file_that_was_played_can_follow_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 
 from statekv.errors import ConfigError
-from statekv.video.sampling import Sampler, count_kept
+from statekv.video.sampling import FrameSampler, Sampler, count_kept
 
 
 def kept(sampler, times):
@@ -113,3 +113,31 @@ def test_limits_must_be_positive(limits, named):
     with pytest.raises(ConfigError, match=named) as caught:
         Sampler(**limits)
     assert caught.value.hint
+
+
+def test_a_sampler_is_a_value_that_samples_any_number_of_videos():
+    sampler = FrameSampler(fps=10, max_frames=4)
+    assert sampler == FrameSampler(10, 4)
+    for _ in range(2):
+        assert kept(sampler.begin(duration_seconds=8), [i / 10 for i in range(80)]) == [0.0, 2.0, 4.0, 6.0]
+    assert kept(sampler.begin(3.0), [3.0, 3.05, 3.1, 3.2, 3.3, 3.4]) == [3.0, 3.1, 3.2, 3.3]
+
+
+def test_uniform_needs_a_length():
+    sampler = FrameSampler(max_frames=2, uniform=True)
+    assert sampler.chooses
+    assert kept(sampler.begin(duration_seconds=4), range(4)) == [0, 2]
+    for asked in (sampler.begin, lambda: sampler.check_length(None)):
+        with pytest.raises(ConfigError, match="length of this source is unknown"):
+            asked()
+    FrameSampler(max_frames=2).check_length(None)
+
+
+def test_the_newest_are_seen_together():
+    sampler = FrameSampler(newest=3)
+    assert sampler.chooses
+    assert [sampler.together(frames) for frames in (0, 2, 3, 9)] == [0, 2, 3, 3]
+    assert FrameSampler().together(9) == 9
+    assert not FrameSampler(fps=1, max_frames=4).chooses
+    with pytest.raises(ConfigError, match="newest is 0"):
+        FrameSampler(newest=0)

@@ -10,7 +10,7 @@ from statekv.errors import ConfigError, VideoError
 from statekv.video.file import probe, read_frames
 from statekv.video.writer import write_video
 
-from .clips import closest_index, grey, quarters
+from .fixtures.clips import closest_index, grey, quarters
 
 
 def greys(count, size=(64, 48)):
