@@ -1,3 +1,5 @@
+"""What a source is, by its spelling: a file, a stream, a camera; and what none of them may read."""
+
 from pathlib import Path
 
 import pytest
@@ -6,8 +8,7 @@ from statekv.config import SCHEMES
 from statekv.errors import VideoError
 from statekv.video.address import check_scheme, display_name, explain, local_path, locate
 from statekv.video.file import probe, read_frames
-
-from .fixtures.broadcast import encoded
+from tests.video.fixtures.broadcast import encoded
 
 NETWORK = [scheme for scheme in SCHEMES if scheme != "file"]
 

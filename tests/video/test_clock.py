@@ -1,3 +1,5 @@
+"""Times that go forward, whatever the stamps of a file or a live stream say."""
+
 import pytest
 
 from statekv.video.clock import Clock, LiveClock, parse_timestamp

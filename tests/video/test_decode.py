@@ -1,3 +1,5 @@
+"""Which stream of a file is read, with which times, and what is said of one that is damaged or none."""
+
 import functools
 import http.server
 import os
@@ -11,8 +13,7 @@ import pytest
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.decode import Damage
 from statekv.video.file import count_frames, probe, read_frames
-
-from .fixtures.clips import noise, write_clip, write_sound
+from tests.video.fixtures.clips import noise, write_clip, write_sound
 
 
 def test_a_sound_video_has_no_complaint():

@@ -1,3 +1,5 @@
+"""All frames of a file in order, with the times that the file gives them."""
+
 import threading
 import weakref
 from fractions import Fraction
@@ -11,8 +13,7 @@ from statekv.errors import ConfigError
 from statekv.video.decode import rgb
 from statekv.video.file import VideoInfo, count_frames, probe, read_frames
 from statekv.video.sampling import Sampler
-
-from .fixtures.clips import (
+from tests.video.fixtures.clips import (
     REAL,
     SIZE,
     closest_index,

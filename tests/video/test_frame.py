@@ -1,3 +1,5 @@
+"""A frame is pixels and times of the right kind, the right way up."""
+
 import dataclasses
 import struct
 

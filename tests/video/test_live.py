@@ -18,10 +18,9 @@ import torch
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.file import probe, read_frames
 from statekv.video.live import LiveSettings, LiveSource
-
-from .fixtures.broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
-from .fixtures.clips import closest_index, write_clip
-from .fixtures.rtsp import RtspServer
+from tests.video.fixtures.broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
+from tests.video.fixtures.clips import closest_index, write_clip
+from tests.video.fixtures.rtsp import RtspServer
 
 pytestmark = pytest.mark.filterwarnings("error::statekv.errors.VideoWarning")
 ONCE = LiveSettings(depth=50, max_lag_seconds=60, reconnect_seconds=0, timeouts_seconds=(5, 2))

@@ -1,3 +1,5 @@
+"""Decoding ahead keeps order, depth and errors, and ends when nobody reads."""
+
 import gc
 import itertools
 import threading

@@ -1,3 +1,5 @@
+"""Which frames are taken: rate, cap, the newest, evenly spread."""
+
 import random
 from fractions import Fraction
 

@@ -1,3 +1,5 @@
+"""What is written can be read back, and is whole or not there."""
+
 import weakref
 from fractions import Fraction
 
@@ -9,8 +11,7 @@ import torch
 from statekv.errors import ConfigError, VideoError
 from statekv.video.file import probe, read_frames
 from statekv.video.writer import write_video
-
-from .fixtures.clips import closest_index, grey, quarters
+from tests.video.fixtures.clips import closest_index, grey, quarters
 
 
 def greys(count, size=(64, 48)):
