@@ -184,7 +184,7 @@ class StreamState:
     compacts: bool = False
     compaction: Compaction = field(default_factory=Compaction)
     memories: Mapping[str, Memory] = field(default_factory=dict)
-    rotary: Rotary | None = None
+    rotary: Rotary | None = field(default=None, compare=False)  # the same numbers in every engine on these weights
 
     def __post_init__(self) -> None:
         c = self.config
