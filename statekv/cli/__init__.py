@@ -74,6 +74,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five retries would be ten lines before ours
     warnings.showwarning = show_warning
+    if "" not in sys.path:
+        sys.path.append("")  # --carry my_policy:MyPolicy is found in the current folder; last, so that it hides nothing
     keep_freed_memory()
     wait_briefly()
     try:

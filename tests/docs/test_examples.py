@@ -14,7 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What the output of some must hold: those are true whatever the machine does.
 SAID = {
     "ask_film": ["after 26 frames", "after 46 frames", "after 60 frames"],
-    "fixed_memory": ["half way:", "the end:", "steps forgotten of 240"],
+    "fixed_memory": ["half way:", "the end:", "steps forgotten of 120"],
     "live_camera": ["19 s:", "39 s:", "59 s:"],
     "many_streams": ["half a minute in:", "7.mp4", "10.mp4"],
 }

@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers.utils import logging
-from typer.testing import CliRunner
 
-from statekv import cli
-from statekv.evals.cards import write_film, write_story
-from tests.docs.pages import PAGES, ROOT, Block, blocks_of
+from tests.docs.pages import PAGES, ROOT, blocks_of
+from tests.docs.running import follow
 
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 LOG = sorted((ROOT / "docs" / "log").glob("*.md"))
 GUIDES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
-# What a shell block may begin a line with besides statekv: said to the reader, not run here.
-OTHER_COMMANDS = {"accelerate", "ffmpeg", "hf", "make", "pip", "python", "cd"}
 CODE = [block for page in PAGES for block in blocks_of(page) if block.is_code]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"`((?:statekv|tests|benchmarks|training|docs|examples)/[\w./-]*)`")
 
 
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
-    write_film(write_story(seed=7, duration_seconds=6), path)
-    return path
-
-
 @EVERY_PAGE
-def test_every_block_runs(page: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "film.mp4").symlink_to(film)
-    logging.disable_progress_bar()
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks_of(page):
-        if block.needs is None and block.language == "python":
-            lines = "\n" * block.line + block.text  # errors name the page's own lines
-            exec(compile(lines, str(page), "exec"), names)
-        elif block.needs is None and block.language == "bash":
-            run_shell(block)
-
-
-def run_shell(block: Block) -> None:
-    """The lines of a block that are statekv's, inside this process."""
-    for command, *arguments in block.commands:
-        if command != "statekv":
-            assert command in OTHER_COMMANDS, f"{block}: {command}"
-            continue
-        found = CliRunner().invoke(cli.app, arguments, input="", catch_exceptions=False)
-        assert found.exit_code == 0, f"{block}: statekv {arguments}: {found.output}"
-        assert found.output, f"{block}: statekv {arguments} said nothing"
+def test_every_block_runs(page: Path, folder: Path) -> None:
+    follow(page, folder)
 
 
 def test_most_blocks_are_run() -> None:

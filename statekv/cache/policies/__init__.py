@@ -1,6 +1,6 @@
 """Which keys go on to the next step: one file a policy, tensors only.
 
-`Candidates` and `Policy` are all that a policy of your own needs (docs/my-policy.md).
+`Candidates` and `Policy` are all that a policy of your own needs (docs/policy.md).
 """
 
 from __future__ import annotations
