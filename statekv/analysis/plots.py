@@ -33,10 +33,8 @@ def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:
         "churn.png": _over_layers(found, name),
         "held-map.png": _held_map(found, name),
     }
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     for file, figure in pictures.items():
-        FigureCanvasAgg(figure).print_png(str(folder / file))
+        figure.savefig(folder / file)
     return [folder / file for file in pictures]
 
 

@@ -162,18 +162,15 @@ def _versions() -> str:
 
 def _commit() -> str:
     """The commit of the source tree, with a + where it has been changed; empty outside of one."""
-    here = Path(__file__).parent
+    ours, head = ("ls-files", "--error-unmatch", __file__), ("describe", "--always", "--dirty=+", "--exclude=*")
     try:
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", "../__init__.py"], cwd=here, capture_output=True
-        )
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        told = [
+            subprocess.run(["git", *asked], cwd=Path(__file__).parent, capture_output=True, text=True)
+            for asked in (ours, head)
+        ]
     except OSError:
         return ""
-    if tracked.returncode or head.returncode:
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return "" if any(answer.returncode for answer in told) else told[-1].stdout.strip()
 
 
 def alternate(
@@ -310,7 +307,6 @@ class Panel:
 
 def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
     """Write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     across = min(len(panels), _PANELS_A_ROW)
@@ -331,4 +327,4 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 2 * across), frameon=False)
     figure.suptitle(title, fontsize="medium", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)

@@ -303,7 +303,6 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     Raises:
         ConfigError: there is nothing to draw, or the runs are of several tasks or models.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figures = [run for run in figures if run.questions]
@@ -325,7 +324,7 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
 
 
 def _draw_method(axes: Any, method: str, figures: Sequence[Figures], color: str) -> None:

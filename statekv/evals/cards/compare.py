@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.engine import Engine
+from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
@@ -126,19 +125,13 @@ def compare(
 
 
 def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
-    runner = sessions[0].runner
-    spent: list[list[float]] = [[] for _ in sessions]
+    steps: list[list[Progress]] = [[] for _ in sessions]
     for frame in read_frames(path, fps=1.0, ahead=8):
-        with torch.inference_mode():
-            (seen,) = runner.encode([[frame]], None)
-            for session, times in zip(sessions, spent, strict=True):
-                entering = runner.segments_of(session.state, seen)
-                began = time.perf_counter()
-                for segment in entering:
-                    runner.prefill(session.state, segment)
-                times.append(1000 * (time.perf_counter() - began))
-    for session, result, times in zip(sessions, results, spent, strict=True):
-        result.step_ms.append(times)
+        (seen,) = sessions[0].runner.encode([[frame]], None)
+        for session, taken in zip(sessions, steps, strict=True):
+            session.push([frame], taken.append, seen=seen)
+    for session, result, taken in zip(sessions, results, steps, strict=True):
+        result.step_ms.append([1000 * progress.step_seconds for progress in taken])
         _note_memory(result, session.state)
 
 
@@ -170,7 +163,6 @@ _SMOOTHED_OVER = 16  # steps
 
 def draw_step_times(results: Sequence[MethodResult], path: Path, title: str) -> None:
     """Write a PNG with one line per method, the median over the videos."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -186,4 +178,4 @@ def draw_step_times(results: Sequence[MethodResult], path: Path, title: str) -> 
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
