@@ -55,7 +55,7 @@ class MemoryLimitError(StateKVError):
 
 
 class PolicyError(StateKVError):
-    """A policy that answers with something that cannot be used, in the middle of a step."""
+    """A policy of the user's own that fails, or answers with something that cannot be used."""
 
 
 class SaveError(StateKVError):

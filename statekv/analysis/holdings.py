@@ -129,10 +129,10 @@ def held_shares(kept: Sequence[torch.Tensor], tokens: int) -> Shares:
     """For each token of a stream the share of layers and heads that hold it.
 
     Args:
-        kept: for each layer [1, kv_heads, n] the tokens that it holds.
+        kept: for each layer [1, kv_heads, n] the tokens that it holds, -1 where a slot is empty.
         tokens: of the stream.
     """
-    counts = sum(torch.bincount(layer.flatten().long().cpu(), minlength=tokens) for layer in kept)
+    counts = sum(torch.bincount(layer[layer >= 0].long().cpu(), minlength=tokens) for layer in kept)
     assert isinstance(counts, torch.Tensor)
     heads = sum(layer.shape[0] * layer.shape[1] for layer in kept)
     shares: Shares = (counts.float() / heads).numpy()

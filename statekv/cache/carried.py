@@ -146,7 +146,10 @@ class CarriedCache(Cache):
 
     def bias(self, layer: int) -> torch.Tensor | None:
         """[streams, kv_heads, K] float32: log weights of the keys that `update` has handed out; None: all are 0."""
-        return self.state[layer][LOG_WEIGHTS][..., : self.lengths[layer]] if self.policy.weighs else None
+        # A layer that has evicted once holds its share of former keys from then on, and own ones.
+        if not self.policy.weighs or self.lengths[layer] <= self.shares[layer]:
+            return None
+        return self.state[layer][LOG_WEIGHTS][..., : self.lengths[layer]]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float

@@ -13,7 +13,8 @@ import torch
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Policy
-from statekv.cache.policies.wrappers import Checked, Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, covering
+from statekv.cache.policies.checked import Checked
+from statekv.cache.policies.wrappers import Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, covering
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
 from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span
 from statekv.cache.tiers.cache import TieredCache
@@ -524,6 +525,7 @@ def policy_of(config: Config, pinned: int = 0) -> Policy:
 
     Raises:
         ConfigError: there is no such policy, or it does not go with the dials.
+        PolicyError: what a policy of the user's own declares cannot be kept.
     """
     c, found = config, load_named(config.carry, CARRIES, "`carry`", Policy)
     sinks, ours = found.sinks if c.sinks is None else c.sinks, type(found).__module__.startswith("statekv.")

@@ -113,7 +113,7 @@ class Engine:
         """
         saved = read_folder(folder)
         state, snapshot = load_session(saved, self.model, settings)
-        self.runner.check_kernel(state.config)
+        self.runner.check(state.config)
         self.runner.admission.admit(state)
         if state.spans:
             self.runner.reserve(state)

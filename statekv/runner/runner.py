@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from statekv.cache.policies.checked import tried
 from statekv.cache.spec import Memory
 from statekv.cache.stream import Mode, StreamState, View, policy_of, room_for_answers
 from statekv.config import REDUCERS, Config, load_named
@@ -83,8 +84,9 @@ class ModelRunner:
 
         Raises:
             ConfigError: the kernel that was asked for cannot run here, or there is no such policy or reducer.
+            PolicyError: a policy of the user's own fails, or gives what cannot be used.
         """
-        self.check_kernel(config)
+        self.check(config)
         config = with_reducer(config)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
@@ -92,11 +94,16 @@ class ModelRunner:
         spec, rotary = self.model.kv_spec(), self.model
         return StreamState(spec, config, horizon, frames_expected, room, compacts=compacts, rotary=rotary)
 
-    def check_kernel(self, config: Config) -> None:
-        """Raise the ConfigError of a kernel that cannot run here before the work instead of in it."""
-        spec = self.model.kv_spec()
-        if config.carry != "all" and policy_of(config).needs_attention:
+    @torch.inference_mode()
+    def check(self, config: Config) -> None:
+        """Raise the error of a kernel or of a policy that cannot run here before the work instead of in it."""
+        if config.carry == "all":
+            return
+        spec, policy = self.model.kv_spec(), policy_of(config)
+        if policy.needs_attention:
             implementation(config.kernel, spec.devices[0], spec.dtype, spec.head_dim)
+        keys = torch.empty(1, spec.kv_heads, 1, spec.head_dim, dtype=spec.dtype, device=spec.devices[0])
+        tried(policy, config.budget, spec.layers, keys)
 
     @torch.inference_mode()
     def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:

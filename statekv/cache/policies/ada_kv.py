@@ -8,6 +8,7 @@ import torch
 
 from statekv.cache.policies.base import Candidates, Policy
 from statekv.errors import ConfigError
+from statekv.ops import select
 
 _NONE = float("-inf")
 
@@ -50,12 +51,8 @@ class AdaKV(Policy):
     def log_weights(self, candidates: Candidates, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """0 for the layer's best keys among those that stay, -inf for all others."""
         streams, heads, keys = scores.shape
-        own = int(self.floor * candidates.budget)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(keys, device=order.device).expand_as(order))
-        wanted = scores.float().masked_fill(rank < own, float("inf")).masked_fill(~kept, _NONE)
-        wanted = wanted.masked_fill(scores == _NONE, _NONE).view(streams, -1)
-        number = min(heads * candidates.budget, heads * keys)
-        best = torch.zeros_like(wanted, dtype=torch.bool).scatter_(-1, wanted.topk(number).indices, True)
-        filled = (best & (wanted != _NONE)).view(scores.shape)
-        return torch.zeros_like(scores, dtype=torch.float32).masked_fill(~filled, _NONE)
+        wanted = scores.float().masked_fill(~kept, _NONE)
+        sure = select.best(wanted, min(int(self.floor * candidates.budget), keys))
+        wanted = wanted.masked_fill(sure & (wanted != _NONE), float("inf")).view(streams, 1, -1)
+        best = select.best(wanted, heads * min(candidates.budget, keys))  # of all heads together
+        return torch.zeros_like(wanted).masked_fill(~best | (wanted == _NONE), _NONE).view(scores.shape)

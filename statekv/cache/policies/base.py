@@ -43,7 +43,8 @@ class Candidates:
     @property
     def attended(self) -> torch.Tensor:
         """`attention`, for policies that need it."""
-        assert self.attention is not None
+        if self.attention is None:
+            raise TypeError("there is no attention without needs_attention = True")
         return self.attention
 
     @property
@@ -55,14 +56,15 @@ class Candidates:
 class Policy(ABC):
     """A score for every key of a layer; the highest stay, each KV head for itself.
 
-    The smallest one is a class with `score`. It is made once for a stream and keeps nothing itself: what it must
-    remember of each key it declares as `state`, which lies beside the keys, and which eviction, fork, save, restore,
-    batches and CUDA graphs carry along. Parameters are fields of a frozen dataclass, so that a save can note them.
+    The smallest one is a class with `score`. One object serves a stream, its forks and its batches, and keeps nothing
+    itself: what it must remember of each key it declares as `state`, which lies beside the keys, and which eviction,
+    fork, save, restore, batches and CUDA graphs carry along. Parameters are best the fields of a frozen dataclass: a
+    save notes them, and streams of equal policies step as one batch.
 
     Attributes:
         needs_attention: whether `score` reads `Candidates.attention`; where it does not, steps run without key scores.
         every_step: whether `score` is called at every step, also where nothing has to go, because it keeps state.
-        weighs: whether `log_weights` gives any.
+        weighs: whether it has `log_weights`.
         joint_heads: whether all heads of a layer keep the same tokens, on which the scores rely.
         sinks: first tokens of the stream that stay, unless the configuration says another number.
         state: name of everything it remembers of a key, with the value that a new key begins with.
@@ -77,7 +79,7 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, candidates: Candidates) -> torch.Tensor:
-        """[streams, kv_heads, K] float, no NaN; the highest stay. Nothing here may wait for the device."""
+        """[streams, kv_heads, K] floats below infinity; the highest stay. Nothing here may wait for the device."""
 
     def log_weights(self, candidates: Candidates, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """What is added to each key's logit from the next step on, where the policy weighs.
@@ -88,15 +90,20 @@ class Policy(ABC):
             kept: [streams, kv_heads, K] bool: which keys stay.
 
         Returns:
-            [streams, kv_heads, K] float32; -inf leaves the slot of a kept key empty. The detailed cache knows no
-            weights.
+            [streams, kv_heads, K] float32, below infinity; -inf leaves the slot of a kept key empty. The detailed cache
+            knows no weights.
         """
         raise TypeError(f"{type(self).__name__} weighs its keys, but does not say how: define log_weights")
 
     def layer_budgets(self, budget: int, layers: int) -> Sequence[int]:
-        """Keys that a head of each layer keeps on average; `layers` · `budget` in all."""
+        """Keys that a head of each layer keeps on average, 1 or more; at most `layers` · `budget` in all."""
         return [budget] * layers
 
     def slots(self, budget: int) -> int:
         """Slots of a head in a layer with this budget: more than the budget where heads share it out unevenly."""
         return budget
+
+    def __repr__(self) -> str:
+        """`Mine(alpha=0.5)`, as a dataclass shows itself."""
+        shown = (f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({', '.join(shown)})"

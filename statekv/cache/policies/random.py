@@ -8,6 +8,8 @@ import torch
 
 from statekv.cache.policies.base import Candidates, Policy
 
+_GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio
+
 
 @dataclass(frozen=True)
 class Random(Policy):
@@ -31,16 +33,18 @@ def lots(token_ids: torch.Tensor, seed: int, layer: int, draw: int | torch.Tenso
     """A lot in 0 … 1 for each token, [streams, kv_heads, K] float64, the same whenever it is drawn.
 
     Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
-    lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's.
+    lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's, its counter
+    being the draw.
 
     Args:
         token_ids: [streams, kv_heads, K] int32.
         seed: other seeds, other lots.
         layer: lots differ between layers, and between heads.
-        draw: number of the draw, for those who want one at each step; broadcasts against `token_ids`.
+        draw: number of the draw, for those who want one at each step, below 2^31; broadcasts against `token_ids`.
     """
     head = torch.arange(token_ids.shape[1], device=token_ids.device).view(-1, 1)  # the same in every stream of a batch
-    bits = (token_ids.long() + (head << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
+    bits = (token_ids.long() + (head << 34)) ^ ((layer * _GOLDEN + seed * 0x85EBCA77) % 2**62)
+    bits = bits + (draw if isinstance(draw, int) else draw.long()) * _GOLDEN
     for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier + draw
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2**53

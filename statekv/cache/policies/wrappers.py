@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
+from statekv.cache.policies.base import Candidates, Policy
 from statekv.cache.policies.random import lots
-from statekv.errors import ConfigError, PolicyError
+from statekv.errors import ConfigError
 from statekv.ops import select
 
 _ALWAYS = float("inf")
@@ -20,12 +20,17 @@ IMPORTANCE = "importance"
 
 
 class Wrapper(Policy):
-    """A policy that changes what another one says; by itself it changes nothing."""
+    """A policy that changes what another one says; by itself it changes nothing.
+
+    Args:
+        inner: the other one.
+    """
 
     def __init__(self, inner: Policy) -> None:
         self.inner = inner
         self.needs_attention, self.every_step, self.weighs = inner.needs_attention, inner.every_step, inner.weighs
         self.joint_heads, self.sinks, self.state = inner.joint_heads, inner.sinks, inner.state
+        self._taken_over = set(vars(self)) - {"inner"}
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         return self.inner.score(candidates)
@@ -38,6 +43,12 @@ class Wrapper(Policy):
 
     def slots(self, budget: int) -> int:
         return self.inner.slots(budget)
+
+    def __repr__(self) -> str:
+        """`Pinned(Decayed(Attention(), decay=0.5), first=4)`."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        shown = (f"{name}={value!r}" for name, value in own.items() if name not in {*self._taken_over, "inner"})
+        return f"{type(self).__name__}({', '.join([repr(self.inner), *shown])})"
 
 
 class Pinned(Wrapper):
@@ -74,9 +85,7 @@ class Covered(Wrapper):
 
     def __init__(self, inner: Policy, share: float, pinned: int, seed: int) -> None:
         super().__init__(inner)
-        if inner.joint_heads:
-            rule = f"coverage is {share}, but draws for each head, and all heads of this carry keep the same tokens"
-            raise ConfigError(rule, "leave coverage out, or choose another carry")
+        _check_heads(inner, f"`coverage` is {share}, but draws for each head", "coverage")
         self.share, self.pinned, self.seed = share, pinned, seed
 
     def score(self, candidates: Candidates) -> torch.Tensor:
@@ -85,6 +94,12 @@ class Covered(Wrapper):
         # None of the stream's highest lots so far was ever evicted.
         number = min(covering(self.share, candidates.budget, self.pinned), drawn.shape[-1])
         return found.masked_fill(select.best(drawn, number), _ALWAYS)
+
+
+def _check_heads(inner: Policy, rule: str, setting: str) -> None:
+    if inner.joint_heads:
+        told = f"{rule}, and all heads of this `carry` keep the same tokens"
+        raise ConfigError(told, f"leave `{setting}` out, or choose another `carry`")
 
 
 def covering(share: float, budget: int, pinned: int) -> int:
@@ -96,7 +111,14 @@ class ValueNorms(Wrapper):
     """Scores times the length (L2) of the value: what a key adds to a mixture is its attention times its value.
 
     After VATP (arXiv 2406.12335), which takes the L1 norm.
+
+    Raises:
+        ConfigError: a policy whose heads keep the same tokens; their values differ.
     """
+
+    def __init__(self, inner: Policy) -> None:
+        super().__init__(inner)
+        _check_heads(inner, "`value_norms` is True, but values differ between heads", "value_norms")
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         norms: torch.Tensor = torch.linalg.vector_norm(candidates.values, dim=-1, dtype=torch.float32)
@@ -164,58 +186,3 @@ class Noted(Wrapper):
         if candidates.attention is not None:
             candidates.state[IMPORTANCE].copy_(candidates.attention)
         return self.inner.score(candidates)
-
-
-class Checked(Wrapper):
-    """A policy of the user's own: what it answers is looked at, and once in each layer whether it changed its inputs.
-
-    Raises:
-        PolicyError: scores of another shape, NaN, or changed keys, values, numbers or attention.
-    """
-
-    def __init__(self, inner: Policy) -> None:
-        super().__init__(inner)
-        self._looked_at: set[int] = set()
-
-    def score(self, candidates: Candidates) -> torch.Tensor:
-        name, first = type(self.inner).__name__, candidates.layer not in self._looked_at
-        before = _inputs(candidates) if first else []
-        found = self.inner.score(candidates)
-        _check(name, "scores", found, candidates)
-        if first:
-            self._looked_at.add(candidates.layer)
-            for (what, then), (_, now) in zip(before, _inputs(candidates), strict=True):
-                if not torch.equal(then, now):
-                    raise PolicyError(f"{name} changed the {what} that it was shown", "work on a copy: tensor.clone()")
-        return found
-
-    def log_weights(self, candidates: Candidates, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        found = self.inner.log_weights(candidates, scores, kept)
-        _check(type(self.inner).__name__, "log weights", found, candidates)
-        return found
-
-
-def _inputs(candidates: Candidates) -> list[tuple[str, torch.Tensor]]:
-    shown = {
-        "keys": candidates.keys,
-        "values": candidates.values,
-        "token numbers": candidates.token_ids,
-        "attention": candidates.attention,
-        "log weights": candidates.state.get(LOG_WEIGHTS),
-    }
-    return [(what, tensor.nan_to_num().clone()) for what, tensor in shown.items() if tensor is not None]
-
-
-def _check(name: str, what: str, found: object, candidates: Candidates) -> None:
-    shape = tuple(candidates.token_ids.shape)
-    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
-        kind = str(found.dtype) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise PolicyError(f"{name} gave {what} of type {kind}", "return a tensor of floats")
-    if tuple(found.shape) != shape:
-        rule = f"{name} gave {what} of shape {list(found.shape)} for keys of shape {list(shape)}"
-        raise PolicyError(rule, "return one number for each key: [streams, kv_heads, K]")
-    # A recording cannot wait; the step before it has looked.
-    if not (found.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(found.isnan().any()):
-        raise PolicyError(
-            f"{name} gave {what} that are no numbers (NaN) in layer {candidates.layer}", "mend the policy"
-        )
