@@ -15,7 +15,7 @@ from importlib import import_module
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, StateKVError
 
 # Where each policy lives; beside them there is "all", which carries every key. Strings, so that torch is not imported.
 CARRIES: Mapping[str, str] = {
@@ -126,13 +126,9 @@ def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
             raise ConfigError(rule, f"give an instance: {value.__name__}(…)")
         if isinstance(value, str):
             read_named(value, table, f"`{name}`")
-        elif type(value).__hash__ is None:
-            rule = (
-                f"`{name}` is a {type(value).__name__}, which has no hash, so that streams cannot be told apart by it"
-            )
-            raise ConfigError(rule, "make its class a frozen dataclass")
         else:
             spell(value, table)
+            _check_hash(value, f"`{name}` is {_one_line(repr(value))}")
         return value
 
     return Kind(str, {"type": "string"}, read, tuple(table) if listed else ())
@@ -847,10 +843,26 @@ def load_named(spelling: object, table: Mapping[str, str | type[Any]], what: str
         known = ", ".join(inspect.signature(found).parameters) or "it has none"
         raise ConfigError(f"{what} is {spelling!r}: {error}", f"parameters: {known}") from None
     try:
-        return found(**parameters)
-    except (TypeError, ValueError) as error:
-        rule = f"{what} is {spelling!r}, which {found.__name__} refuses: {_one_line(str(error))}"
+        made = found(**parameters)
+    except StateKVError:
+        raise
+    except Exception as error:
+        why = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+        rule = f"{what} is {spelling!r}, which {found.__name__} refuses: {why}{_one_line(str(error))}"
         raise ConfigError(rule, "give it other parameters") from error
+    _check_hash(made, f"{what} is {spelling!r}")
+    return made
+
+
+def _check_hash(method: object, told: str) -> None:
+    """Raise a ConfigError if streams cannot be told apart by this method."""
+    try:
+        hash(method)
+    except TypeError as error:
+        rule = f"{told}, which has no hash, so that streams cannot be told apart by it ({_one_line(str(error))})"
+        raise ConfigError(
+            rule, "make its class a frozen dataclass, and its parameters tuples in place of lists"
+        ) from None
 
 
 def spell(method: object, table: Mapping[str, str | type[Any]]) -> str:

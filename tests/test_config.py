@@ -484,6 +484,8 @@ class Every(Method):
     def __post_init__(self) -> None:
         if self.step < 1:
             raise ValueError("step must be\nat least 1")
+        if self.step == 13:
+            raise KeyError("thirteen")
 
 
 class Forgetful(Method):
@@ -526,6 +528,8 @@ def test_a_method_is_spelled_so_that_it_can_be_found_again() -> None:
         ("every(step=1, far=2)", ["'far'", "parameters: step, name"]),
         ("every(step=0)", ["Every refuses: step must be at least 1"]),
         ("every(step='a')", ["Every refuses"]),
+        ("every(step=13)", ["Every refuses: KeyError: 'thirteen'"]),
+        ("every(step=3, name=[1, 2])", ["which has no hash", "unhashable type: 'list'", "tuples in place of lists"]),
         ("nowhere.at_all:Every", ["no module nowhere", "PYTHONPATH"]),
         (f"{HERE}:Never", [f"{HERE} has no Never"]),
         ("subprocess:Popen(args='true')", ["which is no Method", f"{HERE}.Method"]),
@@ -550,6 +554,15 @@ def test_a_module_that_does_not_import_says_why(tmp_path: Path, monkeypatch: pyt
         load_named("broken_method:Method", {}, "method", Method)
     with pytest.raises(ConfigError, match="needy_method needs nowhere"):
         load_named("needy_method:Method", {}, "method", Method)
+
+
+@pytest.mark.parametrize("setting", ["carry", "reduce"])
+def test_an_object_whose_parameters_have_no_hash_is_refused(setting: str) -> None:
+    """Streams would not be told apart, in the middle of a step."""
+    with pytest.raises(ConfigError, match=rf"^{setting} is Holding\(step=\[1\]\), which has no hash") as caught:
+        Config().with_(None, **{setting: Holding([1])})
+    assert "tuples in place of lists" in caught.value.hint
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", [Forgetful(), Holding(torch.zeros(2))])

@@ -75,7 +75,8 @@ class Concentration:
 
         Args:
             history: tokens before the step.
-            carried: for each layer [kv_heads, n] int64, the tokens that the carried cache holds before the step.
+            carried: for each layer [kv_heads, n] int64, the tokens that the carried cache holds before the step; -1
+                where a slot is empty.
         """
         self._steps += 1
         self._history_before, self._history = self._history, history
@@ -90,7 +91,10 @@ class Concentration:
         total = past.sum(-1)
         self._sums[layer][0] += captured(best, total).cpu()
         held = self._carried[layer].to(past.device)
-        optimum, carried = past.topk(held.shape[-1]).values.sum(-1), past.gather(-1, held).sum(-1)
+        there = held >= 0
+        as_many = torch.arange(held.shape[-1], device=held.device) < there.sum(-1, keepdim=True)
+        optimum = (past.topk(held.shape[-1]).values * as_many).sum(-1)
+        carried = (past.gather(-1, held.clamp_min(0)) * there).sum(-1)
         self._cache_sums[layer] += torch.stack([_share(optimum, total), _share(carried, total)]).cpu()
         if layer in self._orders:
             ranks = ranks_before(self._orders[layer], order, self._history)

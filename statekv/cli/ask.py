@@ -131,7 +131,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
         "text": text,
         "model": model,
         "method": state.config.method,
-        "carry": state.config.carry,
+        "carry": state.config.facts["carry"],
         "recall": state.config.recall,
         "layout": state.config.layout,
         "kernel": implementation(state.config.kernel, spec.devices[0], spec.dtype, spec.head_dim),

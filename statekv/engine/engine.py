@@ -19,7 +19,7 @@ from statekv.engine.snapshot import load_session
 from statekv.errors import ConfigError, HorizonError
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
-from statekv.runner.runner import ModelRunner, with_reducer
+from statekv.runner.runner import ModelRunner, with_methods
 from statekv.video.address import PathOrUrl, check_scheme, display_name, local_path, locate
 from statekv.video.file import VideoInfo, count_frames, probe
 from statekv.video.frame import Frame
@@ -225,7 +225,7 @@ def load(
     # A policy or a reducer that is not there is told before the checkpoint is read.
     if config.carry != "all":
         policy_of(config)
-    with_reducer(config)
+    with_methods(config)
     loaded = load_model(
         model,
         dtype=dtype,

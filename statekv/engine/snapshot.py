@@ -21,7 +21,7 @@ from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
 from statekv.models.encoded import EncodedStep
 from statekv.models.loading import Identity, identify
-from statekv.runner.runner import with_reducer
+from statekv.runner.runner import with_methods
 from statekv.video.frame import Frame
 
 _MADE_WITH = ("statekv", "torch", "transformers")
@@ -189,13 +189,15 @@ def _check_frequencies(saved: Saved, now: list[float]) -> None:
 
 
 def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Config:
-    try:
-        new = with_reducer(config.with_(None, **settings))
-    except ConfigError as error:
-        if "reduce" in settings or config.reduce is None:
-            raise
-        hint = "make it importable as it was then, or give one with the same name and parameters: reduce=…"
-        raise ConfigError(f"{saved.folder} was watched with a reducer: {error.message}", hint) from None
+    new = config.with_(None, **settings)
+    for name, what in (("carry", "policy"), ("reduce", "reducer")):
+        try:
+            new = with_methods(new, [name])
+        except ConfigError as error:
+            if name in settings:
+                raise
+            hint = f"make it importable as it was then, or give one with the same name and parameters: {name}=…"
+            raise ConfigError(f"{saved.folder} was watched with a {what}: {error.message}", hint) from None
     facts, facts_then = new.facts, config.facts
     for name in settings:
         then, now = facts_then[name], facts[name]

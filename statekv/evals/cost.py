@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from statekv.config import Config
 from statekv.engine.session import Session, waiting_steps
 from statekv.models.flops import Widths, step_flops
 
@@ -30,9 +29,9 @@ def clip_tokens(session: Session) -> list[int]:
 
 def flops_of(session: Session, lengths: Sequence[int]) -> int:
     """FLOPs of the language model for segments of so many tokens, entering one after the other."""
-    config: Config = session.state.config
+    policy = session.state.policy
     widths = Widths.of(session.runner.model.text_config)
-    budget = None if config.carry == "all" else config.budget
+    budget = None if policy is None else session.state.config.budget
     # Queries meet keys twice where keys are scored, once elsewhere.
-    products = 3 if config.carry == "attention" else 2
+    products = 3 if policy is not None and policy.needs_attention else 2
     return sum(step_flops(widths, lengths, budget, products))

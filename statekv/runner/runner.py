@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from statekv.cache.policies.base import Policy
 from statekv.cache.policies.checked import tried
 from statekv.cache.spec import Memory
 from statekv.cache.stream import Mode, StreamState, View, policy_of, room_for_answers
-from statekv.config import REDUCERS, Config, load_named
+from statekv.config import CARRIES, REDUCERS, Config, load_named
 from statekv.errors import MemoryLimitError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.encoded import EncodedStep
@@ -33,15 +34,24 @@ _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of
 _REDUCE = "reduce"  # where the reducer's memory is among those of a stream
 
 
-def with_reducer(config: Config) -> Config:
-    """The same settings with the reducer itself in place of its spelling.
+def with_methods(config: Config, names: Sequence[str] = ("carry", "reduce")) -> Config:
+    """The same settings with policy and reducer themselves in place of their spellings; plain names of policies stay.
+
+    So a save notes all parameters, and a stream opened by a spelling is like one opened by the object.
+
+    Args:
+        config: the settings.
+        names: of those to load.
 
     Raises:
-        ConfigError: there is no such reducer, or it does not take such parameters.
+        ConfigError: there is no such policy or reducer, or it does not take such parameters.
     """
-    if config.reduce is None or isinstance(config.reduce, Reducer):
-        return config
-    return config.with_(reduce=load_named(config.reduce, REDUCERS, "`reduce`", Reducer))
+    for name, table, kind in (("carry", CARRIES, Policy), ("reduce", REDUCERS, Reducer)):
+        given = getattr(config, name)
+        plain = given is None or (name == "carry" and given in (*CARRIES, "all"))
+        if name in names and not plain and not isinstance(given, kind):
+            config = config.with_(**{name: load_named(given, table, f"`{name}`", kind)})
+    return config
 
 
 class ModelRunner:
@@ -86,8 +96,8 @@ class ModelRunner:
             ConfigError: the kernel that was asked for cannot run here, or there is no such policy or reducer.
             PolicyError: a policy of the user's own fails, or gives what cannot be used.
         """
+        config = with_methods(config)
         self.check(config)
-        config = with_reducer(config)
         horizon = config.horizon or horizon or self.model.trained_length
         if room is None:
             room = min(room_for_answers(config), horizon // 4)
@@ -228,7 +238,7 @@ class ModelRunner:
 
     def _reduced(self, state: StreamState, seen: EncodedStep) -> tuple[EncodedStep, Mapping[str, Memory]]:
         """A step after the stream's reducer, and what the stream remembers from then on."""
-        reducer: Reducer | None = with_reducer(state.config).reduce  # type: ignore[assignment]
+        reducer: Reducer | None = with_methods(state.config, ["reduce"]).reduce  # type: ignore[assignment]
         if reducer is None:
             return seen, state.memories
         step, memory = reduced(reducer, seen, state.memories.get(_REDUCE, {}))
