@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from statekv.cache.batched import BatchedCarriedCache, StaticCarriedCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import KVSpec
+from statekv.config import CARRIES
 from tests.cache.tokens import policy
 
 CPU = torch.device("cpu")
@@ -19,8 +21,19 @@ GEOMETRY = KVSpec(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(CPU,) * 
 BUDGET, STEP = 10, 4
 
 
-def caches(count: int, decay: float = 0.0) -> list[CarriedCache]:
-    made = policy(decay=decay)
+# Each with dials that mean something beside it.
+POLICIES: dict[str, dict[str, Any]] = {
+    **{carry: {"carry": carry} for carry in CARRIES},
+    "decay": {"decay": 0.5},
+    "sum": {"decay": 1.0},
+    "layers": {"layer_slope": 0.25},
+    "ada_kv, all": {"carry": "ada_kv(floor=0.1)", "layer_slope": -0.25, "decay": 0.5, "coverage": 0.3},
+}
+EVERY_POLICY = pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
+
+
+def caches(count: int, **settings: Any) -> list[CarriedCache]:
+    made = policy(**settings)
     return [CarriedCache(GEOMETRY, BUDGET, made, DetailedCache(GEOMETRY)) for _ in range(count)]
 
 
@@ -73,9 +86,9 @@ def assert_same(found: list[CarriedCache], expected: list[CarriedCache]) -> None
                 assert torch.equal(tensor[..., :length], b.state[layer][name][..., :length])
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_steps_in_a_block_equal_steps_alone(decay: float) -> None:
-    mine, alone = caches(3, decay), caches(3, decay)
+@EVERY_POLICY
+def test_steps_in_a_block_equal_steps_alone(settings: dict[str, Any]) -> None:
+    mine, alone = caches(3, **settings), caches(3, **settings)
     block = BatchedCarriedCache(mine)
     for number in range(8):
         step_alone(alone, number)
@@ -162,12 +175,12 @@ def test_a_block_does_not_keep_its_members() -> None:
 BUDGET_STATIC, TOKENS = 12, 5
 
 
-def full(carry: str = "attention", streams: int = 2, slope: float = 0.0, decay: float = 0.0) -> CarriedCache:
-    spec = KVSpec(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams)
-    made = policy(carry, 1, sinks=2, seed=1, layer_slope=slope, decay=decay)
-    cache = CarriedCache(spec, BUDGET_STATIC, made, DetailedCache(spec))
-    for number in range(3):
+def full(**settings: Any) -> CarriedCache:
+    spec = KVSpec(3, 4, torch.float32, (torch.device("cpu"),) * 2, streams=2)
+    cache = CarriedCache(spec, BUDGET_STATIC, policy(pinned=1, sinks=2, seed=1, **settings), DetailedCache(spec))
+    for number in range(6):
         walk(cache, cache, TOKENS, number)
+    assert cache.full
     return cache
 
 
@@ -199,11 +212,9 @@ def assert_same_static(found: CarriedCache, expected: CarriedCache) -> None:
         assert torch.equal(found.detailed.values(layer), expected.detailed.values(layer))
 
 
-@pytest.mark.parametrize(("slope", "decay"), [(0.0, 0.0), (0.25, 0.0), (-0.25, 0.5), (0.0, 1.0)])
-@pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])
-def test_static_steps_equal_ordinary_ones(carry: str, slope: float, decay: float) -> None:
-    mine, other = (full(carry, slope=slope, decay=decay) for _ in range(2))
-    assert mine.full
+@EVERY_POLICY
+def test_static_steps_equal_ordinary_ones(settings: dict[str, Any]) -> None:
+    mine, other = full(**settings), full(**settings)
     static = StaticCarriedCache(mine, TOKENS)
     for number in range(10, 16):
         mine.make_room(TOKENS)
