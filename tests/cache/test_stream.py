@@ -135,6 +135,7 @@ def test_bytes_of_both_memories() -> None:
         "carried": slots * (g.bytes_per_token + 4 * g.layers * g.kv_heads),
         "detailed": 1000 * g.bytes_per_token,
         "blocks": 0,
+        "memories": 0,
     }
 
 
