@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.cache.tiers import TIERS
+from statekv.cache.tiers.plan import caps_below
 from statekv.config import told
 from statekv.errors import MemoryLimitError
 
@@ -83,9 +84,8 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-_HOST = torch.device("cpu")
-# What of `StreamState.nbytes` lies elsewhere than on the model's device, and the cap on it.
-_ELSEWHERE = {"host": "host_memory", "disk": "disk"}
+# What of `StreamState.nbytes` lies elsewhere than on the model's device.
+_ELSEWHERE = {tier.name for tier in TIERS if tier.setting is not None}
 
 
 class Admission:
@@ -135,10 +135,8 @@ def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
         least = config.memory if isinstance(config.memory, int) else _carried(state)
         for device in dict.fromkeys(devices):
             found[device] += max(0, least - here) * devices.count(device) // len(devices)
-        if isinstance(config.host_memory, int):
-            found[_HOST] += max(0, config.host_memory - held.get("host", 0))
-        if isinstance(config.disk, int):
-            found[_file_system(config.disk_folder)] += max(0, config.disk - held.get("disk", 0))
+        for tier, cap in caps_below(config).items():
+            found[_place(tier.place(config))] += max(0, cap - held.get(tier.name, 0))
     return found
 
 
@@ -176,6 +174,5 @@ def _check(place: _Place, asked: int, promised: int) -> None:
         )
 
 
-def _file_system(folder: str | None) -> _Place:
-    path = Path(folder or tempfile.gettempdir()).absolute()
-    return os.stat(path).st_dev, path
+def _place(place: torch.device | Path) -> _Place:
+    return place if isinstance(place, torch.device) else (os.stat(place.absolute()).st_dev, place.absolute())

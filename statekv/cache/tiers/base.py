@@ -6,11 +6,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 
-from statekv.config import told
+from statekv.config import Config, told
 from statekv.errors import StorageError
 
 _HOST = torch.device("cpu")
@@ -39,9 +40,28 @@ class Held(Protocol):
 
 
 class Tier(Protocol):
-    """Takes blocks in."""
+    """Takes blocks in.
 
-    name: str
+    Attributes:
+        name: in what a stream says of its bytes, and in saves.
+        setting: field of `Config` that caps it; None: the plan of a stream's memory does.
+    """
+
+    name: ClassVar[str]
+    setting: ClassVar[str | None]
+
+    @classmethod
+    def of(cls, config: Config, devices: Sequence[torch.device]) -> Tier | None:
+        """The tier of one stream, where its configuration asks for it.
+
+        Args:
+            config: of the stream.
+            devices: of the model's layers.
+        """
+
+    @classmethod
+    def place(cls, config: Config) -> torch.device | Path:
+        """Whose bytes a cap on it counts: a device's, or those of the file system that a folder is on."""
 
     def size(self, content: Sequence[Content]) -> int:
         """Bytes that it would take here."""
@@ -145,9 +165,20 @@ class DeviceTier(Tier):
     """Blocks stay on the devices of their layers."""
 
     name = "device"
+    setting = None
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
+
+    @classmethod
+    def of(cls, config: Config, devices: Sequence[torch.device]) -> DeviceTier | None:
+        """Only for blocks that are smaller than what they are made of."""
+        return cls(devices) if config.bits is not None else None
+
+    @classmethod
+    def place(cls, config: Config) -> torch.device:
+        """The plan counts for it."""
+        raise TypeError("blocks on the model's devices are part of its memory")
 
     def size(self, content: Sequence[Content]) -> int:
         """Bytes of the buffers."""
@@ -174,10 +205,21 @@ class HostTier(Tier):
     """
 
     name = "host"
+    setting = "host_memory"
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @classmethod
+    def of(cls, config: Config, devices: Sequence[torch.device]) -> HostTier | None:
+        """Pinned where a layer is on CUDA."""
+        return cls(any(device.type == "cuda" for device in devices)) if config.host_memory is not None else None
+
+    @classmethod
+    def place(cls, config: Config) -> torch.device:
+        """The CPU."""
+        return _HOST
 
     def size(self, content: Sequence[Content]) -> int:
         """Bytes of the buffer."""

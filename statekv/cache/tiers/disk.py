@@ -26,13 +26,14 @@ from weakref import finalize
 
 import torch
 
-from statekv.cache.tiers.base import Content, Held, Rows, joined
+from statekv.cache.tiers.base import Content, Held, Rows, Tier, joined
+from statekv.config import Config
 from statekv.errors import StorageError
 
 Form = tuple[tuple[str, torch.dtype, torch.Size], ...]  # of a step's tensors in one layer, alike in all layers
 
 
-class DiskTier:
+class DiskTier(Tier):
     """Steps move to a file in a private folder, which goes with the last of them.
 
     Args:
@@ -43,11 +44,22 @@ class DiskTier:
     """
 
     name = "disk"
+    setting = "disk"
 
     def __init__(self, parent: Path | None) -> None:
         self._room = SpillDir(parent)
         self._scratch: SpillFile | None = None
         self._making = threading.Lock()
+
+    @classmethod
+    def of(cls, config: Config, devices: Sequence[torch.device]) -> DiskTier | None:
+        """In the folder that the configuration names."""
+        return cls(_folder(config)) if config.disk is not None else None
+
+    @classmethod
+    def place(cls, config: Config) -> Path:
+        """The folder, or where the system keeps temporary files."""
+        return _folder(config) or Path(tempfile.gettempdir())
 
     def size(self, content: Sequence[Content]) -> int:
         """Bytes of the tensors."""
@@ -69,6 +81,10 @@ class DiskTier:
         """The same pieces, but for those that go."""
         assert isinstance(block, OnDisk)
         return OnDisk([block.steps[number] for number in kept], [block.forms[number] for number in kept])
+
+
+def _folder(config: Config) -> Path | None:
+    return Path(config.disk_folder) if config.disk_folder is not None else None
 
 
 class OnDisk:

@@ -8,12 +8,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import chain
-from pathlib import Path
 
 from statekv.cache.spec import KVSpec
-from statekv.cache.tiers.base import Content, DeviceTier, Held, HostTier, Tier, only, rows_of
+from statekv.cache.tiers import TIERS
+from statekv.cache.tiers.base import Content, DeviceTier, Held, Tier, only, rows_of
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
-from statekv.cache.tiers.disk import DiskTier
 from statekv.cache.tiers.plan import step_bytes
 from statekv.config import Config
 from statekv.config import told as bytes_told
@@ -79,16 +78,12 @@ class TierManager:
     def __init__(self, spec: KVSpec, config: Config) -> None:
         self._geometry = spec
         self._bits = config.bits
-        self._shares: list[_TierShare] = []
-        if config.bits is not None:
-            self._shares.append(_TierShare(DeviceTier(spec.devices), 0))
-        if isinstance(config.host_memory, int):
-            self._shares.append(
-                _TierShare(HostTier(any(device.type == "cuda" for device in spec.devices)), config.host_memory)
-            )
-        if isinstance(config.disk, int):
-            folder = Path(config.disk_folder) if config.disk_folder is not None else None
-            self._shares.append(_TierShare(DiskTier(folder), config.disk))
+        self._shares: list[_TierShare] = []  # from the top down
+        for kind in TIERS:
+            tier = kind.of(config, spec.devices)
+            if tier is not None:
+                cap = 0 if kind.setting is None else getattr(config, kind.setting)
+                self._shares.append(_TierShare(tier, cap))
 
     def __len__(self) -> int:
         """Blocks."""
@@ -106,8 +101,9 @@ class TierManager:
 
     def allow(self, quantised: int) -> None:
         """Say how many bytes quantised blocks may take on the device."""
-        if self._bits is not None:
-            self._shares[0].cap = quantised
+        for share in self._shares:
+            if share.tier.setting is None:
+                share.cap = quantised
 
     def blocks(self) -> Iterator[tuple[str, OffloadedBlock, list[SegmentEntry]]]:
         """Name of the tier, block and steps of all blocks, those of a tier in order."""

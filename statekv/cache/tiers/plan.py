@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from statekv.cache.policies.base import Policy
 from statekv.cache.spec import KVSpec
-from statekv.cache.tiers.base import GROUP
+from statekv.cache.tiers import TIERS
+from statekv.cache.tiers.base import GROUP, Tier
 from statekv.config import Config, bytes_of, told
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.ops.quantise import quantised_bytes
@@ -124,7 +125,7 @@ def _shared(
             recent = int(_RECENT_SHARE * memory)
         mean = 4 * g.layers * g.streams * g.kv_heads * g.head_dim  # float32
     if mean or noted:
-        beyond = sum(cap for cap in (config.host_memory, config.disk) if isinstance(cap, int))
+        beyond = sum(caps_below(config).values())
         ever = 1 + int(1.25 * (memory + beyond) / step_bytes(g, step, config.bits))
         most_steps = min(ever, int(_MOST_BESIDE * memory) // (mean + noted))
     representatives, notes = (most_steps or 0) * mean, (most_steps or 0) * noted
@@ -159,5 +160,11 @@ def _carried_bytes(config: Config, g: KVSpec, policy: Policy, step: int) -> int:
     return slots * g.streams * g.kv_heads * (2 * g.head_dim * g.dtype.itemsize + beside)
 
 
+def caps_below(config: Config) -> dict[type[Tier], int]:
+    """Bytes that the tiers below the device's memory may take."""
+    caps = {kind: getattr(config, kind.setting) for kind in TIERS if kind.setting is not None}
+    return {kind: cap for kind, cap in caps.items() if cap is not None}
+
+
 def _lower(config: Config) -> bool:
-    return config.bits is not None or config.host_memory is not None or config.disk is not None
+    return config.bits is not None or bool(caps_below(config))
