@@ -524,13 +524,6 @@ class Config:
     graph: bool = _setting(
         True, "On CUDA, replay recorded steps once the carried cache is full.", SWITCH, "Speed", FREE
     )
-    pack: bool = _setting(
-        True,
-        "On a CPU in float32, step on a second copy of the weights that MKL has laid out, where memory allows it.",
-        SWITCH,
-        "Speed",
-        FREE,
-    )
     _method: str = field(default="", compare=False)  # the name that it was made with; `replace` hands it on
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class Plan:
         tokens: of a step.
         runs: timed steps of each method at each number.
         seconds: what one method may take at one number in all; slower ones get fewer runs.
-        plain: also step `statekv` without CUDA graphs and packed weights.
+        plain: also step `statekv` without CUDA graphs.
     """
 
     size: Size
@@ -48,7 +48,7 @@ class Plan:
     def methods(self) -> list[Config]:
         """`full`, and `statekv` at each budget."""
         ways = (True, False) if self.plain else (True,)
-        bounded = (Config.of("statekv", budget=budget, graph=way, pack=way) for budget in self.budgets for way in ways)
+        bounded = (Config.of("statekv", budget=budget, graph=way) for budget in self.budgets for way in ways)
         return [Config.of(FULL), *bounded]
 
     def cache_bytes(self, step: int, dtype: torch.dtype) -> int:

@@ -156,7 +156,10 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise _damaged(source, f"{FACTS} cannot be read") from None
     if found != FORMAT:
-        raise SaveError(f"{source} was saved in format {found!r}, this version reads {FORMAT}", "watch the video again")
+        raise SaveError(
+            f"{source} was saved in format {found!r}, this version reads {FORMAT}",
+            "watch the video again, or use the version that saved it",
+        )
     if check != _check(facts) or not isinstance(files, dict):
         raise _damaged(source, f"{FACTS} is not as it was written")
     return Saved(source, facts, facts.pop("files"))

@@ -133,7 +133,7 @@ def prefill(
     steps: Annotated[str, typer.Option(help="Step numbers, with commas.")] = "1,4,16,64,256,1024,3600",
     tokens: StepTokens = 256,
     layers: Layers = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Also step without CUDA graphs and packed weights.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Also step without CUDA graphs.")] = False,
     runs: options.Runs = 20,
     seconds: Annotated[float, typer.Option(help="Most seconds for one method at one step; less runs then.")] = 60.0,
     device: options.BenchDevice = "auto",

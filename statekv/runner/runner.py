@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from statekv.runner.cuda_graph import StepGraphs
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.lock import FairLock
 from statekv.runner.memory import Admission, memory_limit
-from statekv.runner.packing import StepProducts
 from statekv.video.frame import Frame
 
 _LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
@@ -71,7 +70,6 @@ class ModelRunner:
         self.model = model
         self.lock = FairLock()
         self.graphs = StepGraphs() if graphs is None else graphs
-        self.products = StepProducts(model.language_model.layers)
         self.batches = StepBatches()
         self.admission = Admission()
 
@@ -187,9 +185,7 @@ class ModelRunner:
         with self._at_work(state.horizon):
             view = state.begin(segment, mode)  # what the layers see; room and pins for the segment
             evicting = mode == "carry" and view.must_evict(segment.length)
-            packs = state.config.pack and mode == "carry"
-            with self.products.around(state) if packs else nullcontext():
-                hidden = self._layers(state, segment, view, evicting, observer)
+            hidden = self._layers(state, segment, view, evicting, observer)
             state.commit(segment, mode)  # position and spans move on
         return hidden
 
@@ -198,7 +194,7 @@ class ModelRunner:
         """As `prefill` for each stream, but for the rounding of larger products.
 
         Products, attention, key scores and eviction run once for all of them; what is entered into the detailed caches
-        is entered one by one. CUDA graphs and packed weights are for streams alone.
+        is entered one by one. CUDA graphs are for streams alone.
 
         Args:
             states: gathered.

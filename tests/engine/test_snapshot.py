@@ -13,11 +13,9 @@ from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, ModelError, SaveError, StateKVError, VideoError
-from statekv.ops.packed import packable
 from statekv.video.file import probe
 from statekv.video.writer import write_video
 from tests.method.presets import chosen, preset
-from tests.runner.test_packing import Watched
 from tests.talk import (
     QUESTION,
     adapted,
@@ -130,23 +128,6 @@ def test_saving_leaves_the_session_alone(clip: Path, tmp_path: Path) -> None:
         never.watch(until_seconds=second)
         going.save(tmp_path / "saved")
     assert_same_session(going, never)
-
-
-@pytest.mark.skipif(not packable(torch.zeros(2, 2)), reason="torch without MKL")
-def test_steps_on_packed_weights(tmp_path: Path) -> None:
-    """Packing depends on the steps before: a restored stream packs at once where it would have been packed."""
-    engine, frames = fresh_engine("internvl"), some_frames(9)
-    products = Watched(engine.model.language_model.layers, after=3, worth=1)
-    engine.runner.products = products
-    never, going = engine.open(), engine.open()
-    never.push(frames)
-    going.push(frames[:6])
-    going.save(tmp_path / "saved")
-    restored = engine.restore(tmp_path / "saved")
-    products.packed.clear()
-    restored.push(frames[6:])
-    assert products.packed == [True, True, True]
-    assert_same_session(restored, never)
 
 
 def test_frames_pushed_between_those_of_a_source(tmp_path: Path, clip: Path) -> None:
