@@ -128,7 +128,6 @@ def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
             read_named(value, table, f"`{name}`")
         else:
             spell(value, table)
-            _check_hash(value, f"`{name}` is {_one_line(repr(value))}")
         return value
 
     return Kind(str, {"type": "string"}, read, tuple(table) if listed else ())
@@ -836,35 +835,27 @@ def load_named(spelling: object, table: Mapping[str, str | type[Any]], what: str
         known = ", ".join(inspect.signature(found).parameters) or "it has none"
         raise ConfigError(f"{what} is {spelling!r}: {error}", f"parameters: {known}") from None
     try:
-        made = found(**parameters)
+        return found(**parameters)
     except StateKVError:
         raise
     except Exception as error:
         why = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
         rule = f"{what} is {spelling!r}, which {found.__name__} refuses: {why}{_one_line(str(error))}"
         raise ConfigError(rule, "give it other parameters") from error
-    _check_hash(made, f"{what} is {spelling!r}")
-    return made
-
-
-def _check_hash(method: object, told: str) -> None:
-    """Raise a ConfigError if streams cannot be told apart by this method."""
-    try:
-        hash(method)
-    except TypeError as error:
-        rule = f"{told}, which has no hash, so that streams cannot be told apart by it ({_one_line(str(error))})"
-        raise ConfigError(
-            rule, "make its class a frozen dataclass, and its parameters tuples in place of lists"
-        ) from None
 
 
 def spell(method: object, table: Mapping[str, str | type[Any]]) -> str:
     """What `load_named` makes an equal instance of; parameters are attributes of their own names.
 
     Raises:
-        ConfigError: a parameter that the instance does not keep, or that is no literal.
+        ConfigError: a parameter that the instance does not keep, or that is no literal; an instance without a hash.
     """
     kind = type(method)
+    try:
+        hash(method)
+    except TypeError as error:
+        rule = f"{kind.__name__} has no hash, so that streams cannot be told apart by it: {_one_line(str(error))}"
+        raise ConfigError(rule, "make its class a frozen dataclass, its parameters tuples in place of lists") from None
     place = f"{kind.__module__}:{kind.__qualname__}"
     name = next((name for name, known in table.items() if known in (kind, place)), place)
     parameters = []

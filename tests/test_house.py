@@ -24,8 +24,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_MOST_FUNCTIONS = 60, 20
 MANY_LINES_OF_A_FILE = 500
 LONG = {
     "statekv/config.py": 900,  # every setting, declared once
-    "statekv/cache/stream.py": 560,  # all that a stream remembers, and how it goes on
-    "tests/test_config.py": 560,
+    "tests/test_config.py": 580,
     "tests/cache/test_folder.py": 520,
 }
 

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.compaction import Compaction
 from statekv.cache.folder import Piece, Saved, read_folder, write_folder
 from statekv.cache.retrieval import StepIndexEntry
 from statekv.cache.spec import KVSpec, Span
-from statekv.cache.stream import Compaction, Rotary, StreamState
+from statekv.cache.stream import StreamState
 from statekv.cache.tiers.base import Content
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import MemoryPlan
+from statekv.cache.view import Rotary
 from statekv.config import SETTINGS, Config
 from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 

@@ -6,25 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any, Literal, Protocol
 
 import torch
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.carry import policy_of
+from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import Policy
-from statekv.cache.policies.checked import Checked
-from statekv.cache.policies.wrappers import Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, covering
+from statekv.cache.policies.wrappers import covering
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
 from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span
 from statekv.cache.tiers.cache import TieredCache
-from statekv.config import CARRIES, Config, check_attention, load_named
+from statekv.cache.view import Entering, Mode, Rotary, View
+from statekv.config import Config
 from statekv.errors import ConfigError, HorizonError
 from statekv.ops.rope import Angles
-
-# carry: part of the stream. peek: sees what a step sees, but leaves the carried cache as it is.
-# answer: sees what an answer sees.
-Mode = Literal["carry", "peek", "answer"]
 
 _QUESTION_ROOM = 512  # positions that a stream leaves to a question, besides the longest answer
 
@@ -32,115 +29,6 @@ _QUESTION_ROOM = 512  # positions that a stream leaves to a question, besides th
 def room_for_answers(config: Config) -> int:
     """Positions that a question and its answer may take."""
     return _QUESTION_ROOM + config.max_new_tokens
-
-
-class Rotary(Protocol):
-    """How a model turns its keys; `VideoModel` is one."""
-
-    @property
-    def own_time(self) -> bool:
-        """Whether steps count time on an axis that text does not follow."""
-
-    def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of positions [streams, T] or [3, streams, T]: cos and sin [streams, T, head_dim] float32."""
-
-    def moved(self, by: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of how far the steps of some keys have moved, [T] int64 on the CPU: cos and sin [1, T, head_dim] float32."""
-
-
-class Entering(Protocol):
-    """What a stream must know of a segment that enters; `Segment` says what the names mean."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def reach(self) -> int: ...
-    @property
-    def positions(self) -> torch.Tensor: ...
-    @property
-    def next_position(self) -> int: ...
-    @property
-    def frames(self) -> int: ...
-    @property
-    def pts_seconds(self) -> float | None: ...
-    @property
-    def moment(self) -> int | None: ...
-
-
-class View(Protocol):
-    """A cache as attention layers see it. Each layer calls `update`, then `attend` or, for key scores, takes `bias`
-    into attention of its own, and last `evict` where the segment is a step that must shrink the cache."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Enter own keys and values [streams, kv_heads, T, head_dim]; all that is seen comes out, own ones last."""
-
-    def bias(self, layer: int) -> torch.Tensor | None:
-        """[streams, kv_heads, K] float32, added to the logits of what `update` has handed out; None: nothing is."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """[streams, heads, T, head_dim]: queries over what `update` has handed out."""
-
-    def evict(self, layer: int, attention: torch.Tensor | None) -> None:
-        """Shrink the layer to its budget; attention [streams, kv_heads, K] float32 where the policy needs it."""
-
-    def must_evict(self, tokens: int) -> bool:
-        """Whether a step of so many tokens ends with `evict`."""
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether `evict` goes by key scores."""
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """From the position that a step would have without a horizon to the one that it has.
-
-    A step moves as a whole, so that its own tokens keep their distances. Steps before `until` stand `factor` times as
-    densely as they came, in order; from `until` on every distance is what it was. Factors are powers of two: a step is
-    moved when it leaves the newest ones, and from then on each time that the stream has doubled.
-
-    Attributes:
-        first: positions up to here, the prompt's prefix, never move.
-        until: uncompacted position of the first step that keeps its distances.
-        factor: positions of older steps that share one.
-    """
-
-    first: int = 0
-    until: int = 0
-    factor: int = 1
-
-    def place(self, position: int) -> int:
-        """Where a step stands that would begin at `position`."""
-        return position - self.gained if position >= self.until else self._squeezed(position)
-
-    @property
-    def gained(self) -> int:
-        """Positions by which the newest steps have moved towards the front."""
-        return self.until - self._squeezed(self.until)
-
-    def next(self, newest: int, first: int, reach: int) -> Compaction:
-        """Make room: half of the range becomes free, a quarter holds the newest steps, a quarter all older ones.
-
-        Args:
-            newest: uncompacted position of the newest step, which keeps its distances in any case.
-            first: positions that never move.
-            reach: one past the last position that steps may take.
-        """
-        quarter = max(1, (reach - first) // 4)
-        until = max(self.until, first, newest - quarter)
-        factor = self.factor
-        while (until - first) // factor > quarter:
-            factor *= 2
-        return Compaction(first, until, factor)
-
-    def _squeezed(self, position: int) -> int:
-        return position if position < self.first else self.first + (position - self.first) // self.factor
 
 
 def tensors_of(memory: Memory) -> Iterator[torch.Tensor]:
@@ -514,37 +402,3 @@ class StreamState:
     def _told_budget(self) -> str:
         least = f" ({self._least_budget} in the smallest layer)" if self.config.layer_slope else ""
         return f"{self.config.budget}{least}"
-
-
-def policy_of(config: Config, pinned: int = 0) -> Policy:
-    """The policy of a stream, with everything that the configuration puts around it.
-
-    Args:
-        config: carry, and the dials that apply to every policy.
-        pinned: tokens of the prefix that stay.
-
-    Raises:
-        ConfigError: there is no such policy, or it does not go with the dials.
-        PolicyError: what a policy of the user's own declares cannot be kept.
-    """
-    c, found = config, load_named(config.carry, CARRIES, "`carry`", Policy)
-    sinks, ours = found.sinks if c.sinks is None else c.sinks, type(found).__module__.startswith("statekv.")
-    if "seed" in getattr(found, "__dataclass_fields__", ()) and found.seed is None:
-        found = replace(found, seed=c.seed)
-    if not found.needs_attention:
-        check_attention(c)
-    if sinks and sinks >= c.budget:
-        rule = f"`carry` {c.carry!r} keeps {sinks} sinks, which fill a `budget` of {c.budget}"
-        raise ConfigError(rule, "raise `budget` or lower `sinks`")
-    policy: Policy = found if ours else Checked(found)
-    if c.decay:
-        policy = Decayed(policy, c.decay)
-    elif c.memory is not None:
-        policy = Noted(policy)
-    if c.value_norms:
-        policy = ValueNorms(policy)
-    if c.coverage:
-        policy = Covered(policy, c.coverage, pinned, c.seed)
-    if c.layer_slope:
-        policy = Sloped(policy, c.layer_slope)
-    return Pinned(policy, max(pinned, sinks))

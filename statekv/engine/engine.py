@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from statekv.cache.carry import policy_of
 from statekv.cache.folder import Saved, read_folder
-from statekv.cache.stream import StreamState, policy_of, room_for_answers
+from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.engine.ingest import sampler_of
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from statekv.cache.stream import View
+from statekv.cache.view import View
 from statekv.errors import ModelError
 from statekv.ops import attention_with_key_scores
 from statekv.ops.rope import dynamic_ntk_frequencies

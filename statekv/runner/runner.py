@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from statekv.cache.carry import policy_of, tried
 from statekv.cache.policies.base import Policy
-from statekv.cache.policies.checked import tried
 from statekv.cache.spec import Memory
-from statekv.cache.stream import Mode, StreamState, View, policy_of, room_for_answers
+from statekv.cache.stream import StreamState, room_for_answers
+from statekv.cache.view import Mode, View
 from statekv.config import CARRIES, REDUCERS, Config, load_named
 from statekv.errors import MemoryLimitError
 from statekv.models.adapter import Segment, VideoModel

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from statekv.cache.carry import policy_of
 from statekv.cache.policies import Policy
 from statekv.cache.spec import KVSpec
-from statekv.cache.stream import policy_of
 from statekv.config import Config
 
 CPU = torch.device("cpu")

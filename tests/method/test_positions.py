@@ -10,8 +10,8 @@ import torch
 
 from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.carried import CarriedCache
+from statekv.cache.compaction import Compaction
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.stream import Compaction
 from statekv.engine.session import Session
 from statekv.errors import HorizonError
 from statekv.models.adapter import Segment, VideoModel

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from statekv.cache.retrieval import RetrievedView, StepIndex
-from statekv.cache.stream import Mode, StreamState
+from statekv.cache.stream import StreamState
+from statekv.cache.view import Mode
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.models.adapter import Segment

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from statekv.cache.carried import CarriedCache
+from statekv.cache.carry import policy_of
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import KVSpec
-from statekv.cache.stream import policy_of
 from statekv.cache.tiers.base import HostTier, rows_of
 from statekv.cache.tiers.block import pack_block
 from statekv.cache.tiers.plan import MemoryPlan, plan, step_bytes

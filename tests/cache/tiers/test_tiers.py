@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from statekv.cache.carry import policy_of
 from statekv.cache.detailed import DetailedCache
-from statekv.cache.stream import policy_of, room_for_answers
+from statekv.cache.stream import room_for_answers
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import plan
 from statekv.config import BYTES, SETTINGS, Config

@@ -1,18 +1,63 @@
-"""What a policy of the user's own is held to: tried once before a stream begins, and looked at in every step."""
+"""From the setting `carry` and its dials to the policy of a stream; one of the user's own is not taken on trust."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 
 from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
-from statekv.cache.policies.wrappers import IMPORTANCE, Wrapper
-from statekv.errors import PolicyError, StateKVError
+from statekv.cache.policies.wrappers import (
+    IMPORTANCE,
+    Covered,
+    Decayed,
+    Noted,
+    Pinned,
+    Sloped,
+    ValueNorms,
+    Wrapper,
+)
+from statekv.config import CARRIES, Config, check_attention, load_named
+from statekv.errors import ConfigError, PolicyError, StateKVError
 
 _OWN_KEYS = 16  # of the step of a trial
 _TRIED_BUDGET = 4096  # at most: a policy may count on its budget, but a trial should take no time
+
+
+def policy_of(config: Config, pinned: int = 0) -> Policy:
+    """The policy of a stream, with everything that the configuration puts around it.
+
+    Args:
+        config: carry, and the dials that apply to every policy.
+        pinned: tokens of the prefix that stay.
+
+    Raises:
+        ConfigError: there is no such policy, or it does not go with the dials.
+        PolicyError: what a policy of the user's own declares cannot be kept.
+    """
+    c, found = config, load_named(config.carry, CARRIES, "`carry`", Policy)
+    sinks, ours = found.sinks if c.sinks is None else c.sinks, type(found).__module__.startswith("statekv.")
+    if "seed" in getattr(found, "__dataclass_fields__", ()) and found.seed is None:
+        found = replace(found, seed=c.seed)
+    if not found.needs_attention:
+        check_attention(c)
+    if sinks and sinks >= c.budget:
+        rule = f"`carry` {c.carry!r} keeps {sinks} sinks, which fill a `budget` of {c.budget}"
+        raise ConfigError(rule, "raise `budget` or lower `sinks`")
+    policy: Policy = found if ours else Checked(found)
+    if c.decay:
+        policy = Decayed(policy, c.decay)
+    elif c.memory is not None:
+        policy = Noted(policy)
+    if c.value_norms:
+        policy = ValueNorms(policy)
+    if c.coverage:
+        policy = Covered(policy, c.coverage, pinned, c.seed)
+    if c.layer_slope:
+        policy = Sloped(policy, c.layer_slope)
+    return Pinned(policy, max(pinned, sinks))
 
 
 class Checked(Wrapper):
