@@ -196,15 +196,14 @@ def _recalled(recall: str) -> Needs:
 
 RETRIEVING = _recalled("retrieve")
 
-# What frames come from, in words.
+# What frames come from, in words; a file that is shown as if it were live is live.
 SOURCES = {
     "file": "a file",
-    "realtime": "a file in real time",
     "live": "a live source",
     "pushed": "pushed frames",
     "processed": "a processor's outputs",
 }
-_READ = ("file", "realtime", "live")
+_READ = ("file", "live")
 
 
 class Scope(NamedTuple):
@@ -507,7 +506,7 @@ class Config:
         SECONDS,
         "Source",
         FREE,
-        sources=("live", "realtime"),
+        sources=("live",),
     )
     reconnect_seconds: float = _setting(
         300.0,

@@ -13,7 +13,7 @@ import typer
 import statekv
 from statekv.cli import options
 from statekv.cli.console import notes, progress
-from statekv.config import Config
+from statekv.config import SETTINGS, Config, check_source
 from statekv.errors import ConfigError, StateKVError, VideoError
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def ask(
         raise ConfigError("the question is empty", "ask something about the video")
     if restore is None:
         Config.of(method, **settings)
-        _check_source(str(video))
+        check_place(str(video), settings)
     check_target(save)
     if restore is None:
         name, engine = loading.get("model", "demo"), statekv.load(**loading, method=method, **settings)
-        session = engine.open(str(video), stream=stream)
+        session = engine.open(str(video), stream=stream, **settings)
     else:
         name, engine = load_again(restore, loading, method=method, stream=stream)
         session = engine.restore(restore, **settings)
@@ -148,12 +148,22 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
     }
 
 
-def _check_source(video: str) -> None:
-    from statekv.video.address import check_file, local_path
+def check_place(source: str, settings: Mapping[str, Any], realtime: bool = False) -> None:
+    """Complain of a source that is not there, or of a setting that means nothing with it, before the model is loaded.
 
-    path = local_path(video)
-    if path is not None:
-        check_file(path)
+    Args:
+        source: as it was typed.
+        settings: those that were.
+        realtime: whether a file is shown as if it were live.
+    """
+    from statekv.video.address import check_scheme, check_there, local_path, locate
+
+    check_scheme(source, tuple(settings.get("schemes", SETTINGS["schemes"].default).split(",")))
+    check_there(source)
+    if locate(source).live or realtime:
+        check_source(settings, "live")
+    elif local_path(source) is not None:  # of a URL it is known when it is opened
+        check_source(settings, "file")
 
 
 def load_again(folder: Path, loading: Mapping[str, Any], **staying: Any) -> tuple[str, Engine]:

@@ -15,13 +15,14 @@ import typer
 
 import statekv
 from statekv.cli import options
-from statekv.cli.ask import check_target, load_again
+from statekv.cli.ask import check_place, check_target, load_again
 from statekv.cli.console import notes
 from statekv.cli.options import clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
-from statekv.config import SETTINGS, Config
+from statekv.config import Config
 from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError, MemoryLimitError, SaveError, StateKVError
+from statekv.video.address import display_name
 
 if TYPE_CHECKING:
     from statekv.engine.engine import Engine
@@ -67,7 +68,7 @@ def watch(
     every_seconds = _every_seconds(save, autosave)
     if restore is None:
         Config.of(method, **settings)
-    name = _check_source(source, settings.get("schemes", SETTINGS["schemes"].default))
+    check_place(source, settings, realtime)
     check_target(save)
     restored = _restored(save, restore)
     with ExitStack() as stack:
@@ -80,11 +81,11 @@ def watch(
         if standing is not None:
             engine.check_question(standing.question)
         if restored is None:
-            session = engine.open(source, stream=stream, realtime=realtime)
+            session = engine.open(source, stream=stream, realtime=realtime, **settings)
         else:
             session = _again(engine, restored, source, settings, realtime)
         stack.enter_context(session)
-        facts, questions = Facts(session, name), Questions()
+        facts, questions = Facts(session, display_name(source)), Questions()
         view = _view(stack, facts, questions, source == "-")
         keeper = Keeper(session, save, every_seconds, view.say, restored is not None and restored == save)
         watching = Watching(session, facts, questions, view, standing, answers, keeper)
@@ -136,16 +137,6 @@ def _open_log(path: Path) -> TextIO:
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {(error.strerror or '').lower()}", "name another file") from None
-
-
-def _check_source(source: str, schemes: str) -> str:
-    """Complain before the model is loaded, which takes its time; returns the source's name."""
-    from statekv.video.address import check_scheme, check_there, display_name, locate
-
-    check_scheme(source, tuple(schemes.split(",")))
-    check_there(source)
-    locate(source)
-    return display_name(source)
 
 
 _WAIT_SECONDS = 0.1

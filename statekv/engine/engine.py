@@ -12,7 +12,7 @@ import torch
 from statekv.cache.carry import policy_of
 from statekv.cache.folder import Saved, read_folder
 from statekv.cache.stream import StreamState, room_for_answers
-from statekv.config import Config
+from statekv.config import Config, check_source
 from statekv.engine.ingest import sampler_of
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
@@ -68,8 +68,9 @@ class Engine:
             settings: fields of `Config` that differ from the engine's.
 
         Raises:
-            ConfigError: an unknown method or setting, a value outside its range, uniform sampling of a source whose
-                length is unknown, or a way to open frames that are there already.
+            ConfigError: an unknown method or setting, a value outside its range, a setting that means nothing beside
+                the others or with this source, uniform sampling of a source whose length is unknown, or a way to open
+                frames that are there already.
             VideoError: the source cannot be opened, or its protocol is not allowed.
             HorizonError: the file is longer than the model's positions reach.
             MemoryLimitError: what it may take does not fit beside what open sessions may still grow by.
@@ -80,10 +81,12 @@ class Engine:
             frames = None if source is None else as_source(source)
             _check_opened(stream=stream, until_seconds=until_seconds, realtime=realtime or None)
             sampler.check_length(None)
+            check_source(settings, "pushed")
             return Session(self.runner, self._state(config), frames)
         check_scheme(source, tuple(config.schemes.split(",")))
         info = None if locate(source).live else _cut(probe(source, stream), until_seconds)
         sampler.check_length(None if info is None else info.duration_seconds)
+        check_source(settings, _kind(source, info, realtime))
         expected = None if info is None else _count(source, sampler, stream, until_seconds)
         state = self._state(config, expected, self._horizon(config, sampler, expected, info))
         how = _reading(config, until_seconds)
@@ -113,6 +116,10 @@ class Engine:
             MemoryLimitError: what it may still grow by does not fit beside what open sessions may.
         """
         saved = read_folder(folder)
+        with saved.reading():
+            known = saved.facts["source"]
+            kind = "pushed" if known is None else "live" if known["live"] else "file"
+        check_source(settings, kind)
         state, snapshot = load_session(saved, self.model, settings)
         self.runner.check(state.config)
         self.runner.admission.admit(state)
@@ -257,6 +264,12 @@ def _cut(info: VideoInfo, until_seconds: float | None) -> VideoInfo:
         return info
     seconds = until_seconds - info.start_seconds
     return replace(info, duration_seconds=min(seconds, info.duration_seconds or seconds))
+
+
+def _kind(source: PathOrUrl, info: VideoInfo | None, realtime: bool) -> str:
+    """Which of `SOURCES` a path or URL is; `info` is None for what is live."""
+    lasting = info is not None and not (local_path(source) is None and info.duration_seconds is None)
+    return "file" if lasting and not realtime else "live"
 
 
 def _count(source: PathOrUrl, sampler: FrameSampler, stream: int | None, until_seconds: float | None) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from statekv.config import Config
+from statekv.config import Config, check_source
 from statekv.engine.ingest import sampler_of
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
@@ -83,6 +83,7 @@ def generate(
     limit = inputs_and_settings.pop("max_new_tokens", generation.max_new_tokens)
     config = Config.of(method, **({} if limit is None else {"max_new_tokens": limit}), **inputs_and_settings)
     _refuse_choice_of_frames(config)
+    check_source(inputs_and_settings, "processed")
     if chosen["top_k"] is None:
         chosen["top_k"] = _STOCK_TOP_K
     sampling = SamplingParams(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})

@@ -138,6 +138,51 @@ def test_numbers_outside_of_their_range(film: Path, arguments: tuple[str, str]) 
     assert f"{arguments[0]} is {arguments[1]}" in refused("ask", film, COUNT, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "--retrieve-newest 1",
+            "--retrieve-newest is 1 with --recall 'all', but means something only with --recall",
+        ),
+        ("--retrieve 9", "(set --recall to 'retrieve', or leave --retrieve out)"),
+        ("--last-frames 9", "--last-frames is 9 with --recall 'all'"),
+        ("--method full --budget 9", "--budget is 9 with --carry 'all'"),
+        ("--method full --pin-prefix", "--pin-prefix is True with --carry 'all'"),
+        ("--method recency_window --kernel naive", "--kernel is 'naive' with --carry 'recent'"),
+        ("--method random --score-every 2", "--score-every is 2 with --carry 'random'"),
+        ("--bits 4", "--bits is 4 without --memory"),
+        ("--max-lag-seconds 5", "--max-lag-seconds is 5.0 with a file, but means something only with a live source"),
+        ("--reconnect-seconds 5", "(leave --reconnect-seconds out)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ask", "watch"])
+def test_what_means_nothing_beside_the_rest(
+    name: str, line: str, told: str, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("statekv.engine.engine.load", _never)
+    assert told in refused(name, film, *(COUNT,) * (name == "ask"), *line.split())
+
+
+@pytest.mark.parametrize("name", ["analyze", "bench video"])
+def test_other_commands_refuse_it_too(name: str, film: Path, tmp_path: Path) -> None:
+    told = refused(*name.split(), film, "--method", "full", "--budget", "9")
+    assert "--budget is 9 with carry 'all'" in told.replace("--carry", "carry")
+
+
+@pytest.mark.parametrize(
+    ("carry", "told"),
+    [
+        ("nosuch.module:X", "--carry is 'nosuch.module:X', but there is no module nosuch"),
+        ("statekv.errors:StateKVError", "--carry is 'statekv.errors:StateKVError', which is no Policy"),
+        ("accumulated(decay=2", "--carry is 'accumulated(decay=2', which cannot be read"),
+    ],
+)
+def test_a_policy_that_is_not_there(carry: str, told: str, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statekv.engine.engine.load_model", _never)
+    assert told in refused("ask", film, COUNT, "--carry", carry)
+
+
 def test_a_seed_that_torch_cannot_take(film: Path) -> None:
     assert "seed" in refused("ask", film, COUNT, "--method", "random", "--budget", "9", "--seed", str(2**70))
 

@@ -83,6 +83,25 @@ def test_settings_go_from_load_to_open() -> None:
     )
 
 
+def test_what_means_nothing_with_the_source_is_refused_where_it_is_given(clip: Path) -> None:
+    """The engine's own settings are those of all its sessions, whatever they watch."""
+    loaded = engine(max_lag_seconds=5.0, fps=2.0, retrieve=9, recall="retrieve")
+    assert loaded.open(clip).state.config.max_lag_seconds == 5.0
+    assert loaded.open().state.config.fps == 2.0
+    assert loaded.open(clip, method="full").state.config == Config.of(
+        "full", max_lag_seconds=5.0, fps=2.0, max_new_tokens=6
+    )
+    assert loaded.open(clip, realtime=True, max_lag_seconds=3.0).state.config.max_lag_seconds == 3.0
+    for source, setting, told in (
+        (clip, {"max_lag_seconds": 3.0}, "max_lag_seconds is 3.0 with a file, but means something only with a"),
+        (None, {"fps": 3.0}, "fps is 3.0 with pushed frames"),
+        (iter(some_frames(1)), {"prefetch": 2}, "prefetch is 2 with pushed frames"),
+        (clip, {"method": "full", "budget": 9}, "budget is 9 with carry 'all'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            loaded.open(source, **setting)  # type: ignore[arg-type]
+
+
 def test_none_is_a_value_where_the_setting_says_so(clip: Path) -> None:
     session = engine().open(clip, fps=None)
     session.watch()

@@ -61,7 +61,7 @@ def test_a_file_played_as_live_becomes_the_same_stream(family: str, tmp_path: Pa
         assert live.live is not None
         assert live.live.dropped == 0
         assert file.live is None
-        with engine.open(clip, vision_batch=1, **settings) as plain:
+        with engine.open(clip, vision_batch=1, fps=10, budget=20) as plain:
             plain.watch()
             assert_same_stream(live, plain)
 
@@ -258,7 +258,7 @@ def test_a_file_played_as_live_is_seen_once_and_whole(tmp_path: Path) -> None:
         session.save(tmp_path / "saved")
     with (
         engine.restore(tmp_path / "saved", clip) as restored,
-        engine.open(clip, vision_batch=1, **settings) as plain,
+        engine.open(clip, vision_batch=1, fps=10, budget=20) as plain,
     ):
         for each in (restored, plain):
             each.watch()
