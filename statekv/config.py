@@ -628,6 +628,11 @@ class Config:
         return {name: getattr(self, name) for name in SETTINGS}
 
     @property
+    def opening(self) -> dict[str, Any]:
+        """What `Engine.open` makes this configuration of, its name included, whatever the engine's own is."""
+        return {**self.settings, "method": self.method if self.method in METHODS else None}
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The method and every setting, for JSON; a policy and a reducer are spelled."""
         spelled = {

@@ -126,6 +126,13 @@ def test_the_method_is_what_it_was_made_with() -> None:
         assert kept.method == "full"
 
 
+@pytest.mark.parametrize("config", [Config(), Config.of("full", uniform=True, max_frames=9), Config(recall="recent")])
+def test_it_is_made_again_from_any_other(config: Config) -> None:
+    for other in (Config.of("rekv", retrieve=3), Config(memory=5, fps=None)):
+        found = other.with_(**config.opening)
+        assert (found, found.method) == (config, config.method)
+
+
 @pytest.mark.parametrize("changed", [{"carry": "recent"}, {"recall": "sink_recent"}], ids=str)
 def test_another_dial_takes_the_name_away(changed: dict[str, Any]) -> None:
     expected = Config(**{"carry": "attention", **changed}).method

@@ -220,7 +220,7 @@ class Stream:
 
     def __init__(self, engine: Engine, path: Path, config: Config, until_seconds: float | None = None) -> None:
         self.engine, self.path, self.config, self.until_seconds = engine, path, config, until_seconds
-        self.session = engine.open(path, until_seconds=until_seconds, **config.settings)
+        self.session = engine.open(path, until_seconds=until_seconds, **config.opening)
         self.failure = ""
         self.flops = self.tokens = 0
 
@@ -248,7 +248,7 @@ class Stream:
         """
         if self.session.sampler.uniform:  # frames spread over what has been shown until then
             self.close()
-            self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **self.config.settings)
+            self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **self.config.opening)
             self.session.watch()
 
     def ask(self, question: str) -> str:
