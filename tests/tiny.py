@@ -43,6 +43,9 @@ FAMILIES = ("internvl", "qwen3_vl", "qwen2_5_vl", "llava_onevision")
 # Two families with another language model, and one whose code comes with its checkpoint: for the tests of exactness.
 KIN = {"internvl3_5": "internvl", "qwen3_vl_moe": "qwen3_vl", "eagle2_5": "eagle2_5"}
 EVERY_MODEL = (*FAMILIES, *KIN)
+# What streams, sessions and what is kept of them can tell of a model: one frame to a step, and positions on one axis
+# whose frequencies go by the horizon; two frames, three axes, and features for more than one layer.
+TWO_FAMILIES = ("internvl", "qwen3_vl")
 
 # Merges come from these lines: the words of the prompts, so that seams between pieces are seams of real
 # tokens.

@@ -20,7 +20,7 @@ from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
 from statekv.errors import ModelError, SaveError
 from tests.talk import QUESTION, assert_same_answer, assert_same_stream, session_answer, shared_engine, some_frames
-from tests.tiny import FAMILIES
+from tests.tiny import TWO_FAMILIES
 
 FRAMES, SPLIT = 12, 6
 STREAMS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def reloaded(session: Session, folder: Path) -> Session:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_a_loaded_stream_goes_on_as_if_nothing_had_happened(family: str, name: str, tmp_path: Path) -> None:
     going = watched(family, SPLIT, **STREAMS[name])
     loaded = reloaded(going, tmp_path / "saved")
@@ -73,7 +73,7 @@ def assert_same_slots(found: StreamState, expected: StreamState) -> None:
         assert torch.equal(a[..., :length], b[..., :length])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_settings_times_and_spans_come_back(family: str, tmp_path: Path) -> None:
     going = watched(family, SPLIT, budget=30, pin_prefix=True, horizon=900, max_new_tokens=3, fps=None)
     found = reloaded(going, tmp_path / "saved").state
@@ -83,7 +83,7 @@ def test_settings_times_and_spans_come_back(family: str, tmp_path: Path) -> None
     assert found.origin_seconds == 0.0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_an_empty_stream_can_be_saved(family: str, tmp_path: Path) -> None:
     loaded = reloaded(watched(family, 0, budget=30), tmp_path / "saved")
     loaded.push(some_frames(4))

@@ -23,7 +23,7 @@ from statekv.engine.session import Session
 from statekv.errors import SaveError
 from tests.method.test_positions import opened, pictures
 from tests.talk import assert_same_memory, memory, shared_engine, some_frames
-from tests.tiny import FAMILIES
+from tests.tiny import TWO_FAMILIES
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = 5_000  # elements of a tensor
@@ -334,7 +334,7 @@ def edit_text(folder: Path, old: str, new: str) -> None:
     (folder / FACTS).write_text(text.replace(old, new))
 
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 STEPS = 24
 PART_TOKENS = 20
 

@@ -24,9 +24,9 @@ from tests.talk import (
     some_frames,
     stock_answer,
 )
-from tests.tiny import FAMILIES, tiny, video
+from tests.tiny import TWO_FAMILIES, tiny, video
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from tests.method.test_positions import opened, pictures
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
 def watched(family: str, frames: int, **settings: Any) -> Session:

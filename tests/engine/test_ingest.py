@@ -16,9 +16,9 @@ from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 from statekv.video.source import IteratorSource
 from tests.talk import assert_same_stream, shared_engine, some_frames
-from tests.tiny import FAMILIES
+from tests.tiny import TWO_FAMILIES
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
 def watched(family: str, frames: int, vision_batch: int) -> Session:

@@ -19,11 +19,11 @@ from statekv.errors import ConfigError, VideoError
 from statekv.video.frame import Frame
 from statekv.video.source import PushedSource
 from tests.talk import QUESTION, assert_same_stream, shared_engine, some_frames
-from tests.tiny import FAMILIES
+from tests.tiny import TWO_FAMILIES
 from tests.video.fixtures.broadcast import TcpServer, encoded, paced
 from tests.video.fixtures.clips import write_clip
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 PATIENT: dict[str, Any] = {"fps": None, "budget": 20, "prefetch": 50, "max_lag_seconds": 60.0, "reconnect_seconds": 0.0}
 
 

@@ -22,7 +22,7 @@ from tests.engine.test_session_failures import NO_MEMORY, failing
 from tests.method.presets import filled
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, some_frames
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
 
 class Camera(Source):
@@ -76,7 +76,7 @@ def filming(engine: Engine, **settings: Any) -> tuple[Session, Camera]:
     return session, camera
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_all_are_watched_to_their_ends_as_if_alone(family: str, batches: list[int]) -> None:
     engine, seen = shared_engine(family), list[tuple[Session, Progress]]()
     films = [some_frames(frames, seed) for seed, frames in enumerate((8, 8, 5, 12))]
@@ -203,7 +203,7 @@ def test_a_source_that_breaks_ends_one_session_alone() -> None:
     assert sessions[1].ask(QUESTION)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize(
     ("error", "seen_as"), [(ZeroDivisionError, ZeroDivisionError), (RuntimeError, MemoryLimitError)]
@@ -321,7 +321,7 @@ def test_without_room_for_a_block_they_go_in_turn(monkeypatch: pytest.MonkeyPatc
         assert_same_stream(found, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_cameras_that_step_together_are_looked_at_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = shared_engine(family)
     per_step, model, looks = engine.model.frames_per_step, engine.model, list[int]()

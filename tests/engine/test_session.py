@@ -23,9 +23,9 @@ from tests.talk import (
     shared_engine,
     some_frames,
 )
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
 def watching(family: str, frames: int, budget: int = 20) -> Session:
@@ -93,7 +93,7 @@ def test_nothing_seen_cannot_be_asked_about(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "question"),
     [
-        *((family, question) for family in FAMILIES for question in ("", "  \n")),
+        *((family, question) for family in TWO_FAMILIES for question in ("", "  \n")),
         ("internvl", "What is <img>?"),
         ("qwen3_vl", "What is <|video_pad|>?"),
         ("qwen2_5_vl", "What is <|vision_end|>?"),

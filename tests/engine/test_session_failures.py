@@ -25,9 +25,9 @@ from tests.talk import (
     shared_engine,
     some_frames,
 )
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: 8 bytes"
 
 

@@ -25,15 +25,21 @@ from tests.talk import (
     shared_engine,
     some_frames,
 )
-from tests.tiny import EVERY_MODEL, FAMILIES, tiny, video
+from tests.tiny import EVERY_MODEL, TWO_FAMILIES, tiny, video
 from tests.video.fixtures.clips import write_clip
 
-EVERY_KIND = pytest.mark.parametrize("family", EVERY_MODEL)
 FRAMES = 14
 SETTINGS = {
     **chosen("attention", "random", "rekv", "streaming_llm", "all", "last_frames", "far", budget=30),
     "every dial": preset("every dial", budget=60),
 }
+
+
+def with_every_model(*names: str) -> pytest.MarkDecorator:
+    """The first of some settings with every model, the others with two."""
+    first, *others = names
+    both = [(family, name) for family in TWO_FAMILIES for name in others]
+    return pytest.mark.parametrize(("family", "name"), [*((family, first) for family in EVERY_MODEL), *both])
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,7 @@ def assert_same_session(found: Session, expected: Session) -> None:
         assert found.ask(QUESTION) == expected.ask(QUESTION)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@EVERY_KIND
+@with_every_model(*SETTINGS)
 def test_pushed_frames(family: str, name: str, tmp_path: Path) -> None:
     """Interrupted after an odd frame, which waits for its partner in Qwen's families."""
     engine, frames = shared_engine(family), some_frames(FRAMES)
@@ -76,8 +81,7 @@ def test_pushed_frames(family: str, name: str, tmp_path: Path) -> None:
     assert_same_session(restored, never)
 
 
-@pytest.mark.parametrize("name", ["attention", "rekv", "last_frames"])
-@EVERY_KIND
+@with_every_model("attention", "rekv", "last_frames")
 def test_a_file(family: str, name: str, clip: Path, tmp_path: Path) -> None:
     """Interrupted in the middle of a batch: pictures that the vision tower has seen are not shown to it again."""
     engine, settings = shared_engine(family), {**SETTINGS[name], "vision_batch": 3}
@@ -94,7 +98,7 @@ def test_a_file(family: str, name: str, clip: Path, tmp_path: Path) -> None:
     assert_same_session(restored, never)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_saved_and_restored_after_each_frame(family: str, clip: Path, tmp_path: Path) -> None:
     engine = shared_engine(family)
     never, going = (engine.open(clip, budget=30, vision_batch=4) for _ in range(2))

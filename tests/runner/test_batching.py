@@ -14,7 +14,7 @@ from statekv.engine.session import Session
 from statekv.runner.batching import StepBatches, batch_key
 from tests.runner.test_runner import films, opened, push_together
 from tests.talk import QUESTION, UNLIMITED, assert_same_stream, entering, frames_of, some_frames
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
 
 def standing(family: str, frames: int = 6, **settings: Any) -> Session:
@@ -29,7 +29,7 @@ def likeness_of_next(session: Session, seed: int = 5) -> object:
     return batch_key(model, session.state, step)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 @pytest.mark.parametrize(
     "settings",
     [{"max_new_tokens": 3}, {"recall": "retrieve"}, {"fps": 2.0}, {"graph": False}],
@@ -121,7 +121,7 @@ def test_a_stream_that_is_forgotten_leaves_too() -> None:
     assert storage() is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_asking_forking_and_stepping_alone_go_on_inside_a_block(family: str) -> None:
     """The block's row is a cache like any other: to the bit what the same stream is after it has moved out."""
     shown = films(family, 2, 10)

@@ -21,9 +21,9 @@ from statekv.runner.runner import ModelRunner
 from tests.gpu import need_gpu
 from tests.method.presets import filled
 from tests.talk import assert_same_stream, frames_of, session_answer, shared_engine, some_frames
-from tests.tiny import FAMILIES, video
+from tests.tiny import TWO_FAMILIES, video
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 Call = Callable[[], torch.Tensor]
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcess
 
 from statekv.errors import ConfigError
 from statekv.runner.decoding import Detokenizer, SamplingParams
-from tests.tiny import FAMILIES, Tiny, tiny
+from tests.tiny import TWO_FAMILIES, Tiny, tiny
 
 IDS = torch.tensor([[1, 2, 3], [4, 4, 4]])
 
@@ -176,7 +176,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TWO_FAMILIES)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return tiny(request.param).tokenizer
 

@@ -52,11 +52,14 @@ MIB = 1 << 20
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(autouse=True)
-def _ten_mebibytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ten_mebibytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of memory and of disk; of memory, 9 can be had."""
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10 * MIB)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(100 * MIB, 90 * MIB, 10 * MIB))
+
+
+TEN_MEBIBYTES = pytest.mark.usefixtures("ten_mebibytes")
 
 
 def stream(devices: tuple[str, ...] = ("cpu", "cpu"), horizon: int = 4096, **settings: Any) -> StreamState:
@@ -64,6 +67,7 @@ def stream(devices: tuple[str, ...] = ("cpu", "cpu"), horizon: int = 4096, **set
     return StreamState(spec, Config(**filled(settings, budget=16)), horizon, compacts=True)
 
 
+@TEN_MEBIBYTES
 def test_caps_add_up() -> None:
     gate, first = Admission(), stream(memory="4MiB")
     gate.admit(first)
@@ -79,6 +83,7 @@ def test_caps_add_up() -> None:
     gate.admit(stream(memory="4MiB"))
 
 
+@TEN_MEBIBYTES
 def test_who_was_refused_does_not_count() -> None:
     gate = Admission()
     with pytest.raises(MemoryLimitError):
@@ -86,6 +91,7 @@ def test_who_was_refused_does_not_count() -> None:
     gate.admit(stream(memory="9MiB"))
 
 
+@TEN_MEBIBYTES
 def test_what_is_held_already_is_not_free_any_more_and_not_counted_twice() -> None:
     gate, first = Admission(), stream(memory="6MiB")
     gate.admit(first)
@@ -95,6 +101,7 @@ def test_what_is_held_already_is_not_free_any_more_and_not_counted_twice() -> No
     gate.admit(stream(memory="7MiB"))  # 6 - 4 of the first, and 7
 
 
+@TEN_MEBIBYTES
 def test_buffers_that_nothing_was_written_to_are_still_to_come() -> None:
     gate, first = Admission(), stream(memory="6MiB")
     gate.admit(first)
@@ -104,6 +111,7 @@ def test_buffers_that_nothing_was_written_to_are_still_to_come() -> None:
         gate.admit(stream(memory="7MiB"))
 
 
+@TEN_MEBIBYTES
 def test_without_a_cap_the_carried_cache_counts() -> None:
     per_token = stream().spec.bytes_per_token
     fits = 9 * MIB // per_token
@@ -113,6 +121,7 @@ def test_without_a_cap_the_carried_cache_counts() -> None:
     Admission().admit(stream(carry="all"))
 
 
+@TEN_MEBIBYTES
 def test_a_video_that_ends_carries_no_more_than_it_has_positions() -> None:
     state = stream(budget=1 << 30)
     with pytest.raises(MemoryLimitError):
@@ -121,12 +130,14 @@ def test_a_video_that_ends_carries_no_more_than_it_has_positions() -> None:
     Admission().admit(state)
 
 
+@TEN_MEBIBYTES
 def test_host_memory_and_memory_of_a_cpu_are_the_same() -> None:
     with pytest.raises(MemoryLimitError, match=r"10\.0 MiB of cpu memory"):
         Admission().admit(stream(memory="4MiB", host_memory="6MiB"))
     Admission().admit(stream(memory="4MiB", host_memory="5MiB"))
 
 
+@TEN_MEBIBYTES
 def test_layers_on_two_devices_share_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cpu": 10 * MIB, "cuda": 2 * MIB}
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
@@ -138,6 +149,7 @@ def test_layers_on_two_devices_share_the_cap(monkeypatch: pytest.MonkeyPatch) ->
     Admission().admit(state)
 
 
+@TEN_MEBIBYTES
 def test_the_disk_is_asked_where_the_files_will_lie(tmp_path: Path) -> None:
     gate = Admission()
     gate.admit(stream(memory="1MiB", disk="6MiB", disk_folder=str(tmp_path)))
@@ -148,6 +160,7 @@ def test_the_disk_is_asked_where_the_files_will_lie(tmp_path: Path) -> None:
         Admission().admit(stream(memory="1MiB", disk="11MiB", disk_folder=str(tmp_path)))
 
 
+@TEN_MEBIBYTES
 def test_an_engine_refuses_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = Engine(adapted(tiny("internvl")), Config(budget=20))
     one = engine.open(memory="5MiB")
@@ -169,6 +182,7 @@ def test_an_engine_refuses_before_anything_is_opened(monkeypatch: pytest.MonkeyP
     engine.open(memory="9MiB")
 
 
+@TEN_MEBIBYTES
 def test_a_fork_counts() -> None:
     engine = Engine(adapted(tiny("internvl")), Config(budget=20))
     one = engine.open(memory="4MiB")

@@ -23,9 +23,9 @@ from statekv.video.frame import Frame
 from tests.gpu import need_gpu
 from tests.method.presets import chosen, filled
 from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
-from tests.tiny import EVERY_MODEL, FAMILIES
+from tests.tiny import EVERY_MODEL, TWO_FAMILIES
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
 def fed(runner: ModelRunner, frames: int = 4, **settings: Any) -> StreamState:
@@ -213,7 +213,7 @@ def assert_close(found: Session, expected: Session) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_a_batch_equals_streams_alone(family: str, settings: dict[str, Any]) -> None:
     shown = films(family, 3)
     together, alone = ([opened(family, **settings) for _ in shown] for _ in range(2))
@@ -226,8 +226,8 @@ def test_a_batch_equals_streams_alone(family: str, settings: dict[str, Any]) -> 
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("family", sorted(set(EVERY_MODEL) - set(FAMILIES)))
-def test_a_batch_equals_streams_alone_in_kindred_models(family: str) -> None:
+@pytest.mark.parametrize("family", sorted(set(EVERY_MODEL) - set(TWO_FAMILIES)))
+def test_a_batch_equals_streams_alone_in_every_other_model(family: str) -> None:
     shown = films(family, 2)
     together, alone = ([opened(family) for _ in shown] for _ in range(2))
     push_together(together, shown, 0, STEPS)
@@ -236,7 +236,7 @@ def test_a_batch_equals_streams_alone_in_kindred_models(family: str) -> None:
         assert_close(found, session)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_no_stream_sees_what_another_holds(family: str) -> None:
     """To the bit: in a batch of the same size, a stream is the same whatever the others are."""
     first, second, third = films(family, 3)
@@ -248,7 +248,7 @@ def test_no_stream_sees_what_another_holds(family: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_on_cuda_a_batch_equals_streams_alone(family: str) -> None:
     """Not run without a GPU. Alone, full caches are stepped by recorded graphs, in between on rows of the block."""
     need_gpu()

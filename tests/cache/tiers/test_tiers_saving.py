@@ -17,7 +17,6 @@ from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
 from tests.tiny import video
 
-FRAMES = 36
 TWO_FAMILIES = pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
 KINDS: dict[str, dict[str, Any]] = {
     "forgets": {},
@@ -52,7 +51,7 @@ def test_restored_and_continued_equals_never_interrupted(family: str, kind: dict
     never.push(pictures())
     for number, frame in enumerate(pictures()):
         going.push([frame])
-        if number % 15 == 10:
+        if number % 8 == 5:
             going.save(tmp_path / "saved")
             going.close()
             going = shared_engine(family).restore(tmp_path / "saved")
@@ -62,7 +61,7 @@ def test_restored_and_continued_equals_never_interrupted(family: str, kind: dict
 
 @pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
 def test_steps_in_blocks_that_have_moved(family: str, tmp_path: Path) -> None:
-    settings = {**tight(family, host_memory="1GiB"), "horizon": 700, "on_horizon": "compact"}
+    settings = {**tight(family, host_memory="1GiB"), "horizon": 450, "on_horizon": "compact"}
     going = opened(family, **settings)
     going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
     assert any(entry.moved for entry in tiered(going).entries.values())
@@ -73,11 +72,11 @@ def test_steps_in_blocks_that_have_moved(family: str, tmp_path: Path) -> None:
 @TWO_FAMILIES
 def test_a_block_is_written_once(family: str, tmp_path: Path) -> None:
     going = opened(family, **tight(family, disk="1GiB"))
-    going.push(pictures()[:30])
+    going.push(pictures()[:16])
     going.save(tmp_path / "saved")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "saved").glob("block-*")}
     assert before
-    going.push(pictures()[30:])
+    going.push(pictures()[16:])
     going.save(tmp_path / "saved")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "saved").glob("block-*")}
     assert len(after) > len(before)
@@ -90,10 +89,10 @@ def test_a_block_is_written_once(family: str, tmp_path: Path) -> None:
 @TWO_FAMILIES
 def test_what_was_forgotten_is_not_saved_again(family: str, tmp_path: Path) -> None:
     """Tokens have other neighbours in the buffers then: a file with the ones that left must not stand for them."""
-    going = opened(family, **tight(family, 8))
+    going = opened(family, **tight(family, 4))
     for number, frame in enumerate(pictures()):
         going.push([frame])
-        if number % 4 == 3:
+        if number % 4 == 1:
             going.save(tmp_path / "saved")
     assert going.state.forgotten
     assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), going)
@@ -145,7 +144,7 @@ def test_damaged_steps_are_left_out_of_a_save_and_named(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
 def test_damaged_steps_that_have_moved_are_left_out_of_a_save(family: str, tmp_path: Path) -> None:
-    settings = {**tight(family, disk="1GiB"), "horizon": 700, "on_horizon": "compact"}
+    settings = {**tight(family, disk="1GiB"), "horizon": 450, "on_horizon": "compact"}
     going = opened(family, **settings, disk_folder=str(tmp_path))
     going.push([*pictures(), *frames_of(video(30, seed=6), start_seconds=200)])
     on_disk = [entry for entry in tiered(going).entries.values() if entry.block is not None]
@@ -166,7 +165,7 @@ def run(settings: dict[str, Any], place: Path) -> None:
     """A capped stream that is saved now and then, its blocks in a folder beside the saves."""
     (place / "blocks").mkdir()
     going = opened("internvl", **settings, disk_folder=str(place / "blocks"))
-    for number, frame in enumerate(pictures()[:FRAMES]):
+    for number, frame in enumerate(pictures()):
         going.push([frame])
         if number % 6 == 5:
             going.save(place / "saved")
@@ -189,14 +188,14 @@ def test_killed_while_blocks_move_it_goes_on_from_the_save(tmp_path: Path) -> No
     settings = tight("internvl", bits=8, host_memory="10KiB", disk="30KiB")
     kill_at_moments(_IMPORTS, _CALLS, 'shared_engine("internvl")', f"run({settings!r}, place)", tmp_path, 17)
     never = opened("internvl", **settings)
-    never.push(pictures()[:FRAMES])
+    never.push(pictures())
     assert never.state.forgotten
     found = set()
     for place in tmp_path.iterdir():
         if (place / "saved" / FACTS).exists():
             restored = shared_engine("internvl").restore(place / "saved", disk_folder=str(place / "blocks"))
             found.add(restored.frames)
-            restored.push(pictures()[restored.frames : FRAMES])
+            restored.push(pictures()[restored.frames :])
             assert_same_tiers(restored, never)
             assert len(list((place / "blocks").iterdir())) == 1  # what the killed one left behind is gone
     assert len(found) > 3
