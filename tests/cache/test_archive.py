@@ -75,7 +75,7 @@ def assert_same_slots(found: StreamState, expected: StreamState) -> None:
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_settings_times_and_spans_come_back(family: str, tmp_path: Path) -> None:
-    going = watched(family, SPLIT, budget=30, pin_prefix=True, horizon=900, max_new_tokens=3, fps=None)
+    going = watched(family, SPLIT, budget=30, pin_prefix=True, horizon=900, max_new_tokens=3)
     found = reloaded(going, tmp_path / "saved").state
     for field in dataclasses.fields(StreamState):
         assert getattr(found, field.name) == getattr(going.state, field.name), field.name

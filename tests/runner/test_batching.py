@@ -32,7 +32,7 @@ def likeness_of_next(session: Session, seed: int = 5) -> object:
 @pytest.mark.parametrize("family", TWO_FAMILIES)
 @pytest.mark.parametrize(
     "settings",
-    [{"max_new_tokens": 3}, {"recall": "retrieve"}, {"fps": 2.0}, {"graph": False}],
+    [{"max_new_tokens": 3}, {"recall": "retrieve"}, {"on_horizon": "compact"}, {"graph": False}],
     ids=str,
 )
 def test_sources_answers_and_detailed_caches_may_differ(family: str, settings: dict[str, Any]) -> None:
