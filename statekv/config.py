@@ -32,6 +32,8 @@ CARRIES: Mapping[str, str] = {
 _WITHOUT_ATTENTION = ("all", "recent", "sink_recent", "random", "key_norm")
 # Reducers, likewise.
 REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
+# Gates; none is built in.
+GATES: Mapping[str, str] = {}
 RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
@@ -409,6 +411,14 @@ class Config:
         "Source",
         OF_THE_STREAM,
     )
+    gate: str | object | None = _setting(
+        None,
+        "Which frames are worth encoding: package.module:Class, or a statekv.video.FrameGate; by default all.",
+        _named(GATES),
+        "Source",
+        OF_THE_STREAM,
+        sources=(*_READ, "pushed"),
+    )
     layout: str = _setting(
         "hf",
         "Prompt around the frames: the checkpoint's processor's, or that of the public StateKV code.",
@@ -634,10 +644,14 @@ class Config:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The method and every setting, for JSON; a policy and a reducer are spelled."""
+        """The method and every setting, for JSON; a policy, a reducer and a gate are spelled."""
         spelled = {
             name: spell(value, table)
-            for name, value, table in (("carry", self.carry, CARRIES), ("reduce", self.reduce, REDUCERS))
+            for name, value, table in (
+                ("carry", self.carry, CARRIES),
+                ("reduce", self.reduce, REDUCERS),
+                ("gate", self.gate, GATES),
+            )
             if value is not None and not isinstance(value, str)
         }
         return {"method": self.method, **self.settings, **spelled}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from statekv.analysis.holdings import Analysis
 
 # Of answers and of memory that is short nothing is shown, and both streams take one step at a time.
-_NOT = ("recall", "on_horizon", "uniform", "max_lag_seconds", "reconnect_seconds", "vision_batch")
+_NOT = ("recall", "on_horizon", "uniform", "gate", "max_lag_seconds", "reconnect_seconds", "vision_batch")
 _SETTINGS = [
     name for name, setting in SETTINGS.items() if setting.panel not in ("Answers", "Memory") and name not in _NOT
 ]

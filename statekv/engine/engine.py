@@ -13,7 +13,7 @@ from statekv.cache.carry import policy_of
 from statekv.cache.folder import Saved, read_folder
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config, check_source
-from statekv.engine.ingest import sampler_of
+from statekv.engine.choice import gate_of, sampler_of, with_gate
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
 from statekv.engine.snapshot import load_session
@@ -176,7 +176,7 @@ class Engine:
 
     def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:
         """An empty stream, where there is room for one."""
-        state = self.runner.open(config, horizon, frames, compacts=_compacts(config, frames))
+        state = self.runner.open(with_gate(config), horizon, frames, compacts=_compacts(config, frames))
         self.runner.admission.admit(state)
         return state
 
@@ -230,10 +230,11 @@ def load(
         ModelError: a checkpoint that is not found, not supported or does not load.
     """
     config = Config.of(method, **settings)
-    # A policy or a reducer that is not there is told before the checkpoint is read.
+    # A policy, a reducer or a gate that is not there is told before the checkpoint is read.
     if config.carry != "all":
         policy_of(config)
     with_methods(config)
+    gate_of(config)
     loaded = load_model(
         model,
         dtype=dtype,

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from statekv.config import Config, check_source
-from statekv.engine.ingest import sampler_of
+from statekv.engine.choice import sampler_of
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
 from statekv.models.hooks import attention_left_as_found

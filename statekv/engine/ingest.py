@@ -11,17 +11,17 @@ from dataclasses import replace
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.config import Config
+from statekv.engine.choice import gate_of, sampler_of
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot
 from statekv.errors import ConfigError, MemoryLimitError, PolicyError, StateKVError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
+from statekv.reduce.base import check_memory, own_memory
 from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from statekv.video.sampling import FrameSampler
 from statekv.video.source import LiveStatus, Source, as_source
 
 
@@ -98,9 +98,9 @@ class FrameQueue:
         return self.source
 
     def draw(self, look: bool = True) -> Frame | None:
-        """The source's next frame, None behind its last one; see `VisionPrefetch.draw`."""
+        """The source's next frame, None behind its last one, or where its gate lets none through yet; see `ended`."""
         frame = self.ahead.draw(self.drawn(), self.waiting, look)
-        self.ended = frame is None
+        self.ended = frame is None and self.ahead.ended
         return frame
 
     def put(self, frame: Frame) -> PendingStep | Progress | None:
@@ -167,13 +167,8 @@ class FrameQueue:
         return Progress(self.steps, self.frames, self.waiting[-1].pts_seconds, 0.0, 0, 0, self.live)
 
 
-def sampler_of(config: Config) -> FrameSampler:
-    """Which frames of a video are seen; the only place that knows which settings say so."""
-    newest = config.last_frames if config.recall == "last_frames" else None
-    return FrameSampler(config.fps, config.max_frames, config.uniform, newest)
-
-
 _POLL_SECONDS = 0.1
+_GATE = "gate"  # where its memory is among those of a stream
 
 
 class VisionPrefetch:
@@ -185,6 +180,9 @@ class VisionPrefetch:
         runner: of the model whose tower it is.
         state: the stream that the frames will enter; it is not changed.
         seconds: where the time is noted.
+
+    Attributes:
+        ended: whether the source's end was seen when a frame was drawn last.
     """
 
     def __init__(self, runner: ModelRunner, state: StreamState, seconds: Seconds) -> None:
@@ -192,6 +190,8 @@ class VisionPrefetch:
         self._per_step = runner.model.frames_per_step
         self._state = state
         self._only_newest = sampler_of(state.config).newest is not None
+        self._gate = gate_of(state.config)
+        self.ended = False
         self._seconds = seconds
         self._frames: deque[Frame] = deque()
         self._error: Exception | None = None  # what ended the source, raised behind the frames before it
@@ -216,7 +216,7 @@ class VisionPrefetch:
         return bool(self._frames) or source.ready(timeout_seconds)
 
     def draw(self, source: Source, waiting: Sequence[Frame], look: bool = True) -> Frame | None:
-        """The source's next frame, None behind its last one.
+        """The source's next frame; None behind its last one, or where the gate lets none through of those read now.
 
         A live source is read frame by frame: a batch would keep its first frames waiting for its last.
 
@@ -241,6 +241,23 @@ class VisionPrefetch:
             error, self._error = self._error, None
             raise error
         return None
+
+    def admits(self, frame: Frame) -> bool:
+        """Whether the gate lets a frame through; asked once for each, in their order, before the tower looks.
+
+        Raises:
+            ConfigError: not a frame, or the gate does not say yes or no, or remembers what a save cannot hold.
+        """
+        if self._gate is None:
+            return True
+        check_frame(frame, ())
+        name, memory = type(self._gate).__name__, own_memory(self._state.memories.get(_GATE, {}))
+        found = self._gate.admit(frame, memory)
+        if not isinstance(found, bool):
+            raise ConfigError(f"gate {name} returned a {type(found).__name__}", "return True or False")
+        check_memory(f"gate {name}", memory)
+        self._state.memories = {**self._state.memories, _GATE: memory}
+        return found
 
     @property
     def looked(self) -> bool:
@@ -283,13 +300,16 @@ class VisionPrefetch:
     def _read(self, source: Source, frames: int) -> None:
         began = time.perf_counter()
         try:
-            while len(self._frames) < frames and self._error is None:
+            # No more than these, also where the gate keeps some out: somebody may be waiting to ask.
+            for _ in range(frames - len(self._frames) if self._error is None else 0):
                 # An interrupted generator could not go on; a live source could, and may keep one waiting.
                 with nullcontext() if source.live else deferred_interrupts(second_gets_through=True):
                     frame = next(source, None)
+                    self.ended = frame is None
                     if frame is None:
                         return
-                    self._frames.append(frame)
+                    if self.admits(frame):
+                        self._frames.append(frame)
         except Exception as error:
             self._error = error
         finally:

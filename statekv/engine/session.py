@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from statekv.cache.stream import StreamState
-from statekv.engine.ingest import FrameQueue, PendingStep, sampler_of
+from statekv.engine.choice import sampler_of
+from statekv.engine.ingest import FrameQueue, PendingStep
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
@@ -133,10 +134,11 @@ class Session:
             with self.lock:
                 self.check_growing()
                 frame = self.queue.draw()
-                if frame is None:
+                if frame is not None:
+                    self._put(frame, on_step)
+                elif self.queue.ended:
                     return
-                self.push([frame], on_step)
-            if until_seconds is not None and frame.pts_seconds >= until_seconds:
+            if frame is not None and until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
 
     def push(
@@ -147,7 +149,8 @@ class Session:
     ) -> None:
         """Let frames enter; they become part of the stream as soon as a step is full.
 
-        `seen` is what the vision tower made of the step that they end, where several streams share it.
+        `seen` is what the vision tower made of the step that they end, where several streams share it. Frames that the
+        stream's gate keeps out do not enter.
 
         Raises:
             ConfigError: not a frame, or one of another size than its partner in the step; those before it have entered.
@@ -160,11 +163,8 @@ class Session:
         for frame in frames:
             with self.lock:
                 self.check_growing()
-                with deferred_interrupts():
-                    found = self.queue.put(frame)
-                    progress = self.queue.take(found) if isinstance(found, PendingStep) else found
-                    if progress is not None and on_step is not None:
-                        on_step(progress)
+                if self.queue.ahead.admits(frame):
+                    self._put(frame, on_step)
 
     def ask(
         self,
@@ -268,6 +268,13 @@ class Session:
         """Raise the error that pushing a frame would raise: closed, an answer being given, or a step that failed."""
         self._check_free()
         self.queue.check()
+
+    def _put(self, frame: Frame, on_step: Callable[[Progress], None] | None) -> None:
+        with deferred_interrupts():
+            found = self.queue.put(frame)
+            progress = self.queue.take(found) if isinstance(found, PendingStep) else found
+            if progress is not None and on_step is not None:
+                on_step(progress)
 
     def _answer(self, question: str, sampling: SamplingParams, stop: tuple[str, ...]) -> Generator[str, None, None]:
         with self.lock:

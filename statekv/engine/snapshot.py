@@ -16,6 +16,7 @@ from statekv.cache.archive import load_stream, save_stream
 from statekv.cache.folder import Piece, Saved
 from statekv.cache.stream import StreamState
 from statekv.config import SETTINGS, Config
+from statekv.engine.choice import with_gate
 from statekv.engine.progress import Seconds
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
@@ -190,9 +191,9 @@ def _check_frequencies(saved: Saved, now: list[float]) -> None:
 
 def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Config:
     new = config.with_(None, **settings)
-    for name, what in (("carry", "policy"), ("reduce", "reducer")):
+    for name, what in (("carry", "policy"), ("reduce", "reducer"), ("gate", "gate")):
         try:
-            new = with_methods(new, [name])
+            new = with_gate(new) if name == "gate" else with_methods(new, [name])
         except ConfigError as error:
             if name in settings:
                 raise

@@ -57,14 +57,24 @@ def reduced(reducer: Reducer, step: EncodedStep, memory: Mapping[str, Any]) -> t
     """
     name = type(reducer).__name__
     own = replace(step, features=step.features.clone(), deepstack=tuple(layer.clone() for layer in step.deepstack))
-    new = {key: value.clone() if isinstance(value, torch.Tensor) else deepcopy(value) for key, value in memory.items()}
+    new = own_memory(memory)
     found = reducer.reduce(own, new)
     _check_step(name, step, found)
-    for key, value in new.items():
-        if not (isinstance(key, str) and (isinstance(value, torch.Tensor) or _is_json(value))):
-            rule = f"reducer {name} remembers {key!r} as a {type(value).__name__}, which a save cannot hold"
-            raise ConfigError(rule, "remember tensors, numbers, strings, lists and dicts under strings")
+    check_memory(f"reducer {name}", new)
     return found, new
+
+
+def own_memory(memory: Mapping[str, Any]) -> Memory:
+    """A copy that may be changed."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else deepcopy(value) for key, value in memory.items()}
+
+
+def check_memory(who: str, memory: Memory) -> None:
+    """Raise a ConfigError that names `who` unless a save can hold what it remembers."""
+    for key, value in memory.items():
+        if not (isinstance(key, str) and (isinstance(value, torch.Tensor) or _is_json(value))):
+            rule = f"{who} remembers {key!r} as a {type(value).__name__}, which a save cannot hold"
+            raise ConfigError(rule, "remember tensors, numbers, strings, lists and dicts under strings")
 
 
 def _check_step(name: str, given: EncodedStep, found: object) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from statekv.video.frame import Frame
     from statekv.video.live import LiveSettings, LiveSource
     from statekv.video.resume import open_video
-    from statekv.video.sampling import FrameSampler
+    from statekv.video.sampling import FrameGate, FrameSampler
     from statekv.video.source import LiveStatus, PushedSource, Source
     from statekv.video.writer import write_video
 
@@ -20,13 +20,14 @@ _HOMES = {
     "Frame": "frame",
     **dict.fromkeys(("LiveSettings", "LiveSource"), "live"),
     "open_video": "resume",
-    "FrameSampler": "sampling",
+    **dict.fromkeys(("FrameGate", "FrameSampler"), "sampling"),
     **dict.fromkeys(("LiveStatus", "PushedSource", "Source"), "source"),
     "write_video": "writer",
 }
 
 __all__ = [
     "Frame",
+    "FrameGate",
     "FrameSampler",
     "LiveSettings",
     "LiveSource",

@@ -1,12 +1,15 @@
-"""Which frames to keep, decided by time alone, so that a file and a live stream agree."""
+"""Which frames to keep: by time alone, so that a file and a live stream agree, or by what a gate sees in them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from statekv.errors import ConfigError
+from statekv.video.frame import Frame
 
 # Containers round times (Matroska to whole milliseconds): a frame this close before a cell's border belongs
 # to the cell. Never more than a tenth of a cell, or a high rate would merge neighbours.
@@ -146,3 +149,23 @@ def _rate(fps: float | None, max_frames: int | None, duration_seconds: float | N
 
 def _cell(elapsed_seconds: float, rate: float) -> int:
     return math.floor(elapsed_seconds * rate + min(_SLACK_SECONDS * rate, _SLACK_CELLS))
+
+
+class FrameGate(ABC):
+    """Says by its pixels whether a frame is worth encoding, before the vision tower sees it.
+
+    A gate keeps nothing itself, for one serves many streams: what it wants to know at the next frame it puts into the
+    memory, which belongs to the stream. Its parameters are attributes of their own names, as in a frozen dataclass, so
+    that a saved session can name it.
+    """
+
+    @abstractmethod
+    def admit(self, frame: Frame, memory: dict[str, Any]) -> bool:
+        """Whether the frame goes on; otherwise it is as if it had never been.
+
+        Args:
+            frame: the stream's next sampled one, in the order of their times; not to be changed.
+            memory: what this gate has left there at the frame before, at first nothing: tensors, and what JSON holds,
+                by name. A copy; what is in it afterwards is there at the next frame. Forks and saves are none of its
+                concern.
+        """
