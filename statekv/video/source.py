@@ -236,7 +236,7 @@ class PushedSource(Source):
         """Hand over a frame; never waits. Any thread may.
 
         Args:
-            picture: a frame, or pixels [3, H, W] uint8, RGB, upright. An array is copied, a tensor is not.
+            picture: a frame, or pixels [3, H, W] uint8, RGB, upright; these are copied.
             pts_seconds: time of pixels; None: by their arrival.
 
         Raises:
@@ -295,9 +295,12 @@ class PushedSource(Source):
                 rule = f"pts_seconds is {pts_seconds}, but the frame has the time {picture.pts_seconds} s already"
                 raise ConfigError(rule, "leave pts_seconds out, or hand over the frame's pixels alone")
             return picture
-        if isinstance(picture, np.ndarray):  # often a view of a buffer that is written to again
+        # Pixels are often a view of a buffer that is written to again.
+        if isinstance(picture, np.ndarray):
             picture = torch.from_numpy(np.array(picture, order="C"))
-        if not isinstance(picture, torch.Tensor):
+        elif isinstance(picture, torch.Tensor):
+            picture = picture.clone()
+        else:
             raise ConfigError(f"a {type(picture).__name__} was put", "put a statekv.Frame, or pixels [3, H, W] uint8")
         if pts_seconds is None:
             pts_seconds = self._start_seconds if self._seconds is None else self._seconds + now - self._came

@@ -106,14 +106,17 @@ def test_without_times_it_is_their_arrival_that_counts(now):
     assert times(source) == [7.0, 7.5, 10.0, 20.0, 21.0]
 
 
-def test_an_array_may_be_written_to_again():
+def test_pixels_may_be_written_to_again():
     buffer = bytearray(12)
     source = PushedSource(max_lag_seconds=60)
     source.put(np.frombuffer(bytes(buffer), np.uint8).reshape(3, 2, 2))  # may not be written to
     pixels = np.frombuffer(buffer, np.uint8).reshape(2, 2, 3).transpose(2, 0, 1)
     source.put(pixels[:, ::-1])
+    tensor = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    source.put(tensor)
     buffer[:] = b"\xff" * 12
-    assert [int(next(source).data.max()) for _ in range(2)] == [0, 0]
+    tensor.fill_(255)
+    assert [int(next(source).data.max()) for _ in range(3)] == [0, 0, 0]
 
 
 def test_time_does_not_run_backwards():
