@@ -711,13 +711,14 @@ def check_attention(config: Config) -> None:
 
 
 def check_source(settings: Mapping[str, Any], source: str) -> None:
-    """Raise a ConfigError if one of these settings, given for this source, means nothing with it.
+    """Raise a ConfigError if one of these settings, given for this source, means nothing with it, or is none.
 
     Args:
         settings: by name; what is at its default passes.
         source: of `SOURCES`.
     """
     for name, value in settings.items():
+        check_name("setting", name, tuple(SETTINGS))
         setting = SETTINGS[name]
         if value == setting.default or source in setting.sources:
             continue
