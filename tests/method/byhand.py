@@ -103,8 +103,10 @@ class ByHand:
         return self._norm(x, "norm")
 
     def kept(self, layer: int) -> torch.Tensor:
-        """[1, kv_heads, length], ascending."""
-        return torch.tensor([[sorted(head.token_ids) for head in self.memory[layer]]], dtype=torch.int32)
+        """[1, kv_heads, length], ascending; -1 in front where heads hold fewer than others."""
+        held = [sorted(head.token_ids) for head in self.memory[layer]]
+        most = max(map(len, held))
+        return torch.tensor([[[-1] * (most - len(tokens)) + tokens for tokens in held]], dtype=torch.int32)
 
     def detailed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every token, each [1, kv_heads, tokens, head_dim]."""
@@ -118,6 +120,7 @@ class ByHand:
         keys = self._rotate(self._project(layer, "k", x), angles)
         values = self._project(layer, "v", x)
         mixed = torch.empty(self.heads, own, self.dim, dtype=torch.float64)
+        received, times = [], self._times(layer)
         for h, head in enumerate(heads):
             past = len(head.keys)
             head.token_ids.extend(range(len(head.all_keys), len(head.all_keys) + own))
@@ -125,18 +128,29 @@ class ByHand:
                 mine.extend(fresh)
             head.all_keys.extend(keys[h])
             head.all_values.extend(values[h])
-            visible_keys, visible_values = torch.stack(head.keys), torch.stack(head.values)
+            seen = [*list(range(past)) * times, *range(past, past + own)]  # former keys as often as they count
+            visible_keys = torch.stack([head.keys[j] for j in seen])
+            visible_values = torch.stack([head.values[j] for j in seen])
             scores = torch.zeros(past + own, dtype=torch.float64)
             for g in range(h * group, (h + 1) * group):
-                products = queries[g] @ visible_keys.T / self.dim**0.5  # [own, past + own]
+                products = queries[g] @ visible_keys.T / self.dim**0.5  # [own, times * past + own]
                 for i in range(own):
-                    products[i, past + i + 1 :] = -torch.inf
+                    products[i, times * past + i + 1 :] = -torch.inf
                 attention = torch.exp(products - products.amax(-1, keepdim=True))
                 attention = attention / attention.sum(-1, keepdim=True)
                 mixed[g] = attention @ visible_values
-                scores += attention.sum(0)
-            self._evict(layer, h, scores)
+                scores.index_add_(0, torch.tensor(seen), attention.sum(0))
+            received.append(scores)
+        self._evict_layer(layer, received)
         return self._linear(mixed.transpose(0, 1).reshape(own, -1), f"layers.{layer}.self_attn.o_proj")
+
+    def _times(self, layer: int) -> int:
+        """How often a former key counts."""
+        return 1
+
+    def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
+        for h, scores in enumerate(received):
+            self._evict(layer, h, scores)
 
     def _evict(self, layer: int, h: int, scores: torch.Tensor) -> None:
         head = self.memory[layer][h]
@@ -328,9 +342,126 @@ class ByHandDials(ByHand):
         return set(sorted(tokens, key=lambda token: -lot(token, layer, h, self.seed))[:size])
 
 
-def lot(token: int, layer: int, h: int, seed: int) -> int:
-    """splitmix64 of what tells one token, layer, head and seed from another."""
+def lot(token: int, layer: int, h: int, seed: int, draw: int = 0) -> int:
+    """splitmix64 of what tells one token, layer, head, seed and draw from another."""
     bits = (token + (h << 34)) ^ ((layer * 0x9E3779B1 + seed * 0x85EBCA77) % 2**62)
+    bits = bits + draw * 0x9E3779B1 & _WORD
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _WORD
     return bits >> 11
+
+
+class ByHandTokens(ByHand):
+    """As `ByHand`, with keys ranked by what a policy says of each; the first `sinks` tokens stay.
+
+    Args:
+        arguments: of `ByHand`.
+        sinks: how many.
+        parameters: of the policy.
+    """
+
+    def __init__(self, *arguments: Any, sinks: int = 0, **parameters: Any) -> None:
+        super().__init__(*arguments)
+        self.sinks, self.parameters = sinks, parameters
+        self.first_own = 0
+        self.former: dict[tuple[int, int], dict[int, float]] = {}  # of each layer and head, by token
+
+    def step(self, piece: Piece) -> torch.Tensor:
+        self.first_own = len(self.memory[0][0].all_keys)
+        return super().step(piece)
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        """Of each key of a head; the highest stay."""
+        raise NotImplementedError
+
+    def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
+        worth = [self.worth(layer, h, scores.tolist()) for h, scores in enumerate(received)]
+        for head, ranks in zip(self.memory[layer], worth, strict=True):
+            if len(head.token_ids) > self.budget:
+                order = sorted(range(len(ranks)), key=lambda j: (head.token_ids[j] >= self.sinks, -ranks[j]))
+                head.keep_only(order[: self.budget])
+
+
+class ByHandRandom(ByHandTokens):
+    """Each token has one lot for life."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        seed = self.parameters["seed"]
+        return [lot(token, layer, h, seed) for token in self.memory[layer][h].token_ids]
+
+
+class ByHandStochastic(ByHandTokens):
+    """A key is drawn with odds of its attention to the power of 1 / temperature, anew in each step."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        seed, temperature = self.parameters["seed"], self.parameters["temperature"]
+        found = []
+        for token, score in zip(self.memory[layer][h].token_ids, scores, strict=True):
+            u = min(max(lot(token, layer, h, seed, self.first_own) / 2**53, 1e-12), 1 - 1e-12)
+            found.append(math.log(max(score, 1e-30)) / temperature - math.log(-math.log(u)))
+        return found
+
+
+class ByHandKeyNorm(ByHandTokens):
+    """The shortest keys, all heads together."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        heads = self.memory[layer]
+        assert all(head.token_ids == heads[0].token_ids for head in heads)
+        squares = [sum(float(head.keys[j].square().sum()) for head in heads) for j in range(len(scores))]
+        return [-square for square in squares]
+
+
+class ByHandAccumulated(ByHandTokens):
+    """Attention of all steps so far: added up with a decay, or the most of it."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        decay, maximum = self.parameters["decay"], self.parameters["maximum"]
+        former = self.former.setdefault((layer, h), {})
+        for token, score in zip(self.memory[layer][h].token_ids, scores, strict=True):
+            before = decay * former.get(token, 0.0)
+            former[token] = max(before, score) if maximum else before + score
+        return [former[token] for token in self.memory[layer][h].token_ids]
+
+
+class ByHandCaote(ByHandTokens):
+    """How far the mixed value moves if one key is left out and the others take over its share."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        values, whole = self.memory[layer][h].values, sum(scores)
+        shares = [score / whole for score in scores]
+        mixed = torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(0)
+        found = []
+        for share, value in zip(shares, values, strict=True):
+            without = (mixed - share * value) / (1 - share)
+            found.append(float((without - mixed).norm()))
+        return found
+
+
+class ByHandAdaKV(ByHandTokens):
+    """The best keys of all heads together, so many for sure in each head, and never more than so many."""
+
+    def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
+        heads = self.memory[layer]
+        if len(heads[0].all_keys) <= self.budget:
+            return
+        floor, most = (int(self.parameters[name] * self.budget) for name in ("floor", "most"))
+        ranked = [sorted(range(len(s)), key=lambda j, s=s: -float(s[j])) for s in received]  # type: ignore[misc]
+        stay = [set(order[:floor]) for order in ranked]
+        others = [(float(received[h][j]), h, j) for h, order in enumerate(ranked) for j in order[floor:]]
+        for _, h, j in sorted(others, reverse=True):
+            if sum(map(len, stay)) < self.budget * len(heads) and len(stay[h]) < most:
+                stay[h].add(j)
+        for head, chosen in zip(heads, stay, strict=True):
+            head.keep_only(sorted(chosen))
+
+
+class ByHandDoubled(ByHandTokens):
+    """Even tokens before odd ones, by attention; what has been kept counts twice from then on."""
+
+    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
+        tokens = self.memory[layer][h].token_ids
+        return [score + 1000 * (token % 2 == 0) for token, score in zip(tokens, scores, strict=True)]
+
+    def _times(self, layer: int) -> int:
+        return 2 if len(self.memory[layer][0].all_keys) > self.budget else 1
