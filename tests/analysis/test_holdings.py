@@ -18,7 +18,7 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.models.adapter import VideoModel
 from statekv.video.frame import Frame
 from tests.analysis.streams import opened, watched
-from tests.method.presets import filled
+from tests.presets import filled
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.talk import assert_same_memory, assert_same_stream, entering, memory, shared_engine, some_frames

@@ -14,7 +14,7 @@ from statekv.cache.stream import StreamState
 from statekv.config import METHODS, Config
 from statekv.errors import ConfigError
 from tests.cache.tokens import check_whole, keys, kv_spec, values
-from tests.method.presets import filled
+from tests.presets import filled
 
 
 def stream(method: str = "statekv", **settings: Any) -> StreamState:

@@ -19,7 +19,7 @@ from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from statekv.video.source import FrameBuffer, Source
 from tests.engine.test_session_failures import NO_MEMORY, failing
-from tests.method.presets import filled
+from tests.presets import filled
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, some_frames
 from tests.tiny import TWO_FAMILIES, video

@@ -15,7 +15,7 @@ from statekv.engine.session import Session
 from statekv.errors import ConfigError, ModelError, SaveError, StateKVError, VideoError
 from statekv.video.file import probe
 from statekv.video.writer import write_video
-from tests.method.presets import chosen, preset
+from tests.presets import chosen, preset
 from tests.talk import (
     QUESTION,
     adapted,

@@ -16,7 +16,7 @@ from statekv.engine.engine import Engine
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from tests.engine.test_scheduler import watching
-from tests.method.presets import chosen
+from tests.presets import chosen
 from tests.runner.test_runner import assert_close
 from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from statekv.errors import StateKVError
-from tests.method.presets import chosen
+from tests.presets import chosen
 from tests.talk import (
     QUESTION,
     assert_same_memory,

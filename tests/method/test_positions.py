@@ -17,7 +17,7 @@ from statekv.errors import HorizonError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.ops.rope import rotate
 from statekv.runner.runner import ModelRunner
-from tests.method.presets import chosen, filled, preset
+from tests.presets import chosen, filled, preset
 from tests.talk import (
     QUESTION,
     assert_same_answer,

@@ -21,7 +21,7 @@ from statekv.reduce.static import Static
 from statekv.video.writer import write_video
 from tests.engine.test_session_failures import NO_MEMORY, failing
 from tests.evals.small import Small, videos_of, write_clips
-from tests.method.presets import filled
+from tests.presets import filled
 from tests.reduce.methods import Everything, Rotating
 from tests.talk import (
     QUESTION,

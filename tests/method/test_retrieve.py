@@ -17,8 +17,8 @@ from statekv.models.adapter import Segment
 from statekv.models.hooks import Observer
 from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHand, Keep, Piece, always, best, newest, pieces_of
-from tests.method.presets import filled
 from tests.method.test_method import PREFIX, assert_close
+from tests.presets import filled
 from tests.talk import (
     QUESTION,
     assert_same_answer,

@@ -19,7 +19,7 @@ from statekv.errors import SpeedWarning
 from statekv.runner.cuda_graph import StepGraphs
 from statekv.runner.runner import ModelRunner
 from tests.gpu import need_gpu
-from tests.method.presets import filled
+from tests.presets import filled
 from tests.talk import assert_same_stream, frames_of, session_answer, shared_engine, some_frames
 from tests.tiny import TWO_FAMILIES, video
 

@@ -17,7 +17,7 @@ from statekv.engine.engine import Engine
 from statekv.errors import MemoryLimitError
 from statekv.runner import memory
 from statekv.runner.memory import Admission
-from tests.method.presets import filled
+from tests.presets import filled
 from tests.talk import adapted, some_frames
 from tests.tiny import tiny
 

@@ -21,7 +21,7 @@ from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.gpu import need_gpu
-from tests.method.presets import chosen, filled
+from tests.presets import chosen, filled
 from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
 from tests.tiny import EVERY_MODEL, TWO_FAMILIES
 

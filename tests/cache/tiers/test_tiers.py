@@ -20,7 +20,7 @@ from statekv.config import BYTES, SETTINGS, Config
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, MemoryLimitError, StateKVError, StorageError
 from statekv.ops.quantise import dequantise, quantise
-from tests.method.presets import chosen, filled, preset
+from tests.presets import chosen, filled, preset
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
 from tests.runner.test_runner import push_together
