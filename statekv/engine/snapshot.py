@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,8 +147,6 @@ def _standing(saved: Saved, device: torch.device) -> SessionSnapshot:
     frames = [Frame(tensors[f"frame.{number}"], **told) for number, told in enumerate(facts["frames"])]
     looked = []
     for number, seen in enumerate(facts["looked"]):
-        if "tokens" not in seen:
-            continue  # saved by 0.1, which wrote no grid of tokens: the tower will look once more
         deepstack = tuple(tensors[f"deepstack.{number}.{level}"].to(device) for level in range(seen["deepstack"]))
         pictures = tuple(frames[index] for index in seen["frames"])
         features, grid = tensors[f"features.{number}"].to(device), (seen["tokens"][0], seen["tokens"][1])
@@ -192,6 +191,8 @@ def _check_frequencies(saved: Saved, now: list[float]) -> None:
 def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Config:
     new = config.with_(None, **settings)
     for name, what in (("carry", "policy"), ("reduce", "reducer"), ("gate", "gate")):
+        if name not in settings:
+            _check_imported(saved, name, getattr(config, name))
         try:
             new = with_gate(new) if name == "gate" else with_methods(new, [name])
         except ConfigError as error:
@@ -206,3 +207,11 @@ def _changed(saved: Saved, config: Config, settings: Mapping[str, Any]) -> Confi
             rule = f"{saved.folder} was watched with `{name}` {then!r}, not {now!r}"
             raise ConfigError(rule, f"leave `{name}` out, or watch the video again")
     return new
+
+
+def _check_imported(saved: Saved, name: str, spelled: str | None) -> None:
+    """What is imported is not for a folder to say, which may come from a stranger with code beside it."""
+    module, _, place = (spelled or "").partition(":")
+    if place and module not in sys.modules and not module.startswith("statekv."):
+        rule = f"{saved.folder} was watched with `{name}` {spelled!r}, but a saved session imports nothing by itself"
+        raise ConfigError(rule, f"import {module}, or give `{name}` as it was then")

@@ -15,7 +15,7 @@ import torch
 import statekv
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
-from statekv.errors import StateKVError
+from statekv.errors import ConfigError
 from statekv.evals.cards import write_film, write_story
 from statekv.models.adapter import Segment
 from statekv.runner.runner import ModelRunner
@@ -87,7 +87,7 @@ def test_the_page_is_followed_word_for_word(stranger: Stranger, folder: Path, ba
         assert same(each, alone)
 
     assert_replays_equal_steps(settings, stranger.replays)
-    assert_a_save_is_refused_without_it(folder, engine, stranger.module)
+    assert_a_save_is_refused_without_it(folder, engine, stranger)
 
 
 def same(found: Session, expected: Session) -> bool:
@@ -111,14 +111,22 @@ def assert_replays_equal_steps(settings: Mapping[str, Any], replays: int) -> Non
     assert tape.replayed >= replays
 
 
-def assert_a_save_is_refused_without_it(folder: Path, engine: statekv.Engine, module: str) -> None:
-    """In one line that names what is missing."""
+def assert_a_save_is_refused_without_it(folder: Path, engine: statekv.Engine, stranger: Stranger) -> None:
+    """In one line that names what is missing; and nothing is imported because a folder says so."""
     saved = next(folder.glob("*.session"))
-    (folder / f"{module}.py").unlink()
-    del sys.modules[module]
-    importlib.invalidate_caches()
-    with pytest.raises(StateKVError, match=module) as told:
+    del sys.modules[stranger.module]
+    with pytest.raises(ConfigError, match=f"{stranger.module}.*imports nothing by itself"):
         engine.restore(saved)
+    assert stranger.module not in sys.modules
+    parameters = ", ".join(f"{name}={value}" for name, value in stranger.parameters.items())
+    spelled = f"{stranger.module}:{stranger.name}({parameters})"
+    assert engine.restore(saved, **{stranger.setting: spelled}).frames == 5
+
+    (folder / f"{stranger.module}.py").unlink()
+    del sys.modules[stranger.module]
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match=stranger.module) as told:
+        engine.restore(saved, **{stranger.setting: spelled})
     assert "\n" not in str(told.value)
 
 
