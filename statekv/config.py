@@ -30,10 +30,8 @@ CARRIES: Mapping[str, str] = {
     "stochastic": "statekv.cache.policies.stochastic:Stochastic",
 }
 _WITHOUT_ATTENTION = ("all", "recent", "sink_recent", "random", "key_norm")
-# Reducers, likewise.
 REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
-# Gates; none is built in.
-GATES: Mapping[str, str] = {}
+GATES: Mapping[str, str] = {}  # none is built in
 RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
@@ -177,15 +175,8 @@ def _goes_by_attention(values: Mapping[str, Any]) -> bool:
     return bool(carry.needs_attention) if hasattr(carry, "needs_attention") else True
 
 
-ATTENTION = Needs(
-    "carry",
-    _goes_by_attention,
-    "a `carry` that goes by attention",
-    "set `carry` to 'attention'",
-)
-BOUNDED = Needs(
-    "carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "choose another `carry`"
-)
+ATTENTION = Needs("carry", _goes_by_attention, "a `carry` that goes by attention", "set `carry` to 'attention'")
+BOUNDED = Needs("carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "change `carry`")
 # Two recalls go by the budget too, whatever is carried.
 BUDGETED = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] in ("recent", "sink_recent"))
 SINKING = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] == "sink_recent")
@@ -563,9 +554,7 @@ class Config:
             rule = "`retrieve_carried` is True with `carry` 'all', but where all keys are carried there is no choice"
             yield rule, "set `recall` to 'all', or `retrieve_carried` to False"
         if self.recall == "retrieve" and self.retrieve_carried and self.retrieve_positions == "reindex":
-            rule = (
-                "`retrieve_carried` is True with `retrieve_positions` 'reindex', but carried keys keep their positions"
-            )
+            rule = "`retrieve_carried` is True with `retrieve_positions` 'reindex', but carried keys keep their own"
             yield rule, "set `retrieve_positions` to 'keep', or `retrieve_carried` to False"
         if self.recall == "last_frames" and self.carry != "all":
             rule = f"`carry` is {self.carry!r} with `recall` 'last_frames', but frames encoded anew carry nothing on"

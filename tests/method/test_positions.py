@@ -167,7 +167,7 @@ def test_saved_streams_keep_it(family: str, settings: dict[str, Any], tmp_path: 
     going.push(frames[:24])
     assert going.state.compaction.factor > 1
     save_stream(going.state, tmp_path / "saved")
-    loaded = Session(going.runner, load_stream(tmp_path / "saved", going.state.spec))
+    loaded = Session(going.runner, load_stream(tmp_path / "saved", going.state.spec, rotary=going.runner.model))
     for session in (going, loaded):
         session.push(frames[24:])
     assert loaded.state.compaction == going.state.compaction

@@ -36,7 +36,11 @@ DIALS: list[dict[str, Any]] = [
     {"budget": 700, "retrieve": 3, "retrieve_newest": 2, "layer_slope": 0.5},
 ]
 SETTINGS = [
-    {"recall": recall, **tiers, **dials}
+    {
+        "recall": recall,
+        **tiers,
+        **{name: value for name, value in dials.items() if recall == "retrieve" or not name.startswith("retrieve")},
+    }
     for recall, tiers, dials in itertools.product(("all", "retrieve"), TIERS, DIALS)
 ]
 EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS, ids=str)
