@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from statekv import cli
 from statekv.config import METHODS, SETTINGS
-from statekv.engine.session import Session
+from statekv.engine.ingest import FrameQueue, PendingStep
+from statekv.engine.progress import Progress
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
 from statekv.models.loading import DEMO
+from statekv.video.frame import Frame
 from tests.cli.test_cli import COUNT, Result, command, subprocess_command
 from tests.video.fixtures.clips import write_sound
 
@@ -362,15 +364,15 @@ def _never(*_: Any, **__: Any) -> NoReturn:
 
 
 def test_an_interrupt_while_watching(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, frames = Session.push, 0
+    original, frames = FrameQueue.put, 0
 
-    def push(session: Session, *args: Any, **kwargs: Any) -> None:
+    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
         nonlocal frames
         if (frames := frames + 1) == 5:
             raise KeyboardInterrupt
-        original(session, *args, **kwargs)
+        return original(queue, frame)
 
-    monkeypatch.setattr(Session, "push", push)
+    monkeypatch.setattr(FrameQueue, "put", put)
     assert complaint(command("ask", film, COUNT), 130) == "statekv: interrupted after 4 frames"
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import statekv
-from statekv.engine.session import Session
+from statekv.engine.ingest import FrameQueue, PendingStep
+from statekv.engine.progress import Progress
 from statekv.errors import MemoryLimitError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
@@ -44,16 +44,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: str | Path) -> Result:
     """A command that fails at the fifth frame."""
-    original, frames = Session.push, 0
+    original, frames = FrameQueue.put, 0
 
-    def push(session: Session, *args: Any, **kwargs: Any) -> None:
+    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
         nonlocal frames
         if (frames := frames + 1) == 5:
             raise error
-        original(session, *args, **kwargs)
+        return original(queue, frame)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "push", push)
+        patch.setattr(FrameQueue, "put", put)
         return command(*arguments)
 
 
