@@ -7,16 +7,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import statekv
 from statekv.cache.folder import FACTS, read_folder
+from statekv.engine.ingest import FrameQueue, PendingStep
+from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import MemoryLimitError, SaveError, VideoError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
+from statekv.video.frame import Frame
 from tests.cli.test_cli import COUNT, succeed
 from tests.cli.test_errors import refused
 from tests.cli.test_watch import Terminal, watch
@@ -66,15 +68,15 @@ def frames_in(folder: Path) -> int:
 
 def failing(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
     """A step that fails, in the stead of the frame with this number."""
-    original, count = Session.push, 0
+    original, count = FrameQueue.put, 0
 
-    def push(session: Session, *arguments: Any, **settings: Any) -> None:
+    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
         nonlocal count
         if (count := count + 1) == at:
             raise error
-        original(session, *arguments, **settings)
+        return original(queue, frame)
 
-    monkeypatch.setattr(Session, "push", push)
+    monkeypatch.setattr(FrameQueue, "put", put)
 
 
 def test_saved_at_the_end_and_restored_it_answers_alike(
