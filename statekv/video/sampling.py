@@ -68,7 +68,7 @@ class FrameSampler:
         if self.uniform and duration_seconds is None:
             raise ConfigError(
                 "uniform spreads its frames over the whole video, but the length of this source is unknown",
-                "use a file, or another method",
+                "use a file, or another method, such as last_frames",
             )
 
     def together(self, frames: int) -> int:
