@@ -105,7 +105,7 @@ class VideoModel(ABC):
     @classmethod
     def random_config(cls, size: Size) -> Any:
         """Transformers' configuration of a model of one of `sizes`, with a vision tower that costs nothing."""
-        raise NotImplementedError
+        raise ModelError(f"{cls.__name__} has no models of random weights", "give it `sizes` and `random_config`")
 
     @classmethod
     def random_model(cls, size: Size, dtype: torch.dtype) -> Any:
