@@ -230,8 +230,8 @@ def watch(
             observed = segment.kind == "step" and bool(holdings.pictures)
             if observed:
                 concentration.begin(first, {layer: _carried(state).kept(layer)[0].long() for layer in layers})
-            runner.prefill(full, segment, observer=concentration.observe if observed else None)
-            runner.prefill(state, segment)
+            runner.enter(full, segment, observer=concentration.observe if observed else None)
+            runner.enter(state, segment)
             if segment.kind == "step":
                 holdings.enter(seen, segment, first, runner.model.video_token_id)
         holdings.look(_carried(state), state.tokens)

@@ -101,7 +101,7 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
     state = runner.open(Config.of(method, **settings))
     with counting() as counter:
         for tokens in steps:
-            runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))
+            runner.enter(state, runner.model.text("step", [0] * tokens, state.position))
     formula = sum(step_flops(size, steps, budget, scored_products=2))
     setting = _setting(name, len(steps) * adapter_of(size.family).frames_per_step, budget)
     remark = f"torch's count of {size.layers} layers; floor: formula"

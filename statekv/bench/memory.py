@@ -104,13 +104,13 @@ def _step(runner: ModelRunner, size: Size, budget: int) -> Callable[[], object]:
     state.detailed.reserve(budget + 4 * tokens)
     carried = state.carried
     assert isinstance(carried, CarriedCache)
-    carried.make_room(budget + tokens)
+    carried.open_slots(budget + tokens)
     shape = (2, 1, size.kv_heads, budget, size.head_dim)
     keys, values = torch.randn(shape, dtype=spec.dtype, device=spec.devices[0])
     for layer in range(size.layers):
         carried.update(keys, values, layer)
     state.position = budget
-    return lambda: runner.prefill(state, runner.model.text("step", [0] * tokens, state.position))
+    return lambda: runner.enter(state, runner.model.text("step", [0] * tokens, state.position))
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
@@ -143,7 +143,7 @@ def _filled(spec: KVSpec, budget: int, tokens: int) -> StreamState:
     assert isinstance(carried, CarriedCache)
     own = torch.empty(1, spec.kv_heads, tokens, spec.head_dim, dtype=spec.dtype, device="meta")
     for _ in range(budget // tokens + 2):
-        carried.make_room(tokens)
+        carried.open_slots(tokens)
         for layer in range(spec.layers):
             keys, _ = carried.update(own, own, layer)
             carried.evict(layer, keys[..., 0].float())

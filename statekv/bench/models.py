@@ -128,7 +128,7 @@ def fill_carried(carried: CarriedCache, step: int) -> None:
     tokens = carried.detailed.length
     length = min(tokens, carried.budget)
     carried.truncate(0)
-    carried.make_room(length + step)
+    carried.open_slots(length + step)
     if length:
         for layer, device in enumerate(carried.spec.devices):
             chosen = torch.arange(length, device=device) * tokens // length  # [length], ascending

@@ -142,7 +142,7 @@ def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Ca
 
     def call() -> object:
         stand(state, past, position, tokens)
-        return runner.prefill(state, segment)
+        return runner.enter(state, segment)
 
     return call
 

@@ -134,7 +134,7 @@ class _Stream:
 def _in_turn(streams: Sequence[_Stream]) -> Callable[[], object]:
     def call() -> None:
         for stream in streams:
-            stream.runner.prefill(*stream.stand())
+            stream.runner.enter(*stream.stand())
 
     return call
 

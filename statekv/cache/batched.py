@@ -64,7 +64,7 @@ class BatchedCarriedCache(CarriedCache):
         """Around a step of so many tokens: it begins where the members stand; afterwards they are where this is."""
         self.begin()
         try:
-            self.make_room(tokens)
+            self.open_slots(tokens)
             yield
         finally:
             self.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import Cache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
 from statekv.cache.policies.wrappers import IMPORTANCE
-from statekv.cache.spec import KVSpec, PositionShift, one_block
+from statekv.cache.spec import KVSpec, PositionShift
 from statekv.ops import select
 from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
@@ -96,8 +97,8 @@ class CarriedCache(Cache):
         """Whether every layer holds exactly its budget: from here on all steps of one length look alike."""
         return self.lengths == self.budgets
 
-    def make_room(self, tokens: int) -> None:
-        """Before a step of `tokens` tokens: have a slot for each of them behind the carried ones."""
+    def open_slots(self, tokens: int) -> None:
+        """Before a step: have a slot for each of its tokens behind the carried ones."""
         needed = [length + tokens for length in self.lengths]
         if any(n > slots for n, slots in zip(needed, self.slots, strict=True)):
             grown = zip(needed, self.slots, self.budgets, strict=True)
@@ -272,3 +273,28 @@ class CarriedCache(Cache):
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*self.buffers, *self.token_ids, *self._states()]
+
+
+def one_block(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]
+) -> list[torch.Tensor]:
+    """Uninitialised tensors, one for each shape, which lie one behind another in a single block of their device.
+
+    Args:
+        shapes: of each layer's tensor.
+        dtype: of all.
+        devices: of each layer.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    blocks = {
+        device: torch.empty(
+            sum(n for n, d in zip(sizes, devices, strict=True) if d == device), dtype=dtype, device=device
+        )
+        for device in dict.fromkeys(devices)
+    }
+    taken = dict.fromkeys(blocks, 0)
+    tensors = []
+    for shape, size, device in zip(shapes, sizes, devices, strict=True):
+        tensors.append(blocks[device][taken[device] : taken[device] + size].view(shape))
+        taken[device] += size
+    return tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,31 +35,6 @@ class KVSpec:
     def bytes_per_token(self) -> int:
         """Keys and values of one token in all layers and heads of one stream."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-
-def one_block(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]
-) -> list[torch.Tensor]:
-    """Uninitialised tensors, one for each shape, which lie one behind another in a single block of their device.
-
-    Args:
-        shapes: of each layer's tensor.
-        dtype: of all.
-        devices: of each layer.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    blocks = {
-        device: torch.empty(
-            sum(n for n, d in zip(sizes, devices, strict=True) if d == device), dtype=dtype, device=device
-        )
-        for device in dict.fromkeys(devices)
-    }
-    taken = dict.fromkeys(blocks, 0)
-    tensors = []
-    for shape, size, device in zip(shapes, sizes, devices, strict=True):
-        tensors.append(blocks[device][taken[device] : taken[device] + size].view(shape))
-        taken[device] += size
-    return tensors
 
 
 @dataclass(frozen=True, slots=True)

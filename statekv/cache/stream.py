@@ -56,8 +56,8 @@ class StreamState:
         memories: what those that reduce its steps remember of it, by name; replaced as a whole, never changed.
         rotary: of the model; None where nothing has to be turned.
 
-    `begin` and `commit` stand around everything that enters; in between the model's layers work on what `begin` has
-    handed out.
+    `expect` comes before everything that enters; `begin` and `commit` stand around it, and in between the model's
+    layers work on what `begin` has handed out.
     """
 
     spec: KVSpec
@@ -85,6 +85,7 @@ class StreamState:
         self.blocks = StepIndex(self.spec) if c.recall == "retrieve" else None
         self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
         self._retrieved: RetrievedView | None = None
+        self._expected: Entering | None = None
 
     def __repr__(self) -> str:
         seen = f"{self.frames} frames, {self.tokens} tokens"
@@ -132,7 +133,7 @@ class StreamState:
         return self.detailed.forgotten
 
     def expect(self, segment: Entering, mode: Mode = "carry") -> None:
-        """Before a segment enters: pins and room for it; asked again, the same.
+        """Before a segment enters: pins and memory for it; asked again, the same.
 
         Raises:
             HorizonError: it would pass the stream's horizon.
@@ -154,18 +155,20 @@ class StreamState:
             self.expect_newest(segment.kind, segment.length)
             if segment.kind != "prefix":
                 self._make_way(segment.length)
+        self._expected = segment
 
     def begin(self, segment: Entering, mode: Mode = "carry") -> View:
-        """As `expect`, and what the model's layers see while the segment enters; for an answer, see `begin_answer`."""
-        self.expect(segment, mode)
+        """What the model's layers see while a segment enters that is expected; for an answer, see `begin_answer`."""
+        assert self._expected is segment, "expect it first"
         if mode == "answer":
             return self.recalled
         if self.bounded is not None:
-            self.bounded.make_room(segment.length)
+            self.bounded.open_slots(segment.length)
         return self.carried
 
     def commit(self, segment: Entering, mode: Mode = "carry") -> None:
         """Behind all layers: take note of a segment that has entered."""
+        self._expected = None
         if segment.kind == "step" and self.blocks is not None:
             assert self.rotary is not None
             step = StepIndexEntry(self.tokens - segment.length, self.tokens, segment.next_position - self.position)

@@ -111,7 +111,7 @@ def _run(
         state.detailed.reserve(longest)
         for segment in runner.segments_of_inputs(state, inputs):
             if segment.kind != "question":
-                runner.prefill(state, segment)
+                runner.enter(state, segment)
                 continue
             if not segment.length:
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")

@@ -393,7 +393,7 @@ class PendingStep:
         began = time.perf_counter()
         with memory_limit():
             for segment in self.segments:
-                self.runner.prefill(self.state, segment)
+                self.runner.enter(self.state, segment)
         self.prefill_seconds = time.perf_counter() - began
 
     def undo(self, error: BaseException) -> str:

@@ -373,7 +373,7 @@ def _entering(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame],
     segment = model.question(question, state)
     for seen in waiting_steps(runner, state, waiting):
         for entering in runner.segments_of(state, seen, compact=False):
-            runner.prefill(state, entering, "carry" if alone else "peek")
+            runner.enter(state, entering, "carry" if alone else "peek")
     return model.question(question, state) if waiting else segment
 
 

@@ -159,6 +159,27 @@ class ModelRunner:
         return self.model.segments(inputs, reduce)
 
     @torch.inference_mode()
+    def enter(
+        self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
+    ) -> torch.Tensor:
+        """Find room for a segment, and `prefill` it.
+
+        Args:
+            state: the stream. Where its memory has a cap, older steps may move or be forgotten.
+            segment, mode, observer: as for `prefill`.
+
+        Returns:
+            As `prefill`.
+
+        Raises:
+            HorizonError, ConfigError: as `StreamState.expect`; nothing has entered.
+            MemoryLimitError, PolicyError: as `prefill`.
+        """
+        with self.lock, memory_limit():
+            state.expect(segment, mode)
+            return self.prefill(state, segment, mode, observer)
+
+    @torch.inference_mode()
     def prefill(
         self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
     ) -> torch.Tensor:
@@ -171,7 +192,7 @@ class ModelRunner:
 
         Args:
             state: the stream; both memories, position and spans move on.
-            segment: what enters.
+            segment: what enters; the stream expects it (`StreamState.expect`).
             mode: see `Mode`.
             observer: told every layer's key scores; it sees what happens and changes nothing.
 
@@ -179,12 +200,11 @@ class ModelRunner:
             [streams, T, hidden], the last layer's normalised hidden states.
 
         Raises:
-            HorizonError, ConfigError: as `StreamState.expect`; nothing has entered.
             MemoryLimitError: the device is out of memory.
             PolicyError: a policy of the user's own gave something that cannot be used.
         """
         with self._at_work(state.horizon):
-            view = state.begin(segment, mode)  # what the layers see; room and pins for the segment
+            view = state.begin(segment, mode)  # what the layers see, with slots for the segment
             evicting = mode == "carry" and view.must_evict(segment.length)
             hidden = self._layers(state, segment, view, evicting, observer)
             state.commit(segment, mode)  # position and spans move on
@@ -313,7 +333,7 @@ class ModelRunner:
         """
         with self.lock, memory_limit():
             state.begin_answer(question.positions)
-            return self.logits(self.prefill(state, question, "answer"))
+            return self.logits(self.enter(state, question, "answer"))
 
     @torch.inference_mode()
     def decode(
@@ -340,7 +360,7 @@ class ModelRunner:
         with self.lock, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
-            logits = self.logits(self.prefill(state, segment, "answer")) if number else self.ask(state, question)
+            logits = self.logits(self.enter(state, segment, "answer")) if number else self.ask(state, question)
             token = sampling.choose(chosen[:, : asked + number], logits)  # [streams]
             yield int(token), logits
             if int(token) in sampling.end_tokens or state.position >= state.horizon:

@@ -63,7 +63,7 @@ def entered(family: str, frames: int, expected: int, **settings: Any) -> tuple[H
             (seen,) = runner.encode([pictures[start : start + size]], state.frames_expected)
             for segment in runner.segments_of(state, seen):
                 first = state.tokens
-                runner.prefill(state, segment)
+                runner.enter(state, segment)
                 if segment.kind == "step":
                     found.enter(seen, segment, first, runner.model.video_token_id)
             found.look(state.carried, state.tokens)  # type: ignore[arg-type]
@@ -148,10 +148,10 @@ def test_an_observer_changes_nothing_and_is_told_the_key_scores(family: str, car
             for segment in entering(model, frames, plain.state):
                 seen = min(plain.state.carried.length, 20 if carry != "all" else 10_000) + segment.length
                 told.clear()
-                engine.runner.prefill(
+                engine.runner.enter(
                     observed.state, segment, observer=lambda layer, scores: told.append((layer, scores))
                 )
-                engine.runner.prefill(plain.state, segment)
+                engine.runner.enter(plain.state, segment)
                 assert [layer for layer, _ in told] == [0, 1, 2]
                 for _, scores in told:
                     assert scores.shape == (1, 2, seen)
@@ -169,7 +169,7 @@ def test_an_observed_step_is_not_replayed_from_a_recording() -> None:
     told: list[int] = []
     with torch.inference_mode():
         (segment,) = entering(model, some_frames(1, seed=4), plain.state)
-        plain.runner.prefill(plain.state, segment, observer=lambda layer, _: told.append(layer))
+        plain.runner.enter(plain.state, segment, observer=lambda layer, _: told.append(layer))
     assert (tape.replayed, told) == (replayed, [0, 1, 2])
 
 

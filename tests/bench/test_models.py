@@ -29,7 +29,7 @@ def test_a_built_model_steps(size: Size) -> None:
     runner = ModelRunner(small(size))
     state = runner.open(Config(budget=20))
     for number in (1, 2, 3):
-        hidden = runner.prefill(state, random_step(runner.model, 18, number))
+        hidden = runner.enter(state, random_step(runner.model, 18, number))
         assert hidden.shape == (1, 18, size.hidden)
         assert hidden.isfinite().all()
         assert hidden.std() > 0.1  # norms are at work: nothing has vanished
@@ -191,9 +191,9 @@ def walked(runner: ModelRunner, config: Config, steps: int) -> StreamState:
     state = runner.open(config)
     state.detailed.reserve((steps + 1) * TOKENS)
     for number in range(1, steps + 1):
-        runner.prefill(state, random_step(runner.model, TOKENS, number))
+        runner.enter(state, random_step(runner.model, TOKENS, number))
     if isinstance(state.carried, CarriedCache):
-        state.carried.make_room(TOKENS)  # as the next step will
+        state.carried.open_slots(TOKENS)  # as the next step will
     return state
 
 
@@ -225,7 +225,7 @@ def test_it_is_where_walking_leads(size: Size, config: Config, steps: int) -> No
     check_alike(there, brought)
     step = random_step(runner.model, TOKENS, steps + 1)
     for state in (there, brought):
-        runner.prefill(state, step)
+        runner.enter(state, step)
     check_alike(there, brought)
 
 
@@ -242,7 +242,7 @@ def test_nothing_but_the_keys_sets_it_apart(config: Config, steps: int) -> None:
             there.carried.buffers[layer][..., :length, :] = brought.carried.buffers[layer][..., :length, :]
             there.carried.token_ids[layer][..., :length] = brought.carried.token_ids[layer][..., :length]
     step = random_step(runner.model, TOKENS, steps + 1)
-    assert torch.equal(runner.prefill(there, step), runner.prefill(brought, step))
+    assert torch.equal(runner.enter(there, step), runner.enter(brought, step))
     for layer in range(INTERNVL.layers):
         assert torch.equal(there.detailed.keys(layer), brought.detailed.keys(layer))
 
@@ -296,7 +296,7 @@ def test_steps_can_be_taken_again_and_again_from_one_place() -> None:
     step = random_step(runner.model, TOKENS, 7)
     for _ in range(5):
         stand(state, 60, 60, TOKENS)
-        runner.prefill(state, step)
+        runner.enter(state, step)
         assert (state.tokens, state.carried.length, len(state.spans)) == (70, 16, 7)
     assert (state.detailed.grown, state.detailed.addresses) == (grown, addresses)
 
@@ -308,7 +308,7 @@ def test_streams_may_share_one_detailed_cache() -> None:
     assert isinstance(other.carried, CarriedCache)
     fill_carried(other.carried, TOKENS)
     stand(other, 40, 40, TOKENS)
-    runner.prefill(other, random_step(runner.model, TOKENS, 5))
+    runner.enter(other, random_step(runner.model, TOKENS, 5))
     assert one.tokens == other.tokens == 50
     stand(one, 40, 40, TOKENS)
     assert one.tokens == other.tokens == 40

@@ -77,7 +77,7 @@ def test_both_ways_take_the_same_steps(size: Size) -> None:
     forks = [state.fork() for state, _ in pairs]
     for (state, segment), fork in zip(pairs, forks, strict=True):
         fork.spans, fork.position = list(state.spans), state.position
-        runner.prefill(fork, segment)
+        runner.enter(fork, segment)
     runner.prefill_batch([state for state, _ in pairs], [segment for _, segment in pairs])
     for (state, _), fork in zip(pairs, forks, strict=True):
         assert isinstance(state.carried, CarriedCache)

@@ -52,7 +52,7 @@ def scores(count: int, length: int, number: int) -> torch.Tensor:
 def step_alone(members: list[CarriedCache], number: int) -> None:
     fresh = keys(len(members), number)
     for row, cache in enumerate(members):
-        cache.make_room(STEP)
+        cache.open_slots(STEP)
         for layer in range(3):
             key, value = fresh[layer, :, row : row + 1]
             seen, _ = cache.update(key, value, layer)
@@ -64,7 +64,7 @@ def step_together(block: BatchedCarriedCache, number: int) -> None:
     count = len(block.members)
     fresh = keys(count, number)
     block.begin()
-    block.make_room(STEP)
+    block.open_slots(STEP)
     for layer in range(3):
         seen, _ = block.update(*fresh[layer], layer)
         assert seen.shape[0] == count
@@ -188,7 +188,7 @@ def walk(cache: CarriedCache | StaticCarriedCache, carried: CarriedCache, tokens
     """One step of random keys through all layers; the keys that attention would have seen."""
     generator = torch.Generator().manual_seed(seed)
     shape = (carried.spec.streams, carried.spec.kv_heads, tokens, carried.spec.head_dim)
-    carried.make_room(tokens)
+    carried.open_slots(tokens)
     seen = []
     for layer in range(carried.spec.layers):
         key, value = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -217,7 +217,7 @@ def test_static_steps_equal_ordinary_ones(settings: dict[str, Any]) -> None:
     mine, other = full(**settings), full(**settings)
     static = StaticCarriedCache(mine, TOKENS)
     for number in range(10, 16):
-        mine.make_room(TOKENS)
+        mine.open_slots(TOKENS)
         mine.detailed.make_room(TOKENS)
         static.begin()
         seen = walk(static, mine, TOKENS, number)
@@ -230,7 +230,7 @@ def test_static_steps_equal_ordinary_ones(settings: dict[str, Any]) -> None:
 def test_repeating_the_same_commands_needs_only_a_new_beginning() -> None:
     """What a recording replays: nothing but the contents of `places` tells one step from the next."""
     mine, other = full(), full()
-    mine.make_room(TOKENS)
+    mine.open_slots(TOKENS)
     mine.detailed.reserve(100)
     static = StaticCarriedCache(mine, TOKENS)
     for number in (20, 21):

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from statekv.cache.carried import CarriedCache
+from statekv.cache.carried import CarriedCache, one_block
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.wrappers import IMPORTANCE
 from statekv.cache.spec import KVSpec, PositionShift
@@ -16,6 +16,7 @@ from statekv.ops import select
 from statekv.ops.rope import rotate
 from tests.cache.tokens import check_whole, keys, kv_spec, policy, values
 
+CPU, META = torch.device("cpu"), torch.device("meta")
 CARRIES = ["attention", "recent", "sink_recent", "random"]
 
 
@@ -43,7 +44,7 @@ def step(cache: CarriedCache, tokens: int, seed: int = 0, evict: bool = True) ->
     """One step, as the attention layers make it: layer by layer append, attend, evict."""
     g, start = cache.spec, cache.detailed.length
     new = range(start, start + tokens)
-    cache.make_room(tokens)
+    cache.open_slots(tokens)
     for layer in range(g.layers):
         before = held(cache, layer)
         key, value = cache.update(keys(g, layer, new), values(g, layer, new), layer)
@@ -87,7 +88,7 @@ def test_keeps_what_a_gather_would(budget: int, longest: int) -> None:
     expected: dict[tuple[int, int, int], list[int]] = {}
     for number, tokens in enumerate(sizes(3, longest)):
         start = cache.detailed.length
-        cache.make_room(tokens)
+        cache.open_slots(tokens)
         for layer in range(3):
             new = range(start, start + tokens)
             cache.update(keys(cache.spec, layer, new), values(cache.spec, layer, new), layer)
@@ -137,6 +138,24 @@ def test_layers_share_one_block() -> None:
     step(cache, 9)
     storages = {buffer.untyped_storage().data_ptr() for buffer in cache.buffers}
     assert len(storages) == 1
+
+
+def test_layers_of_any_size_share_a_block_and_do_not_overlap() -> None:
+    shapes = [(2, 3, 4), (2, 0, 4), (2, 5, 4), (1, 1)]
+    tensors = one_block(shapes, torch.int32, [CPU] * 4)
+    assert [tuple(tensor.shape) for tensor in tensors] == shapes
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    assert tensors[0].untyped_storage().nbytes() == 4 * sum(tensor.numel() for tensor in tensors)
+
+
+def test_each_device_has_its_own_block() -> None:
+    tensors = one_block([(2,), (3,), (4,)], torch.float32, [CPU, META, CPU])
+    assert [tensor.device.type for tensor in tensors] == ["cpu", "meta", "cpu"]
+    assert tensors[0].untyped_storage().nbytes() == 24
+    assert tensors[1].untyped_storage().nbytes() == 12
 
 
 def test_growing_to_a_large_budget_copies_a_linear_number_of_tokens() -> None:
@@ -254,7 +273,7 @@ def test_random_keeps_any_token_of_the_stream_with_equal_chance() -> None:
 def test_evicting_moves_no_more_than_what_arrives() -> None:
     cache = carried(20)
     step(cache, 20)
-    cache.make_room(3)
+    cache.open_slots(3)
     g = cache.spec
     cache.update(keys(g, 0, range(20, 23)), values(g, 0, range(20, 23)), 0)
     before = held(cache, 0)
@@ -275,7 +294,7 @@ def test_scores_add_up_by_hand(decay: float) -> None:
     cache = dialled(20, decay=decay, streams=2)
     expected: dict[tuple[int, int, int], dict[int, float]] = {}
     for number, tokens in enumerate(sizes(3, 9)):
-        cache.make_room(tokens)
+        cache.open_slots(tokens)
         start = cache.detailed.length
         for layer in range(3):
             new = range(start, start + tokens)
@@ -424,7 +443,7 @@ def test_a_worth_is_that_of_the_newest_step_that_was_judged() -> None:
     step(cache, 8, evict=False)
     assert not cache.must_evict(0)
     assert cache.importance([0, 12]) == {0: (0.0, 12 * 12), 12: (0.0, 8 * 12)}
-    cache.make_room(5)
+    cache.open_slots(5)
     expected = [0.0, 0.0, 0.0]
     for layer in range(3):
         own = range(20, 25)

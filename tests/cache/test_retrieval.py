@@ -285,7 +285,7 @@ class Stream:
     def enter(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first = self.detailed.length
         cos, sin = angles(2 * torch.arange(first, first + raw.shape[2])[None])
-        self.carried.make_room(raw.shape[2])
+        self.carried.open_slots(raw.shape[2])
         for layer in range(2):
             keys = rotate(raw[layer][None], cos[:, None], sin[:, None])
             self.carried.update(keys, -keys, layer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statekv.cache.policies.wrappers import layer_budgets
-from statekv.cache.spec import KVSpec, PositionShift, numbers_in, one_block
+from statekv.cache.spec import KVSpec, PositionShift, numbers_in
 
 CPU = torch.device("cpu")
 
@@ -21,27 +21,6 @@ CPU = torch.device("cpu")
 def test_bytes_per_token(layers: int, kv_heads: int, head_dim: int, kib: int) -> None:
     assert KVSpec(kv_heads, head_dim, torch.bfloat16, (CPU,) * layers).bytes_per_token == kib * 1024
     assert KVSpec(kv_heads, head_dim, torch.float32, (CPU,) * layers).bytes_per_token == 2 * kib * 1024
-
-
-CPU_SLOTS, META = torch.device("cpu"), torch.device("meta")
-
-
-def test_layers_of_any_size_share_a_block_and_do_not_overlap() -> None:
-    shapes = [(2, 3, 4), (2, 0, 4), (2, 5, 4), (1, 1)]
-    tensors = one_block(shapes, torch.int32, [CPU_SLOTS] * 4)
-    assert [tuple(tensor.shape) for tensor in tensors] == shapes
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    for number, tensor in enumerate(tensors):
-        tensor.fill_(number)
-    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
-    assert tensors[0].untyped_storage().nbytes() == 4 * sum(tensor.numel() for tensor in tensors)
-
-
-def test_each_device_has_its_own_block() -> None:
-    tensors = one_block([(2,), (3,), (4,)], torch.float32, [CPU_SLOTS, META, CPU_SLOTS])
-    assert [tensor.device.type for tensor in tensors] == ["cpu", "meta", "cpu"]
-    assert tensors[0].untyped_storage().nbytes() == 24
-    assert tensors[1].untyped_storage().nbytes() == 12
 
 
 def by_hand(moves: PositionShift, token: int) -> int:

@@ -28,7 +28,7 @@ def enter(state: StreamState, kind: str, tokens: int, mode: str = "carry", pts_s
     if mode == "carry":
         state.expect_newest(kind, tokens)
     if isinstance(cache, CarriedCache):
-        cache.make_room(tokens)
+        cache.open_slots(tokens)
     for layer in range(g.layers):
         key, _ = cache.update(keys(g, layer, new), values(g, layer, new), layer)
         if isinstance(cache, CarriedCache) and mode == "carry":

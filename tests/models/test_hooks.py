@@ -47,7 +47,7 @@ def test_it_is_prefix_causal_attention(queries: int, keys: int, scored: bool) ->
 
 def test_it_shrinks_its_own_layer_to_the_best_keys() -> None:
     carried = CarriedCache(GEOMETRY, 3, policy(), DetailedCache(GEOMETRY))
-    carried.make_room(5)
+    carried.open_slots(5)
     query, key, value = tensors()
     for layer in range(3):
         carried.update(key, value, layer)

@@ -35,7 +35,7 @@ def fed(runner: ModelRunner, frames: int = 4, **settings: Any) -> StreamState:
     with torch.inference_mode():
         for start in range(0, frames, per_step):
             for segment in entering(runner.model, pictures[start : start + per_step], state):
-                runner.prefill(state, segment)
+                runner.enter(state, segment)
     return state
 
 
@@ -79,6 +79,18 @@ def test_a_segment_may_reach_the_horizon_but_not_pass_it(family: str) -> None:
     assert state.mark() == mark
 
 
+def test_what_the_stream_does_not_expect_does_not_enter() -> None:
+    runner = shared_engine("internvl").runner
+    state = fed(runner)
+    mark, segment = state.mark(), runner.model.question(QUESTION, state)
+    with pytest.raises(AssertionError, match="expect it first"):
+        runner.prefill(state, segment)
+    assert state.mark() == mark
+    state.expect(segment)
+    runner.prefill(state, segment)
+    assert state.tokens == mark.tokens + segment.length
+
+
 @EVERY_FAMILY
 def test_a_pinned_prefix_that_fills_the_budget_is_refused_before_anything_enters(family: str) -> None:
     runner = shared_engine(family).runner
@@ -96,10 +108,10 @@ def test_modes_differ_in_what_they_see_and_leave(family: str) -> None:
         segment = entering(runner.model, some_frames(2, seed=4)[: runner.model.frames_per_step], state)[0]
     found = {}
     for mode in ("peek", "answer"):
-        found[mode] = runner.prefill(state, segment, mode)  # type: ignore[arg-type]
+        found[mode] = runner.enter(state, segment, mode)  # type: ignore[arg-type]
         state.crop_to(mark)
         assert state.mark() == mark
-    found["carry"] = runner.prefill(state, segment)
+    found["carry"] = runner.enter(state, segment)
     assert torch.allclose(found["peek"], found["carry"], atol=1e-5)
     assert not torch.allclose(found["answer"], found["carry"], atol=1e-2)
     assert state.carried.length == 8

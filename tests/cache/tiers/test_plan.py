@@ -179,7 +179,7 @@ def test_the_carried_cache_takes_what_is_planned(g: KVSpec, slope: float) -> Non
     detailed = DetailedCache(g)
     cache = CarriedCache(g, 20, policy("recent", layer_slope=slope, memory="1GiB"), detailed)
     for tokens in (5, 9, 9, 3, 9, 9, 9):
-        cache.make_room(tokens)
+        cache.open_slots(tokens)
         for layer in range(g.layers):
             own = torch.zeros(g.streams, g.kv_heads, tokens, g.head_dim, dtype=g.dtype)
             cache.update(own, own, layer)

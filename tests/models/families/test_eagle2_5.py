@@ -49,7 +49,7 @@ def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
         for frame in frames_of(video(count), fps):
             step = entering(engine.model, [frame], state)
             for segment in step:
-                engine.runner.prefill(state, segment)
+                engine.runner.enter(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found

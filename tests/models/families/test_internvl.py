@@ -24,7 +24,7 @@ def entered(count: int, layout: str = "hf") -> list[Segment]:
         for frame in some_frames(count):
             step = entering(engine.model, [frame], state)
             for segment in step:
-                engine.runner.prefill(state, segment)
+                engine.runner.enter(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found

@@ -47,7 +47,7 @@ def entered(frames: list[Frame], layout: str = "hf") -> list[Segment]:
         for start in range(0, len(frames), 2):
             step = entering(engine.model, frames[start : start + 2], state)
             for segment in step:
-                engine.runner.prefill(state, segment)
+                engine.runner.enter(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found

@@ -27,7 +27,7 @@ def entered(count: int, layout: str = "hf", fps: float = 1.0) -> list[Segment]:
         for start in range(0, count, 2):
             step = entering(engine.model, frames[start : start + 2], state)
             for segment in step:
-                engine.runner.prefill(state, segment)
+                engine.runner.enter(state, segment)
             found += step
         found.append(engine.model.question(QUESTION, state))
     return found
