@@ -295,6 +295,7 @@ def tier_facts(cache: TieredCache) -> dict[str, Any]:
     return {
         "plan": dataclasses.asdict(cache.plan) if cache.plan is not None else None,
         "longest": cache.longest,
+        "id_bytes": cache.id_bytes,
         "forgotten": cache.forgotten,
         "away": cache.away,
         "blocks": [(tier, _name(steps)) for tier, _, steps in cache.manager.blocks()],
@@ -305,7 +306,8 @@ def restore_blocks(cache: TieredCache, saved: Saved, facts: dict[str, Any]) -> N
     """Bring an empty cache to where it was, but for its buffers."""
     plan = MemoryPlan(**facts["plan"]) if facts["plan"] is not None else None
     entries = [_passage(*row) for row in _rows(saved.part(_PASSAGES))]
-    cache.resume(plan, facts["longest"], facts["forgotten"], [entry for entry, _ in entries])
+    id_bytes = facts.get("id_bytes", 4)  # 0.1 knew of no others
+    cache.resume(plan, facts["longest"], facts["forgotten"], [entry for entry, _ in entries], id_bytes)
     members: dict[int, list[SegmentEntry]] = {}
     for entry, block in entries:
         members.setdefault(block, []).append(entry)

@@ -14,6 +14,7 @@ from transformers import Cache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import LOG_WEIGHTS
+from statekv.cache.spec import token_id_dtype
 from statekv.ops.attention import attention
 
 
@@ -33,7 +34,7 @@ class BatchedCarriedCache(CarriedCache):
     def __init__(self, members: Sequence[CarriedCache]) -> None:
         self._members = [ref(member) for member in members]  # whoever keeps a block must not keep its streams
         self._rows: list[list[torch.Tensor]] = []  # what the members' buffers are while they live here
-        self._firsts: dict[torch.device, torch.Tensor] = {}  # [streams, 1, 1] int32
+        self._firsts: dict[torch.device, torch.Tensor] = {}  # [streams, 1, 1] int64
         one = members[0]
         spec = replace(one.spec, streams=len(members))
         detailed = DetailedCache(spec)
@@ -51,6 +52,11 @@ class BatchedCarriedCache(CarriedCache):
     def members(self) -> list[CarriedCache]:
         """Those of them that still exist, in the order of their rows."""
         return [member for found in self._members if (member := found()) is not None]
+
+    @property
+    def id_dtype(self) -> torch.dtype:
+        """What holds the numbers of all members' tokens."""
+        return token_id_dtype(max((member.detailed.length for member in self.members), default=0))
 
     def holds(self, members: Sequence[CarriedCache]) -> bool:
         """Whether just these live here, in this order."""
@@ -75,7 +81,7 @@ class BatchedCarriedCache(CarriedCache):
         assert self.holds(members), "a member has moved out"
         self.lengths = list(members[0].lengths)
         for device in dict.fromkeys(self.spec.devices):
-            firsts = torch.tensor([member.detailed.length for member in members], dtype=torch.int32)
+            firsts = torch.tensor([member.detailed.length for member in members])
             self._firsts[device] = firsts.view(-1, 1, 1).to(device)
             newest = [member.newest[device] for member in members if device in member.newest]
             if newest:
@@ -90,7 +96,7 @@ class BatchedCarriedCache(CarriedCache):
         for row, member in enumerate(self.members):
             member.detailed.append(key[row : row + 1], value[row : row + 1], layer)
         device = self.token_ids[layer].device
-        return self._firsts[device] + torch.arange(key.shape[-2], dtype=torch.int32, device=device)
+        return self._firsts[device] + torch.arange(key.shape[-2], device=device)
 
     def evict(self, layer: int, attention: torch.Tensor | None) -> None:
         first_own = self._firsts[self.token_ids[layer].device]

@@ -12,7 +12,7 @@ from transformers import Cache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
 from statekv.cache.policies.wrappers import IMPORTANCE
-from statekv.cache.spec import KVSpec, PositionShift
+from statekv.cache.spec import KVSpec, PositionShift, token_id_dtype
 from statekv.ops import select
 from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
@@ -38,9 +38,9 @@ class CarriedCache(Cache):
         budgets: slots of each layer once it is full; its share, unless heads share that out unevenly.
         lengths: slots of each layer that are in use.
         buffers: of each layer [2, streams, kv_heads, slots, head_dim].
-        token_ids: of each layer [streams, kv_heads, slots] int32: which token a slot holds, -1: none.
+        token_ids: of each layer [streams, kv_heads, slots] of `id_dtype`: which token a slot holds, -1: none.
         state: of each layer what the policy remembers of each key, [streams, kv_heads, slots] float32 by name.
-        newest: first token of the pinned newest steps, 0-d int32, by device.
+        newest: first token of the pinned newest steps, 0-d int64, by device.
     """
 
     def __init__(self, spec: KVSpec, budget: int, policy: Policy, detailed: DetailedCache) -> None:
@@ -88,6 +88,11 @@ class CarriedCache(Cache):
         return tuple(number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:1]))
 
     @property
+    def id_dtype(self) -> torch.dtype:
+        """What holds the numbers of the tokens that have entered, and of those of the next step."""
+        return token_id_dtype(self.detailed.length)
+
+    @property
     def needs_attention(self) -> bool:
         """Whether the policy goes by key scores."""
         return self.policy.needs_attention
@@ -100,7 +105,8 @@ class CarriedCache(Cache):
     def open_slots(self, tokens: int) -> None:
         """Before a step: have a slot for each of its tokens behind the carried ones."""
         needed = [length + tokens for length in self.lengths]
-        if any(n > slots for n, slots in zip(needed, self.slots, strict=True)):
+        wide = self.id_dtype.itemsize <= self.token_ids[0].dtype.itemsize
+        if not wide or any(n > slots for n, slots in zip(needed, self.slots, strict=True)):
             grown = zip(needed, self.slots, self.budgets, strict=True)
             self.allocate([max(n, slots, min(2 * slots, budget + tokens)) for n, slots, budget in grown])
 
@@ -108,7 +114,7 @@ class CarriedCache(Cache):
         """From here on tokens with this number and above stay whatever their scores; the host does not wait."""
         for device in dict.fromkeys(self.spec.devices):
             if device not in self.newest:
-                self.newest[device] = torch.empty((), dtype=torch.int32, device=device)
+                self.newest[device] = torch.empty((), dtype=torch.int64, device=device)
             self.newest[device].fill_(token)
 
     def must_evict(self, tokens: int) -> bool:
@@ -134,11 +140,11 @@ class CarriedCache(Cache):
         """Enter a layer's own keys and values [streams, kv_heads, T, head_dim] into the detailed cache.
 
         Returns:
-            [T] or [streams, 1, T] int32: which tokens of the stream they are.
+            [T] or [streams, 1, T] int64: which tokens of the stream they are.
         """
         first = self._first_own = self.detailed.number(layer)
         self.detailed.append(key, value, layer)
-        return torch.arange(first, first + key.shape[-2], dtype=torch.int32, device=self.token_ids[layer].device)
+        return torch.arange(first, first + key.shape[-2], device=self.token_ids[layer].device)
 
     def begin_state(self, layer: int, start: int, stop: int) -> None:
         """What the policy remembers of keys that have just entered these slots."""
@@ -228,7 +234,7 @@ class CarriedCache(Cache):
         return {starts[number]: (score, count) for number, score, count in found}
 
     def kept(self, layer: int) -> torch.Tensor:
-        """[streams, kv_heads, length] int32, ascending: which of the stream's tokens a layer carries; -1: no token."""
+        """[streams, kv_heads, length], ascending: which of the stream's tokens a layer carries; -1: no token."""
         return self.token_ids[layer][:, :, : self.lengths[layer]].sort(-1).values
 
     def truncate(self, max_length: int) -> None:
@@ -257,7 +263,7 @@ class CarriedCache(Cache):
         g = self.spec
         rows = [(g.streams, g.kv_heads, n) for n in slots]
         buffers = one_block([(2, *row, g.head_dim) for row in rows], g.dtype, g.devices)
-        token_ids = one_block(rows, torch.int32, g.devices)
+        token_ids = one_block(rows, self.id_dtype, g.devices)
         by_name = {name: one_block(rows, torch.float32, g.devices) for name in self._remembers}
         state = [{name: tensors[layer] for name, tensors in by_name.items()} for layer in range(g.layers)]
         for layer, length in enumerate(self.lengths if self.buffers else []):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_NARROW = 2**31 - 2**24  # tokens: what comes next, less than 2^24 at once, is still below 2^31
+
 # What a reducer remembers of a stream: tensors, and what JSON holds, by name. Nobody changes one that a stream holds.
 Memory = Mapping[str, Any]
 
@@ -79,6 +81,12 @@ class PositionShift:
         """How far tokens move, int64 and of their shape, on the CPU; what lies before the first start stays."""
         step = torch.searchsorted(torch.tensor(self.starts), tokens.cpu().long(), right=True)
         return torch.tensor([0, *self.by])[step]
+
+
+def token_id_dtype(tokens: int) -> torch.dtype:
+    """What holds the numbers of a stream's tokens: int32, and int64 shortly before so many have entered that they would
+    wrap."""
+    return torch.int32 if tokens < _NARROW else torch.int64
 
 
 def numbers_in(starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:

@@ -262,3 +262,39 @@ def test_it_does_not_keep_its_stream() -> None:
     gc.collect()
     with pytest.raises(AssertionError, match="outlived"):
         _ = static.carried
+
+
+FAR = 2**31 - 18  # tokens
+
+
+@EVERY_POLICY
+def test_members_of_any_age_share_a_block(settings: dict[str, Any]) -> None:
+    """The block widens when the first of them has seen 2^31 tokens."""
+    mine, alone = caches(3, **settings), caches(3, **settings)
+    block = BatchedCarriedCache(mine)
+    for number in range(12):
+        if number == 4:
+            for members in (mine, alone):
+                members[1].detailed.away += FAR
+        block = block if block.holds(mine) else BatchedCarriedCache(mine)
+        step_alone(alone, number)
+        step_together(block, number)
+        assert_same(mine, alone)
+    assert mine[1].detailed.length > 2**31
+    assert block.token_ids[0].dtype == torch.int64
+
+
+def test_a_recorded_step_writes_numbers_beyond_int32() -> None:
+    plain, fast = full(), full()
+    for cache in (plain, fast):
+        cache.detailed.away += FAR
+    static = StaticCarriedCache(fast, TOKENS)
+    for number in range(6, 14):
+        fast.open_slots(TOKENS)
+        fast.detailed.make_room(TOKENS)
+        static.begin()
+        walk(static, fast, TOKENS, number)
+        static.end()
+        walk(plain, plain, TOKENS, number)
+        assert_same_static(fast, plain)
+    assert int(fast.kept(0).max()) > 2**31

@@ -21,11 +21,12 @@ class Candidates:
         layer: its index.
         budget: keys that a head keeps, on average.
         keys, values: [streams, kv_heads, K, head_dim] of the model's dtype, keys rotated.
-        token_ids: [streams, kv_heads, K] int32, numbers in the stream, from 0; -1 in an empty slot.
+        token_ids: [streams, kv_heads, K] int32, int64 in streams of 2^31 tokens: numbers in the stream, from 0; -1 in
+            an empty slot.
         attention: [streams, kv_heads, K] float32, the attention that the step's queries gave each key; None unless the
             policy needs it.
         first_own: the step's first token: a number, or a tensor that broadcasts against `token_ids`.
-        newest: the first token of steps that are pinned as the newest, int32 that broadcasts against `token_ids`; None:
+        newest: the first token of steps that are pinned as the newest, int64 that broadcasts against `token_ids`; None:
             none are.
         state: [streams, kv_heads, K] float32 each: what the policy has declared, by name, in place.
     """

@@ -37,14 +37,17 @@ def lots(token_ids: torch.Tensor, seed: int, layer: int, draw: int | torch.Tenso
     being the draw.
 
     Args:
-        token_ids: [streams, kv_heads, K] int32.
+        token_ids: [streams, kv_heads, K] int32 or int64.
         seed: other seeds, other lots.
         layer: lots differ between layers, and between heads.
-        draw: number of the draw, for those who want one at each step, below 2^31; broadcasts against `token_ids`.
+        draw: number of the draw, for those who want one at each step; int64 that broadcasts against `token_ids`.
     """
     head = torch.arange(token_ids.shape[1], device=token_ids.device).view(-1, 1)  # the same in every stream of a batch
     bits = (token_ids.long() + (head << 34)) ^ ((layer * _GOLDEN + seed * 0x85EBCA77) % 2**62)
-    bits = bits + (draw if isinstance(draw, int) else draw.long()) * _GOLDEN
+    drawn = draw * _GOLDEN
+    if isinstance(drawn, int):
+        drawn = (drawn + 2**63) % 2**64 - 2**63  # around, as int64 goes
+    bits = bits + drawn
     for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2**53

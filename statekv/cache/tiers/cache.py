@@ -15,7 +15,7 @@ import torch
 from statekv.cache.detailed import DetailedCache, Importance
 from statekv.cache.folder import Part, tokens_of_part
 from statekv.cache.policies.base import Policy
-from statekv.cache.spec import KVSpec, PositionShift
+from statekv.cache.spec import KVSpec, PositionShift, token_id_dtype
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry, first_of, groups_of, pack_block
 from statekv.cache.tiers.fetch import BlockFetcher, FetchCache
 from statekv.cache.tiers.manager import TierManager
@@ -60,6 +60,7 @@ class TieredCache(DetailedCache):
         self._gone: list[int] = []  # starts of forgotten steps of which nobody has been told
         self._here: list[SegmentEntry] = []  # those in the buffers, in order
         self._steps = 0
+        self.id_bytes = 0  # of a token's number, as the plan has it
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
@@ -84,8 +85,9 @@ class TieredCache(DetailedCache):
         Raises:
             ConfigError: the cap is too small for such steps; nothing has changed.
         """
-        if self.plan is None or tokens > self.longest:
-            self._make_plan(tokens + _LABEL_GROWTH, room, importance)
+        id_bytes = token_id_dtype(self.length).itemsize
+        if self.plan is None or tokens > self.longest or id_bytes > self.id_bytes:
+            self._make_plan(max(tokens + _LABEL_GROWTH, self.longest), room, importance)
         assert self.plan is not None
         self._relieve(self.lengths[-1] + tokens + self.plan.answers - self.plan.plain, importance)
         if self.plan.most_steps is not None and self._steps >= self.plan.most_steps:
@@ -192,9 +194,11 @@ class TieredCache(DetailedCache):
             first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
             yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
 
-    def resume(self, plan: MemoryPlan | None, longest: int, forgotten: int, entries: Sequence[SegmentEntry]) -> None:
+    def resume(
+        self, plan: MemoryPlan | None, longest: int, forgotten: int, entries: Sequence[SegmentEntry], id_bytes: int
+    ) -> None:
         """Stand where another cache of this configuration stood; blocks, buffers and `settled` come next."""
-        self.plan, self.longest, self.forgotten = plan, longest, forgotten
+        self.plan, self.longest, self.forgotten, self.id_bytes = plan, longest, forgotten, id_bytes
         self.entries = {entry.start: entry for entry in entries}
         self._steps = sum(entry.kind == "step" for entry in entries)
         if plan is not None:
@@ -211,6 +215,7 @@ class TieredCache(DetailedCache):
         found.plan, found.longest, found._steps, found.away = self.plan, self.longest, self._steps, self.away
         found.lengths, found.buffers = list(self.lengths), list(self.buffers)
         found.saved_blocks, found.forgotten = self.saved_blocks.copy(), self.forgotten
+        found.id_bytes = self.id_bytes
         found.entries = {start: replace(entry) for start, entry in self.entries.items()}
         found._here = [found.entries[entry.start] for entry in self._here]
         found.manager = self.manager.fork(found.entries)
@@ -221,10 +226,11 @@ class TieredCache(DetailedCache):
 
     def _make_plan(self, step: int, room: int, importance: Importance) -> None:
         texts = sum(entry.length for entry in self._here if entry.kind != "step")
-        made = plan(self.config, self.spec, self.policy, texts, step, room)
+        id_bytes = token_id_dtype(self.length).itemsize
+        made = plan(self.config, self.spec, self.policy, texts, step, room, id_bytes)
         if self.plan is not None:
             self._relieve(self.lengths[-1] + step + made.answers - made.plain, importance)
-        self.plan, self.longest = made, step
+        self.plan, self.longest, self.id_bytes = made, step, id_bytes
         self._allot(made)
 
     def _allot(self, made: MemoryPlan) -> None:

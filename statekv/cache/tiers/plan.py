@@ -71,7 +71,9 @@ def step_bytes(spec: KVSpec, tokens: int, bits: int | None) -> int:
     return g.layers * quantised_bytes(tokens, bits, GROUP, g.streams, g.kv_heads, g.head_dim)
 
 
-def plan(config: Config, spec: KVSpec, policy: Policy, prefix: int, step: int, room: int) -> MemoryPlan:
+def plan(
+    config: Config, spec: KVSpec, policy: Policy, prefix: int, step: int, room: int, id_bytes: int = 4
+) -> MemoryPlan:
     """Share `config.memory` out.
 
     Args:
@@ -81,12 +83,13 @@ def plan(config: Config, spec: KVSpec, policy: Policy, prefix: int, step: int, r
         prefix: tokens that are always held.
         step: tokens of the longest step.
         room: tokens of a question and its answer.
+        id_bytes: of the number of a carried token.
 
     Raises:
         ConfigError: the cap is too small for steps of this length.
     """
     assert isinstance(config.memory, int)
-    carried = _carried_bytes(config, spec, policy, step)
+    carried = _carried_bytes(config, spec, policy, step, id_bytes)
     found = _shared(config, spec, config.memory, carried, prefix, step, room)
     if found is None:
         raise ConfigError(
@@ -152,11 +155,9 @@ def _shared(
     )
 
 
-def _carried_bytes(config: Config, g: KVSpec, policy: Policy, step: int) -> int:
+def _carried_bytes(config: Config, g: KVSpec, policy: Policy, step: int, id_bytes: int) -> int:
     slots = sum(policy.slots(budget) + step for budget in policy.layer_budgets(config.budget, g.layers))
-    beside = 4 * (
-        1 + len(policy.state) + policy.weighs
-    )  # which token a slot holds, and what the policy remembers of it
+    beside = id_bytes + 4 * (len(policy.state) + policy.weighs)  # its token's number, and what the policy remembers
     return slots * g.streams * g.kv_heads * (2 * g.head_dim * g.dtype.itemsize + beside)
 
 

@@ -12,6 +12,7 @@ from statekv.cache.policies.random import lots
 from statekv.cache.policies.wrappers import covering
 from statekv.ops import select
 from tests.cache.tokens import policy
+from tests.method.byhand import lot
 
 SHAPE = (2, 3, 40)  # streams, heads, keys
 
@@ -70,9 +71,23 @@ def test_sink_recent_is_the_sinks_and_the_newest(budget: int, sinks: int) -> Non
     assert (kept("sink_recent", tokens, budget, sinks=sinks) == torch.tensor(expected)).all()
 
 
-def test_long_streams_still_tell_neighbours_apart() -> None:
-    slots = (token_ids() + 2**24 - 101).int()
-    assert torch.equal(kept("recent", slots, 15), slots.sort(-1).values[..., -15:])
+@pytest.mark.parametrize("carry", ["recent", "sink_recent"])
+@pytest.mark.parametrize("passed", [2**24, 2**31, 2**40])
+def test_long_streams_still_tell_neighbours_apart(carry: str, passed: int) -> None:
+    """Numbers in float32 would not."""
+    slots = token_ids().long() + passed
+    assert torch.equal(kept(carry, slots, 15, sinks=4), slots.sort(-1).values[..., -15:])
+
+
+def test_lots_are_those_of_splitmix64_for_numbers_and_draws_of_any_size() -> None:
+    for token in (0, 7, 2**31 - 1, 2**31, 2**33 + 5):
+        for draw in (0, 9, 2**31 - 1, 2**31, 2**33 + 5):
+            slots = torch.full((1, 3, 1), token)
+            expected = [lot(token, 2, head, 5, draw) / 2**53 for head in range(3)]
+            assert lots(slots, 5, 2, draw).flatten().tolist() == expected
+            assert lots(slots, 5, 2, torch.tensor([[[draw]]])).flatten().tolist() == expected
+            if token < 2**31:
+                assert lots(slots.int(), 5, 2, draw).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("carry", ["attention", "recent", "sink_recent", "random"])

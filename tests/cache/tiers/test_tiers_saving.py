@@ -199,3 +199,25 @@ def test_killed_while_blocks_move_it_goes_on_from_the_save(tmp_path: Path) -> No
             assert_same_tiers(restored, never)
             assert len(list((place / "blocks").iterdir())) == 1  # what the killed one left behind is gone
     assert len(found) > 3
+
+
+@TWO_FAMILIES
+def test_a_capped_stream_goes_on_beyond_int32(family: str, tmp_path: Path) -> None:
+    """What it holds does not depend on how many tokens have come before; wider numbers take their part of the cap."""
+    settings = {**tight(family, 12, disk="1GiB"), "pin_newest": 1}
+    far, near = opened(family, **settings), opened(family, **settings)
+    for session in (far, near):
+        session.push(pictures()[:16])
+    before, plan = near.state.tokens, tiered(far).plan
+    tiered(far).away += 2**31 - 50  # a few billion tokens pass
+    for session in (far, near):
+        session.push(pictures()[16:])
+    assert far.state.tokens - near.state.tokens == 2**31 - 50 < 2**31 < far.state.tokens
+    assert plan is not None
+    assert tiered(near).plan == plan
+    assert tiered(far).plan != plan
+    for layer in range(far.state.spec.layers):
+        tokens = carried(near)[layer]
+        assert torch.equal(carried(far)[layer], tokens.long() + (2**31 - 50) * (tokens >= before))
+    far.save(tmp_path / "saved")
+    assert_same_tiers(shared_engine(family).restore(tmp_path / "saved"), far)
