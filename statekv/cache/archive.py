@@ -190,6 +190,7 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "parts": [(part.first, part.stop) for part in state.detailed.parts()],
         "kinds": _kinds(state),
         "outlived": sorted(state.outlived),
+        "words": sorted(state.words),
         "memories": _memory_facts(state),
         "tiers": tier_facts(state.detailed) if isinstance(state.detailed, TieredCache) else None,
         **{name: getattr(state, name) for name in _PLAIN},
@@ -230,7 +231,7 @@ def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
     if facts["pinned"]:
         state.expect_prefix(facts["pinned"])
     _restore_detailed(state, saved, facts["parts"], facts["tiers"])
-    state.outlived = set(facts["outlived"])
+    state.outlived, state.words = set(facts["outlived"]), frozenset(facts["words"])
     carried = state.bounded
     if carried is not None:
         carried.allocate(facts["carried"])

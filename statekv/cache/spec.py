@@ -63,6 +63,7 @@ class Mark:
     frames: int
     origin_seconds: float | None
     memories: Mapping[str, Memory]
+    words: frozenset[int]
 
 
 @dataclass(frozen=True)

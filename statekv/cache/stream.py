@@ -54,6 +54,7 @@ class StreamState:
         compacts: whether steps move closer together once the horizon is reached.
         compaction: how far they have.
         memories: what those that reduce its steps remember of it, by name; replaced as a whole, never changed.
+        words: the different tokens that have entered, for penalties on what was said before.
         rotary: of the model; None where nothing has to be turned.
 
     `expect` comes before everything that enters; `begin` and `commit` stand around it, and in between the model's
@@ -73,6 +74,7 @@ class StreamState:
     compacts: bool = False
     compaction: Compaction = field(default_factory=Compaction)
     memories: Mapping[str, Memory] = field(default_factory=dict)
+    words: frozenset[int] = frozenset()
     rotary: Rotary | None = field(default=None, compare=False)  # the same numbers in every engine on these weights
 
     def __post_init__(self) -> None:
@@ -175,6 +177,8 @@ class StreamState:
             self.blocks.add(self.detailed, step, *self.rotary.angles(segment.positions, self.horizon))
         self.note(segment.kind, segment.length, segment.pts_seconds, self.uncompacted(segment.moment))
         self.position = segment.next_position
+        if not segment.words <= self.words:
+            self.words |= segment.words
         if mode == "carry":
             self.frames += segment.frames
             if self.origin_seconds is None:
@@ -309,7 +313,7 @@ class StreamState:
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
         carried = self.carried.length
-        return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, self.memories)
+        return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, self.memories, self.words)
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
@@ -319,7 +323,7 @@ class StreamState:
         if self.blocks is not None:
             self.blocks.truncate(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
-        self.memories = mark.memories
+        self.memories, self.words = mark.memories, mark.words
         while self.spans and self.spans[-1].start >= mark.tokens:
             self.spans.pop()
         self.settle()

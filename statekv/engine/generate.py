@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from statekv.config import Config, check_source
 from statekv.engine.choice import sampler_of
 from statekv.errors import ConfigError, ModelError
 from statekv.models.adapter import VideoModel
-from statekv.models.hooks import attention_left_as_found
+from statekv.models.hooks import attention_left_as_found, generation_settings, longest_answer
 from statekv.models.loading import wrap_model
-from statekv.runner.decoding import SamplingParams
+from statekv.runner.decoding import SamplingParams, sampling_params
 from statekv.runner.memory import memory_limit
 from statekv.runner.runner import ModelRunner
 
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-_STOCK_TOP_K = 50  # what transformers draws from where nobody says otherwise
-
-# Parameters of a GenerationConfig that change an answer and are not followed here, with the values that do nothing.
-_NOT_FOLLOWED = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "min_new_tokens": (None, 0),
-    "min_length": (None, 0),
-    "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "stop_strings": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None, 1),
-    "min_p": (None,),
-    "typical_p": (None, 1),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "penalty_alpha": (None,),
-}
+# `max_new_tokens`, a setting of ours too, is meant as transformers means it.
+_PARAMETERS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 
 
 def generate(
@@ -60,11 +41,11 @@ def generate(
     Args:
         model: a transformers model of a supported family.
         method: one of statekv.config.METHODS; None is StateKV.
-        generation_config: None: the model's own.
+        generation_config: what it leaves open, and None, is the model's own.
         return_dict_in_generate, output_logits: as for `model.generate`.
-        inputs_and_settings: the processor's outputs; fields of `Config` such as budget; and of transformers'
-            generation parameters max_new_tokens, eos_token_id, do_sample, temperature, top_k, top_p and
-            repetition_penalty.
+        inputs_and_settings: the processor's outputs; fields of `Config` such as budget; transformers' generation
+            parameters, which mean what they mean in stock, but for beams and others that need several passes, which are
+            refused; and the tokenizer, where there are stop strings.
 
     Returns:
         [1, prompt + new] token ids, for Eagle2.5 [1, new], as stock does; with return_dict_in_generate an object with
@@ -75,27 +56,34 @@ def generate(
         ModelError: an unsupported model, more than one conversation, or inputs of another processor.
     """
     adapter = wrap_model(model)
-    generation = generation_config or adapter.generator.generation_config
-    _refuse_unfollowed(generation)
     inputs = {name: inputs_and_settings.pop(name) for name in adapter.processor_outputs if name in inputs_and_settings}
-    chosen = {name: inputs_and_settings.pop(name, getattr(generation, name, None)) for name in _SAMPLING}
-    ends = _end_tokens(adapter, inputs_and_settings.pop("eos_token_id", None), generation_config)
-    limit = inputs_and_settings.pop("max_new_tokens", generation.max_new_tokens)
-    config = Config.of(method, **({} if limit is None else {"max_new_tokens": limit}), **inputs_and_settings)
+    chosen = {name: inputs_and_settings.pop(name) for name in (*inputs_and_settings,) if name in _PARAMETERS}
+    tokenizer = inputs_and_settings.pop("tokenizer", None)
+    config = Config.of(method, **inputs_and_settings)
     _refuse_choice_of_frames(config)
     check_source(inputs_and_settings, "processed")
-    if chosen["top_k"] is None:
-        chosen["top_k"] = _STOCK_TOP_K
-    sampling = SamplingParams(config.max_new_tokens, ends, **{**chosen, "do_sample": bool(chosen["do_sample"])})
     prompt, inputs = _one_conversation(inputs)
-    tokens, logits = _run(ModelRunner(adapter), config, inputs, sampling)
+    known = _known(adapter, inputs["input_ids"])
+    settings = generation_settings(adapter.generator, chosen, generation_config)
+    longest = longest_answer(
+        adapter.generator, settings, chosen, generation_config, inputs["input_ids"].shape[1], known.shape[1]
+    )
+    if longest < 1:
+        rule = (
+            f"the prompt's {known.shape[1]} tokens and the answer are {settings.max_length} at most, which leaves none"
+        )
+        raise ConfigError(rule, "give max_new_tokens of at least 1")
+    sampling = sampling_params(adapter, settings, longest, None)
+    if settings.stop_strings is not None:
+        sampling = replace(sampling, stopping=_stop_strings(settings.stop_strings, tokenizer))
+    tokens, logits = _run(ModelRunner(adapter), config.with_(max_new_tokens=longest), inputs, sampling)
     new = torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)
     sequences = torch.cat([_known(adapter, prompt), new], dim=1)
-    if not return_dict_in_generate:
+    if not (return_dict_in_generate or settings.return_dict_in_generate):
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        logits=tuple(logits) if output_logits else None,  # type: ignore[arg-type]
+        logits=tuple(logits) if output_logits or settings.output_logits else None,  # type: ignore[arg-type]
     )
 
 
@@ -124,18 +112,11 @@ def _known(adapter: VideoModel, prompt: torch.Tensor) -> torch.Tensor:
     return prompt if adapter.generates_prompt else prompt[:, :0]
 
 
-def _end_tokens(adapter: VideoModel, given: Any, generation: GenerationConfig | None) -> frozenset[int]:
-    for found in (given, getattr(generation, "eos_token_id", None)):
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return adapter.end_tokens
-
-
-def _refuse_unfollowed(generation: GenerationConfig) -> None:
-    for name, idle in _NOT_FOLLOWED.items():
-        value = getattr(generation, name, None)
-        if value not in idle:
-            raise ConfigError(f"the generation config sets {name}={value!r}, which is not followed", f"unset {name}")
+def _stop_strings(strings: str | list[str], tokenizer: PreTrainedTokenizerBase | None) -> StoppingCriteriaList:
+    if tokenizer is None:
+        rule = f"the generation config sets stop_strings={strings!r}, which no tokenizer is here for"
+        raise ConfigError(rule, "pass tokenizer=processor.tokenizer, as for model.generate")
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
 
 
 def _refuse_choice_of_frames(config: Config) -> None:

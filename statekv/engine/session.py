@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from statekv.engine.snapshot import SessionSnapshot, save_session
 from statekv.errors import ConfigError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
-from statekv.runner.decoding import Detokenizer, SamplingParams
+from statekv.models.hooks import DRAWING, generation_settings
+from statekv.runner.decoding import Detokenizer, SamplingParams, refuse_unfollowed, sampling_params
 from statekv.runner.lock import FairLock
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
@@ -171,11 +172,9 @@ class Session:
         question: str,
         *,
         max_new_tokens: int | None = None,
-        stop: tuple[str, ...] = (),
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        **generation: Any,
     ) -> str:
         """Answer a question about everything seen so far.
 
@@ -183,14 +182,16 @@ class Session:
             question: the text.
             max_new_tokens: longest answer; None: the configuration's.
             stop: the answer ends before any of these strings.
-            do_sample, temperature, top_k, top_p: draw instead of decoding greedily.
+            seed: of the draws, where tokens are drawn; None: torch's global generator.
+            generation: transformers' generation parameters (do_sample, temperature, top_k, top_p, min_p,
+                repetition_penalty …); those that are not given are the checkpoint's own, as for stock `generate`.
 
         Raises:
-            ConfigError: an empty question, one with the model's vision tokens, or nothing seen yet.
+            ConfigError: an empty question, one with the model's vision tokens, nothing seen yet, or a parameter that is
+                unknown, outside its range, or that cannot be followed.
             HorizonError: question and answer would pass the stream's horizon.
         """
-        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = sampling_params(self.runner, self.state, max_new_tokens, **drawing)
+        sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
         with self.lock:
             return "".join(self._answer(question, sampling, stop))
 
@@ -199,15 +200,12 @@ class Session:
         question: str,
         *,
         max_new_tokens: int | None = None,
-        stop: tuple[str, ...] = (),
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        **generation: Any,
     ) -> Generator[str, None, None]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
-        drawing = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = sampling_params(self.runner, self.state, max_new_tokens, **drawing)
+        sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
         return self._answer(question, sampling, stop)
 
     def logits(self, question: str) -> torch.Tensor:
@@ -276,7 +274,7 @@ class Session:
             if progress is not None and on_step is not None:
                 on_step(progress)
 
-    def _answer(self, question: str, sampling: SamplingParams, stop: tuple[str, ...]) -> Generator[str, None, None]:
+    def _answer(self, question: str, sampling: SamplingParams, stop: Sequence[str]) -> Generator[str, None, None]:
         with self.lock:
             self._check_askable()
             self._answering = True
@@ -304,19 +302,48 @@ class Session:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
 
 
-def sampling_params(
-    runner: ModelRunner, state: StreamState, max_new_tokens: int | None, **drawing: Any
-) -> SamplingParams:
-    """How to choose an answer's tokens.
+# An endless stream keeps the words that have entered, and not their order or number.
+_OF_A_WHOLE_PROMPT = {"no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0)}
+
+
+def answering(
+    runner: ModelRunner,
+    state: StreamState,
+    max_new_tokens: int | None,
+    stop: str | Sequence[str],
+    seed: int | None,
+    generation: Mapping[str, Any],
+) -> tuple[SamplingParams, tuple[str, ...]]:
+    """How to choose an answer's tokens, and the strings that end it.
+
+    Lengths that count the prompt (max_length, min_length) mean nothing in a stream without end, and are left out.
 
     Raises:
-        ConfigError: no room for a token, or drawing that makes no sense.
+        ConfigError: no room for a token, a parameter that cannot be followed, or one that means nothing.
     """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, but must be at least 1", "raise max_new_tokens")
-    config = state.config
-    longest = max_new_tokens or config.max_new_tokens
-    return SamplingParams(longest, runner.model.end_tokens, seed=config.seed, **drawing)
+    model, longest = runner.model.generator, state.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+        rule = f"max_new_tokens is {longest!r}, but must be a whole number of at least 1"
+        raise ConfigError(rule, "give 1 or more, or leave it out")
+    for name in ("max_length", "min_length"):
+        if generation.get(name) is not None:
+            told = name.replace("length", "new_tokens")
+            raise ConfigError(f"{name} is {generation[name]!r}, but counts a prompt that has no end", f"give {told}")
+    settings = generation_settings(model, {**generation, "max_length": None, "min_length": None})
+    refuse_unfollowed(settings, _OF_A_WHOLE_PROMPT)
+    for name in () if settings.do_sample else DRAWING:
+        if generation.get(name) is not None:
+            rule = f"{name} is {generation[name]!r}, but means something only where tokens are drawn"
+            raise ConfigError(rule, f"pass do_sample=True, or leave {name} out")
+    found = sampling_params(runner.model, settings, longest, seed)
+    return found, (*_strings(stop), *_strings(settings.stop_strings or ()))
+
+
+def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"stop is {stop!r}, but must be strings", "give a string, or several in a tuple")
+    return found
 
 
 def answer(
@@ -325,7 +352,7 @@ def answer(
     waiting: Sequence[Frame],
     question: str,
     sampling: SamplingParams,
-    stop: tuple[str, ...],
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """The answer, piece by piece.
 
@@ -341,8 +368,12 @@ def answer(
     try:
         with torch.inference_mode():
             segment = _entering(runner, state, waiting, question)
-        text = Detokenizer(runner.model.tokenizer, stop)
-        for token, _ in runner.decode(state, segment, sampling):
+        text = Detokenizer(runner.model.tokenizer, tuple(stop))
+        # What stock `generate` would call the prompt, but for the order and number of its words.
+        known = sorted(state.words) if runner.model.generates_prompt else []
+        words = torch.tensor([known], dtype=segment.ids.dtype, device=segment.ids.device)
+        asked = segment.ids if runner.model.generates_prompt else segment.ids[:, :0]
+        for token, _ in runner.decode(state, segment, sampling, torch.cat([words, asked], dim=1)):
             if token in sampling.end_tokens:
                 break
             yield text.push(token)

@@ -54,8 +54,8 @@ def question_of(prompt: str, wanted: Mapping[str, Any], visuals: Any, task: str)
         "max_new_tokens": wanted.get("max_new_tokens"),
         "stop": tuple(end for end in ([ends] if isinstance(ends, str) else ends) if end != _PARAGRAPH),
     }
-    if wanted.get("do_sample") and wanted.get("temperature") != 0:
-        answering |= {"do_sample": True, **{name: wanted[name] for name in _DRAWING if name in wanted}}
+    draws = bool(wanted.get("do_sample")) and wanted.get("temperature") != 0
+    answering |= {"do_sample": draws, **{name: wanted[name] for name in _DRAWING if draws and name in wanted}}
     return VideoQuestion(shown[0], prompt, answering)
 
 

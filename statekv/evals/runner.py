@@ -257,7 +257,7 @@ class Stream:
         Raises:
             StateKVError: as `Session.ask`.
         """
-        answer = self.session.ask(question).strip()
+        answer = self.session.ask(question, do_sample=False).strip()
         self.tokens = self.session.state.tokens
         if self.session.sampler.newest is not None:
             encoded = clip_tokens(self.session)

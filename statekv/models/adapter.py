@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -35,6 +35,7 @@ class Segment:
         extras: further keyword arguments of the language model.
         moment: where it stands on the axis of time, where the family counts that beside its text; else None.
         kept: which tokens of its picture it has; see `EncodedStep`.
+        words: the different ones of `ids`, where penalties are to know of them; on the host.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Segment:
     extras: dict[str, Any] = field(default_factory=dict)
     moment: int | None = None
     kept: torch.Tensor | None = None
+    words: frozenset[int] = frozenset()
 
     @property
     def reach(self) -> int:
@@ -235,11 +237,11 @@ class VideoModel(ABC):
             state: the stream that they enter; it is not changed.
         """
         prompt, text = self.prompts[state.config.layout], self.step_text(seen, state)
-        if state.frames:
-            return [self.vision_segment(prompt.step_ids(text), seen, state.position)]
-        head = prompt.head_ids(text)
-        prefix = [self.text("prefix", head, state.position)] if head else []
-        return [*prefix, self.vision_segment(prompt.first_step_ids(text), seen, state.position + len(head))]
+        head = [] if state.frames else prompt.head_ids(text)
+        own = prompt.step_ids(text) if state.frames else prompt.first_step_ids(text)
+        step = self.vision_segment(own, seen, state.position + len(head))
+        prefix = [replace(self.text("prefix", head, state.position), words=frozenset(head))] if head else []
+        return [*prefix, replace(step, words=frozenset(own))]
 
     def question(self, text: str, state: StreamState) -> Segment:
         """The question and the answer's header, at the stream's next position.

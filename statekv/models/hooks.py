@@ -1,18 +1,18 @@
-"""Everything that touches transformers' insides: its attention function, and its rotary frequencies."""
+"""Everything that touches transformers' insides: attention, rotary frequencies, and how `generate` chooses tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from statekv.cache.view import View
-from statekv.errors import ModelError
+from statekv.errors import ConfigError, ModelError
 from statekv.ops import attention_with_key_scores
 from statekv.ops.rope import dynamic_ntk_frequencies
 
@@ -178,3 +178,96 @@ class RopeScope:
             yield
         finally:
             self.rotary.inv_freq, self.rotary.rope_type = before
+
+
+# Of transformers, in the order in which `generate` looks them up; they say nothing where nothing is drawn.
+DRAWING = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Numbers that transformers refuses as whole ones.
+_SHARES = ("top_p", "min_p", "typical_p")  # of which transformers ignores some that are none
+_FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty")
+
+
+def generation_settings(
+    model: Any, chosen: Mapping[str, Any], given: GenerationConfig | None = None
+) -> GenerationConfig:
+    """What stock `generate` goes by: what is chosen, else given, else the checkpoint's, else transformers' defaults.
+
+    Args:
+        model: that decodes.
+        chosen: generation parameters by name.
+        given: a configuration of the caller's.
+
+    Raises:
+        ConfigError: transformers does not know such a parameter, or refuses a value.
+    """
+    chosen = {name: float(v) if name in _FLOATS and type(v) is int else v for name, v in chosen.items()}
+    if chosen.get("do_sample") is False:  # what the checkpoint draws by would only make transformers warn
+        chosen = {**dict.fromkeys(DRAWING), **chosen}
+    with _refused():
+        found, unknown = model._prepare_generation_config(given, **chosen)
+    if unknown:
+        rule = f"transformers knows no generation parameter {min(unknown)!r}"
+        raise ConfigError(rule, "see transformers.GenerationConfig for those that there are")
+    return found  # type: ignore[no-any-return]
+
+
+def longest_answer(
+    model: Any,
+    settings: GenerationConfig,
+    chosen: Mapping[str, Any],
+    given: GenerationConfig | None,
+    prompt: int,
+    known: int,
+) -> int:
+    """Tokens that stock `generate` would answer with at most.
+
+    Args:
+        model: that decodes.
+        settings: what `generation_settings` made of the next two.
+        chosen, given: as there.
+        prompt: its tokens.
+        known: those that the loop of `generate` knows of: 0 where it is handed embeddings alone.
+    """
+    said = [chosen.get("max_length"), getattr(given, "max_length", None), model.generation_config.max_length]
+    name = "input_ids" if known else "inputs_embeds"
+    whole = torch.empty(1, prompt, device="meta")
+    with _refused():
+        model._prepare_generated_length(settings, all(each is None for each in said), True, name, known, whole)
+        return int(settings.max_length) - known
+
+
+def logits_processors(
+    model: Any, settings: GenerationConfig, prompt: torch.Tensor, longest: int
+) -> LogitsProcessorList:
+    """What stock `generate` does to the logits of each token before it chooses.
+
+    Args:
+        model: that decodes.
+        settings: see `generation_settings`.
+        prompt: [streams, T] tokens in front of the answer.
+        longest: answer, in tokens.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+    for name in _SHARES:
+        if (share := getattr(settings, name, None)) is not None and not 0 <= share <= 1:
+            raise ConfigError(f"{name} is {share!r}, but must be a number from 0 to 1", f"leave {name} out")
+    with _refused():
+        settings.max_length = prompt.shape[1] + longest
+        if settings.pad_token_id is None and settings.eos_token_id is not None:
+            ends = settings.eos_token_id  # transformers would take the same one, and say so
+            settings.pad_token_id = ends if isinstance(ends, int) else ends[0]
+        model._prepare_special_tokens(settings, device=prompt.device)
+        found: LogitsProcessorList = model._get_logits_processor(
+            settings, input_ids_seq_length=prompt.shape[1], encoder_input_ids=prompt, device=prompt.device
+        )
+    return found
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split()), "see transformers.GenerationConfig for its range") from None

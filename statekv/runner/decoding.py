@@ -2,81 +2,155 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import (
+    GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    StoppingCriteriaList,
 )
 
 from statekv.errors import ConfigError
+from statekv.models.adapter import VideoModel
+from statekv.models.hooks import logits_processors
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Greedy by default; with `do_sample` as transformers' generation parameters of the same names.
+    """How an answer's tokens are chosen, and when it ends, in transformers' own terms.
 
     Attributes:
         max_new_tokens: longest answer.
         end_tokens: ids that end an answer.
-        do_sample: draw instead of taking the most likely token.
-        temperature, top_k, top_p: shape of the distribution drawn from; None leaves it alone.
-        repetition_penalty: above 1 makes tokens of the question and the answer less likely.
-        seed: of the draws; None uses torch's global generator.
+        generation: what stock `generate` would go by, see `generation_settings`; all else is said here.
+        seed: of the draws; None uses torch's global generator, as stock does.
+        deadline: moment (`time.monotonic`) behind which no further token is chosen.
+        stopping: told all tokens behind each one, says whether they are enough; for stop strings.
     """
 
     max_new_tokens: int
     end_tokens: frozenset[int] = frozenset()
-    do_sample: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     seed: int | None = None
-    _processors: LogitsProcessorList = field(init=False, repr=False, compare=False)
-    _generator: torch.Generator | None = field(init=False, repr=False, compare=False)
+    deadline: float = float("inf")
+    stopping: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_processors", self._build())
-        generator = torch.Generator().manual_seed(self.seed) if self.seed is not None else None
-        object.__setattr__(self, "_generator", generator)
-
-    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The next token.
+    def begin(self, model: GenerationMixin, prompt: torch.Tensor) -> Sampler:
+        """Before the first token.
 
         Args:
-            ids: [streams, T] tokens so far.
-            logits: [streams, vocabulary].
+            model: whose parameters these are.
+            prompt: [streams, T] tokens that penalties look at.
 
-        Returns:
-            [streams] int64.
+        Raises:
+            ConfigError: a parameter outside its range.
         """
-        scores: torch.Tensor = self._processors(ids, logits.float())  # type: ignore[arg-type]
-        if not self.do_sample:
-            return scores.argmax(-1)
-        drawn = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator)
-        return drawn[:, 0].to(ids.device)
+        return Sampler(self, logits_processors(model, self.generation, prompt, self.max_new_tokens), prompt)
 
-    def _build(self) -> LogitsProcessorList:
-        made: list[Any] = []
-        try:
-            if self.repetition_penalty is not None and self.repetition_penalty != 1:
-                made.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-            if self.do_sample and self.temperature is not None and self.temperature != 1:
-                made.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.do_sample and self.top_k:
-                made.append(TopKLogitsWarper(self.top_k))
-            if self.do_sample and self.top_p is not None and self.top_p != 1:
-                made.append(TopPLogitsWarper(float(self.top_p)))
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()[0], "leave the parameter out to go without it") from None
-        return LogitsProcessorList(made)
+
+class Sampler:
+    """Chooses the tokens of one answer, one after another, as stock `generate` does.
+
+    Args:
+        params: how.
+        processors: what they do to the logits.
+        prompt: [streams, T].
+
+    Attributes:
+        ids: [streams, T] tokens so far.
+        ended: whether the newest one was the last.
+    """
+
+    def __init__(self, params: SamplingParams, processors: LogitsProcessorList, prompt: torch.Tensor) -> None:
+        self.ids, self.ended = prompt, False
+        self._params, self._processors = params, processors
+        self._draws = None if params.seed is None else torch.Generator().manual_seed(params.seed)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token [streams] int64, from logits [streams, vocabulary]."""
+        scores = self._processors(self.ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
+        token = self._draw(scores) if self._params.generation.do_sample else scores.argmax(-1)
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        self.ended = self._enough(token)
+        return token
+
+    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+        shares = scores.softmax(-1)
+        if self._draws is None:
+            return shares.multinomial(1)[:, 0]
+        # One seed draws the same on every device.
+        return shares.cpu().multinomial(1, generator=self._draws)[:, 0].to(shares.device)
+
+    def _enough(self, token: torch.Tensor) -> bool:
+        ends, stopping = self._params.end_tokens, self._params.stopping
+        if ends and ends.issuperset(token.tolist()):
+            return True
+        # transformers passes scores along that none of its criteria reads.
+        stopped = bool(stopping) and bool(stopping(self.ids, None).all())  # type: ignore[arg-type]
+        return stopped or time.monotonic() > self._params.deadline
+
+
+# Parameters of a GenerationConfig that change an answer and are not followed, with the values that do nothing.
+_NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1),
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "token_healing": (None, False),
+    "output_scores": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
+
+def refuse_unfollowed(settings: GenerationConfig, more: Mapping[str, tuple[Any, ...]] = MappingProxyType({})) -> None:
+    """Raise a ConfigError where the settings ask for something that is not done here.
+
+    Args:
+        settings: see `generation_settings`.
+        more: further parameters that are not followed, with the values that do nothing.
+    """
+    for name, idle in {**_NOT_FOLLOWED, **more}.items():
+        value = getattr(settings, name, None)
+        if value not in idle:
+            raise ConfigError(f"the generation config sets {name}={value!r}, which is not followed", f"unset {name}")
+
+
+def sampling_params(model: VideoModel, settings: GenerationConfig, longest: int, seed: int | None) -> SamplingParams:
+    """How to choose the tokens of an answer, which begins now.
+
+    Args:
+        model: that answers.
+        settings: see `generation_settings`.
+        longest: answer, in tokens.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: a value outside its range, or one that is not followed.
+    """
+    refuse_unfollowed(settings)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed is {seed!r}, but must be a whole number", "leave it out for torch's own generator")
+    ends = settings.eos_token_id
+    if ends is None:
+        ends = settings.eos_token_id = sorted(model.end_tokens) or None
+    tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
+    deadline = float("inf") if settings.max_time is None else time.monotonic() + settings.max_time
+    logits_processors(
+        model.generator, settings, torch.zeros(1, 1, dtype=torch.int64), longest
+    )  # raises what the prompt would
+    return SamplingParams(longest, tokens, settings, seed, deadline)
 
 
 class Detokenizer:

@@ -347,23 +347,19 @@ class ModelRunner:
             state: the stream; grows by question and answer.
             question: text that ends where the answer begins.
             sampling: how to choose tokens and when to stop.
-            prompt: [streams, T] tokens that a repetition penalty looks at; None: the question's.
+            prompt: [streams, T] tokens that penalties look at; None: the question's.
 
         Yields:
             Each token, end of turn included, with the logits [streams, vocabulary] that it was chosen from.
         """
-        segment, prompt = question, question.ids if prompt is None else prompt
-        asked = prompt.shape[1]
-        chosen = prompt.new_empty(prompt.shape[0], asked + sampling.max_new_tokens)
-        chosen[:, :asked] = prompt
+        segment, sampler = question, sampling.begin(self.model.generator, question.ids if prompt is None else prompt)
         longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
         with self.lock, memory_limit():
             state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
         for number in range(sampling.max_new_tokens):
             logits = self.logits(self.enter(state, segment, "answer")) if number else self.ask(state, question)
-            token = sampling.choose(chosen[:, : asked + number], logits)  # [streams]
+            token = sampler.choose(logits)  # [streams]
             yield int(token), logits
-            if int(token) in sampling.end_tokens or state.position >= state.horizon:
+            if sampler.ended or state.position >= state.horizon:
                 return
-            chosen[:, asked + number] = token
             segment = self.model.token(token, state)

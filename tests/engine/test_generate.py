@@ -16,6 +16,7 @@ from tests.talk import (
     TOLERANCE,
     UNLIMITED,
     Answer,
+    adapted,
     assert_same_answer,
     inputs_of,
     stock_answer,
@@ -93,25 +94,80 @@ def test_dynamic_ntk_is_scaled_for_the_horizon() -> None:
     assert not torch.allclose(other.logits, expected.logits, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", EVERY_MODEL)
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"do_sample": True, "temperature": 0.8},
-        {"do_sample": True, "top_k": 5},
-        {"do_sample": True, "top_p": 0.6},
-        {"repetition_penalty": 0.1},  # favours the words of the prompt
-    ],
-    ids=lambda parameters: list(parameters)[-1],
-)
-def test_generation_parameters_mean_what_they_mean_in_stock(family: str, parameters: dict[str, Any]) -> None:
-    made = stock_model(family)
+PARAMETERS: list[dict[str, Any]] = [
+    {"do_sample": True, "temperature": 0.8, "top_p": 0.6},
+    {"do_sample": True, "top_k": 5, "min_p": 0.2},
+    {"do_sample": True, "epsilon_cutoff": 0.02, "eta_cutoff": 0.03, "typical_p": 0.7},
+    {"repetition_penalty": 0.1},  # favours the words of the prompt
+    {"encoder_repetition_penalty": 10.0, "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2},
+    {"min_new_tokens": 9, "eos_token_id": [3, 9], "suppress_tokens": [*range(0, 400, 2)], "begin_suppress_tokens": [7]},
+    {
+        "forced_eos_token_id": 9,
+        "renormalize_logits": True,
+        "bad_words_ids": [[3], [4, 5]],
+        "sequence_bias": [[[8], 3.0]],
+    },
+]
+
+
+def both(made: Tiny, **parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `statekv.generate` and stock return."""
     inputs = inputs_of(made, video(4), QUESTION)
     torch.manual_seed(3)
-    expected = stock_ids(made, inputs, max_new_tokens=12, **parameters)
+    expected = stock_ids(made, inputs, **copy.deepcopy(parameters))
     torch.manual_seed(3)
-    found = statekv.generate(made.model, **inputs, **UNLIMITED, max_new_tokens=12, **parameters)
+    found = statekv.generate(made.model, **inputs, **UNLIMITED, **parameters)
     assert isinstance(found, torch.Tensor)
+    return found, expected
+
+
+@pytest.mark.parametrize("family", EVERY_MODEL)
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda parameters: "-".join(parameters))
+def test_generation_parameters_mean_what_they_mean_in_stock(family: str, parameters: dict[str, Any]) -> None:
+    found, expected = both(stock_model(family), max_new_tokens=12, **parameters)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda parameters: "-".join(parameters))
+def test_generation_parameters_change_the_answer(parameters: dict[str, Any]) -> None:
+    made = stock_model("internvl")
+    assert both(made, max_new_tokens=12, **parameters)[0].tolist() != both(made, max_new_tokens=12)[0].tolist()
+
+
+@pytest.mark.parametrize("family", ["internvl", "eagle2_5"])
+@pytest.mark.parametrize("way", ["model", "generation_config", "both"])
+def test_what_a_generation_config_leaves_open_is_the_models_own(family: str, way: str) -> None:
+    made = tiny(family)
+    own: Any = adapted(made).generator.generation_config
+    theirs = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 0.5}
+    if way != "generation_config":
+        own.update(**theirs)
+    arguments: dict[str, Any] = {"max_new_tokens": 12}
+    if way != "model":
+        arguments = {"generation_config": GenerationConfig(max_new_tokens=9, **(theirs if way != "both" else {}))}
+    found, expected = both(made, **arguments)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", ["internvl", "eagle2_5"])
+@pytest.mark.parametrize("arguments", [{}, {"max_length": 90}, {"max_length": 300, "max_new_tokens": 3}], ids=str)
+def test_an_answer_is_as_long_as_stocks(family: str, arguments: dict[str, Any]) -> None:
+    made = stock_model(family)
+    length = inputs_of(made, video(4), QUESTION)["input_ids"].shape[1]
+    if "max_length" in arguments:
+        arguments = {**arguments, "max_length": length + 7}
+    found, expected = both(made, **arguments)
+    assert found.tolist() == expected.tolist()
+
+
+def test_an_answer_ends_at_stop_strings_and_in_time() -> None:
+    made = stock_model("internvl")
+    said = both(made, max_new_tokens=12)[1][0, -12:]
+    stop = made.tokenizer.decode(said[1:3])
+    found, expected = both(made, max_new_tokens=12, stop_strings=[stop], tokenizer=made.tokenizer)
+    assert found.tolist() == expected.tolist()
+    assert found.shape[1] < both(made, max_new_tokens=12)[0].shape[1]
+    found, expected = both(made, max_new_tokens=12, max_time=1e-9)
     assert found.tolist() == expected.tolist()
 
 
@@ -221,6 +277,9 @@ def test_a_mask_that_hides_more_than_padding_in_front_is_refused(hidden: list[in
         ({"streamer": object()}, "streamer"),
         ({"method": "statekw"}, "statekw"),
         ({"budget": 0}, "budget"),
+        ({"stop_strings": "a"}, "tokenizer"),
+        ({"output_scores": True}, "output_scores"),
+        ({"max_new_tokens": "3"}, "str"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"on_horizon": "compact"}, "on_horizon"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.config import Config
+from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, HorizonError, StateKVError
@@ -18,13 +22,23 @@ from statekv.video.frame import Frame
 from statekv.video.writer import write_video
 from tests.talk import (
     QUESTION,
+    UNLIMITED,
+    adapted,
     assert_same_stream,
+    inputs_of,
     session_answer,
     shared_engine,
     some_frames,
+    stock_answer,
+    stock_ids,
 )
-from tests.tiny import TWO_FAMILIES, video
+from tests.tiny import TWO_FAMILIES, tiny, video
 
+# What checkpoints ship in their generation_config.json.
+THEIRS: list[dict[str, Any]] = [
+    {"repetition_penalty": 0.3},
+    {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+]
 EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
 
@@ -151,6 +165,8 @@ def test_stop_strings_end_the_answer_in_front_of_them(family: str) -> None:
     assert session.ask(QUESTION, stop=(stop, "never said")) == whole[: whole.index(stop)]
     assert "".join(session.stream(QUESTION, stop=(stop,))) == whole[: whole.index(stop)]
     assert session.ask(QUESTION, stop=("never said",)) == whole
+    assert session.ask(QUESTION, stop=stop) == whole[: whole.index(stop)]
+    assert session.ask(QUESTION, stop_strings=[stop]) == whole[: whole.index(stop)]
 
 
 @EVERY_FAMILY
@@ -177,20 +193,72 @@ def test_an_end_token_ends_the_answer_and_is_not_said(family: str, monkeypatch: 
 
 @EVERY_FAMILY
 def test_sampled_answers_follow_the_seed(family: str) -> None:
-    def answers(seed: int) -> list[str]:
-        session = shared_engine(family).open(seed=seed, max_new_tokens=12)
-        session.push(some_frames(4))
-        return [session.ask(QUESTION, do_sample=True, temperature=3.0) for _ in range(2)]
+    session = shared_engine(family).open(max_new_tokens=12)
+    session.push(some_frames(4))
+
+    def answers(seed: int | None) -> list[str]:
+        return [session.ask(QUESTION, do_sample=True, temperature=3.0, seed=seed) for _ in range(2)]
 
     first, other = answers(1), answers(2)
     assert first == answers(1)
-    assert first[0] == first[1]
-    assert first != other
-    session = shared_engine(family).open(max_new_tokens=12)
-    session.push(some_frames(4))
+    assert first[0] == first[1] != other[0]
+    fresh = answers(None)
+    assert fresh[0] != fresh[1]
     assert session.ask(QUESTION, do_sample=True, top_k=1) == session.ask(QUESTION)
-    with pytest.raises(ConfigError, match="temperature"):
-        session.ask(QUESTION, do_sample=True, temperature=-1.0)
+
+
+@pytest.mark.parametrize("theirs", THEIRS, ids=lambda theirs: "-".join(theirs))
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "eagle2_5"])
+def test_a_session_answers_as_stock_by_the_checkpoints_own_settings(family: str, theirs: dict[str, Any]) -> None:
+    made = tiny(family)
+    engine = Engine(adapted(made), Config(max_new_tokens=12))
+    engine.runner.model.generator.generation_config.update(**theirs)
+    torch.manual_seed(4)
+    expected = stock_ids(made, inputs_of(made, video(4), QUESTION), max_new_tokens=12)[0, -12:]
+    session = engine.open(**UNLIMITED)
+    session.push(some_frames(4))
+    for other in (session, session.fork()):
+        torch.manual_seed(4)
+        assert session_answer(other, max_new_tokens=12).tokens == expected.tolist()
+    greedy = session.ask(QUESTION, do_sample=False, repetition_penalty=1.0)
+    assert greedy != session.runner.model.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_penalties_know_of_frames_that_wait_and_of_those_before_a_restore(tmp_path: Path) -> None:
+    made = tiny("qwen2_5_vl")
+    engine = Engine(adapted(made), Config(max_new_tokens=12))
+    engine.runner.model.generator.generation_config.update(repetition_penalty=0.3)
+    expected = stock_answer(made, inputs_of(made, video(5), QUESTION), max_new_tokens=12).tokens
+    session = engine.open(**UNLIMITED)
+    session.push(some_frames(5))
+    assert session_answer(session, max_new_tokens=12).tokens == expected
+    session.save(tmp_path / "saved")
+    assert session_answer(engine.restore(tmp_path / "saved"), max_new_tokens=12).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"temperature": 0.5}, "temperature is 0.5, but means something only where tokens are drawn"),
+        ({"top_k": 3, "do_sample": False}, "top_k is 3"),
+        ({"tempreature": 0.5}, "tempreature"),
+        ({"max_length": 30}, "max_new_tokens"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"stop": 3}, "stop is 3"),
+        ({"stop": [3]}, "stop"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ],
+    ids=str,
+)
+def test_parameters_that_cannot_be_followed_are_refused_at_once(wrong: dict[str, Any], told: str) -> None:
+    session = shared_engine("internvl").open()
+    session.push(some_frames(2))
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        session.stream(QUESTION, **wrong)
+    assert "\n" not in str(caught.value)
 
 
 @EVERY_FAMILY

@@ -152,7 +152,7 @@ def _ask(asked: Sequence[Question], sessions: Sequence[Session], results: Sequen
                     "kind": question.kind,
                     "question": question.text,
                     "expected": question.answer,
-                    "answered": session.ask(question.text, max_new_tokens=8).strip(),
+                    "answered": session.ask(question.text, max_new_tokens=8, do_sample=False).strip(),
                     "chance": question.chance,
                 }
             )

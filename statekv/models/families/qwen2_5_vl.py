@@ -113,9 +113,11 @@ class Qwen25VL(QwenVL):
 
     def segments_of(self, seen: EncodedStep, state: StreamState) -> list[Segment]:
         head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
-        prefix = [] if state.frames or not head else [self.text("prefix", head, 0)]
+        words = frozenset(head)
+        prefix = [] if state.frames or not head else [replace(self.text("prefix", head, 0), words=words)]
         ids = [self.video_token_id] * seen.total
-        return [*prefix, self.vision_segment(ids, seen, len(head), moment)]
+        step = self.vision_segment(ids, seen, len(head), moment)
+        return [*prefix, replace(step, words=frozenset(ids))]
 
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int, moment: int = 0) -> Segment:
         """As for any family; `moment` is the step's place on the axis of time, counted from the video's start."""

@@ -99,21 +99,23 @@ GREEDY = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "num_beams": 1
 
 def test_a_request_becomes_a_question() -> None:
     asked = question_of("Which?", GREEDY | {"until": ["\n\n"]}, ["a.mp4"], "videomme")
-    assert asked == VideoQuestion("a.mp4", "Which?", {"max_new_tokens": 16, "stop": ()})
+    assert asked == VideoQuestion("a.mp4", "Which?", {"max_new_tokens": 16, "stop": (), "do_sample": False})
 
 
 @pytest.mark.parametrize(
     ("until", "stop"), [(None, ()), ("END", ("END",)), (["\n\n", "END", "."], ("END", ".")), ([], ())]
 )
 def test_ends_of_answers(until: Any, stop: tuple[str, ...]) -> None:
-    assert question_of("Which?", {"until": until}, "a.mp4", "some").answering == {"max_new_tokens": None, "stop": stop}
+    answering = question_of("Which?", {"until": until}, "a.mp4", "some").answering
+    assert answering == {"max_new_tokens": None, "stop": stop, "do_sample": False}
 
 
 def test_drawn_answers() -> None:
     wanted = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "image_aspect_ratio": "pad"}
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": None, "stop": ()}
     assert question_of("Which?", wanted, ["a.mp4"], "some").answering == drawn
-    assert "do_sample" not in question_of("Which?", wanted | {"temperature": 0.0}, ["a.mp4"], "some").answering
+    greedy = question_of("Which?", wanted | {"temperature": 0.0}, ["a.mp4"], "some").answering
+    assert greedy == {"do_sample": False, "max_new_tokens": None, "stop": ()}
 
 
 @pytest.mark.parametrize(
