@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -18,6 +19,9 @@ from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.models.size import Size
 from statekv.video.frame import Frame
+
+# Of weights that are multiplied as they are; float8 is not among them.
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -156,12 +160,11 @@ class VideoModel(ABC):
     def kv_spec(self) -> KVSpec:
         """Sizes of the keys, and where each layer's keys live."""
         c = self.text_config
-        projections = [layer.self_attn.k_proj.weight for layer in self.language_model.layers]
         return KVSpec(
             kv_heads=c.num_key_value_heads,
             head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-            dtype=projections[0].dtype,
-            devices=tuple(weight.device for weight in projections),
+            dtype=self._key_dtype(),
+            devices=tuple(_device_of(layer.self_attn.k_proj) for layer in self.language_model.layers),
         )
 
     @abstractmethod
@@ -321,6 +324,19 @@ class VideoModel(ABC):
         """
         return by.expand(*self.text_positions(0, 1).shape[:-1], -1)
 
+    @torch.inference_mode()
+    def _key_dtype(self) -> torch.dtype:
+        """What the projection to keys gives: its weights' own dtype, but of quantised ones codes tell nothing."""
+        layer = self.language_model.layers[0]
+        weight = getattr(layer.self_attn.k_proj, "weight", None)
+        if weight is not None and weight.dtype in _PLAIN:
+            plain: torch.dtype = weight.dtype
+            return plain
+        token = self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
+        normalised = layer.input_layernorm(token.to(_device_of(layer.input_layernorm)))
+        found: torch.Tensor = layer.self_attn.k_proj(normalised)
+        return found.dtype
+
     def _read(self, texts: Texts) -> None:
         self.read_recipe(texts.video_json)
         tokens = self.vision_tokens(texts.tokenizer)
@@ -332,6 +348,11 @@ class VideoModel(ABC):
             )
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where a layer computes; some quantised ones have no parameters."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def without_dropped(ids: Sequence[int], first: int, seen: EncodedStep) -> list[int]:

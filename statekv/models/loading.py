@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -58,8 +59,10 @@ def load_model(
     weights: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **hub}
     if device_map is not None:
         weights["device_map"] = device_map
+    elif getattr(config, "quantization_config", None) is not None:
+        weights["device_map"] = {"": place}  # packed weights are made where they stay
     model = _read_weights(source, name_or_path, weights, config if own_code else None)
-    return family(model if device_map is not None else model.to(place), texts)
+    return family(model if "device_map" in weights else model.to(place), texts)
 
 
 def wrap_model(model: Any) -> VideoModel:
@@ -213,7 +216,8 @@ def identify(model: VideoModel) -> Identity:
     """The checkpoint behind an adapter.
 
     64 elements of each tensor, spread evenly, are read: other training changes nearly all elements, and is seen. A
-    change of a few elements between those is not; nor are weights that accelerate has moved to disk.
+    change of a few elements between those is not; nor are weights that accelerate has moved to disk. Some quantised
+    layers keep their codes in buffers, which count where a model says that it is quantised.
     """
     config = model.model.config
     name = str(getattr(config, "_name_or_path", "") or "")
@@ -226,13 +230,22 @@ def identify(model: VideoModel) -> Identity:
 
 def _weights(model: torch.nn.Module) -> str:
     found = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(_tensors_of(model)):
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta":
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].contiguous()
             found.update(bytes(sample.cpu().view(torch.uint8).tolist()))
     return found.hexdigest()
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    if getattr(model.config, "quantization_config", None) is not None:
+        for prefix, module in model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}", buffer
 
 
 def _texts(model: VideoModel) -> str:
