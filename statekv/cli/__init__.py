@@ -13,18 +13,26 @@ from typer.core import TyperGroup
 
 import statekv
 from statekv.cli import analyze, ask, bench, demo, evals, models, watch
-from statekv.cli.console import notes, show_warning
-from statekv.errors import StateKVError
+from statekv.cli.console import complain, show_warning, speak
+from statekv.errors import ConfigError, StateKVError
+
+_EVERYWHERE = ("--quiet", "-q", "--verbose", "-v", "--no-color")
+_TOLD = "With every command: --quiet, --verbose, --no-color; see statekv -h."
 
 
 class _Commands(TyperGroup):
-    """Says that it was interrupted; typer alone leaves without a word."""
+    """Takes its own switches anywhere on the line, and says that it was interrupted: typer leaves without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        own = [word for word in args[:end] if word in _EVERYWHERE]
+        return super().parse_args(ctx, own + [word for word in args[:end] if word not in _EVERYWHERE] + args[end:])
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            notes.print("statekv: interrupted", markup=False)
+            complain("interrupted")
             raise typer.Exit(130) from None
 
 
@@ -33,7 +41,6 @@ app = typer.Typer(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -49,17 +56,20 @@ def _statekv(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_tell_version, is_eager=True)
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers, warnings and errors alone.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also what the library logs.")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="As with NO_COLOR in the environment.")] = False,
 ) -> None:
     """Watch videos with a frozen video language model at a flat cost per frame, and question them."""
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose are both given", "choose one")
+    speak(quiet, verbose, no_color)
 
 
-app.command()(ask.ask)
-app.command()(watch.watch)
-app.command()(demo.demo)
-app.command()(analyze.analyze)
-app.command()(models.models)
+for command in (ask.ask, watch.watch, demo.film, demo.demo, analyze.analyze, models.models):
+    app.command(epilog=_TOLD)(command)
 for command in (bench.prefill, bench.answer, bench.sessions, bench.video):
-    bench.app.command()(command)
+    bench.app.command(epilog=_TOLD)(command)
 app.add_typer(bench.app)
 evals.app.command()(evals.report)
 evals.app.command()(evals.picture)
@@ -81,7 +91,7 @@ def main() -> None:
     try:
         app()
     except StateKVError as error:
-        notes.print(f"statekv: {error}", markup=False, soft_wrap=True)
+        complain(str(error))
         raise SystemExit(1) from None
 
 

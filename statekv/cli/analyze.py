@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-import statekv
 from statekv.cli import options
-from statekv.cli.console import notes, out, progress
+from statekv.cli.console import load, notes, out, progress, remark, to_json
 from statekv.config import SETTINGS, Config
 from statekv.errors import ConfigError
 
@@ -46,7 +44,7 @@ def analyze(
     if path is not None:
         check_file(path)
     _make(folder)
-    engine = statekv.load(**loading, method=method, **settings)
+    engine = load(**loading, method=method, **settings)
     from statekv.analysis.holdings import analyse
 
     with progress() as bar:
@@ -72,12 +70,12 @@ def _publish(found: Analysis, name: str, folder: Path, as_json: bool) -> None:
         write_film(found, name, folder / "held.webp"),
     ]
     if as_json:
-        typer.echo(json.dumps({"model": name, **summary(found), "files": [str(file) for file in files]}, indent=2))
+        typer.echo(to_json({"model": name, **summary(found), "files": [str(file) for file in files]}, indent=2))
     else:
         _show(found)
     if found.budget >= found.tokens:
         told = f"budget {found.budget} holds all {found.tokens} tokens of the stream, so nothing was let go"
-        notes.print(f"statekv: {told} (--budget {max(1, found.tokens // 10)} would be a tenth)", soft_wrap=True)
+        remark(f"{told} (--budget {max(1, found.tokens // 10)} would be a tenth)")
     notes.print(f"in {folder}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
 
 

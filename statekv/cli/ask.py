@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import statekv
 from statekv.cli import options
-from statekv.cli.console import notes, progress
+from statekv.cli.console import complain, doing, load, progress, to_json
 from statekv.config import SETTINGS, Config, check_source
 from statekv.errors import ConfigError, StateKVError, VideoError
 
@@ -59,7 +57,7 @@ def ask(
         check_place(str(video), settings)
     check_target(save)
     if restore is None:
-        name, engine = loading.get("model", "demo"), statekv.load(**loading, method=method, **settings)
+        name, engine = loading.get("model", "demo"), load(**loading, method=method, **settings)
         session = engine.open(str(video), stream=stream, **settings)
     else:
         name, engine = load_again(restore, loading, method=method, stream=stream)
@@ -77,7 +75,8 @@ def ask(
 def check_target(save: Path | None) -> None:
     """Complain of a folder that cannot be saved to; it is a matter of `torch`, which takes its time."""
     if save is not None:
-        from statekv.cache import folder
+        with doing(f"looking at {save}"):
+            from statekv.cache import folder
 
         folder.check_target(save)
 
@@ -93,13 +92,13 @@ def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
         except KeyboardInterrupt:
             _save(session, save)
             going = f"; --restore {save} goes on from there" if save is not None else ""
-            notes.print(f"statekv: interrupted after {session.frames} frames{going}", markup=False, soft_wrap=True)
+            complain(f"interrupted after {session.frames} frames{going}")
             raise typer.Exit(130) from None
         except VideoError as error:
             if restored is None or not session.frames:
                 _save(session, save)
                 raise
-            notes.print(f"statekv: warning: {error}; the answers are about what was seen", markup=False, soft_wrap=True)
+            complain(f"warning: {error}; the answers are about what was seen")
         except StateKVError:
             _save(session, save)
             raise
@@ -114,7 +113,7 @@ def _answer(session: Session, question: str, model: str, as_json: bool) -> None:
     before = session.seconds.answer
     if as_json:
         text = session.ask(question)
-        typer.echo(json.dumps(_report(session, model, question, text, session.seconds.answer - before)))
+        typer.echo(to_json(_report(session, model, question, text, session.seconds.answer - before)))
         return
     for piece in session.stream(question):
         typer.echo(piece, nl=False)
@@ -182,7 +181,8 @@ def load_again(folder: Path, loading: Mapping[str, Any], **staying: Any) -> tupl
         SaveError: the folder holds no session.
         ModelError: the model cannot be loaded.
     """
-    from statekv.cache.folder import read_folder
+    with doing(f"reading {folder}"):
+        from statekv.cache.folder import read_folder
 
     saved = read_folder(folder)
     with saved.reading():
@@ -196,4 +196,4 @@ def load_again(folder: Path, loading: Mapping[str, Any], **staying: Any) -> tupl
         again = {"model": then["name"], **{name: then[name] for name in kept}, **loading}
     if not again["model"]:
         raise ConfigError(f"{saved.folder} was saved with a model that has no name", "say where it is with --model")
-    return again["model"], statekv.load(**again)
+    return again["model"], load(**again)

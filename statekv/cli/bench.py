@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from statekv.cli import options
-from statekv.cli.console import Report, notes, progress
+from statekv.cli.console import Report, complain, load, progress
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
 
@@ -225,7 +225,6 @@ def video(
     settings: options.Settings,
 ) -> None:
     """Watch FILE with decoding in line and overlapped, and show where the time goes."""
-    import statekv
     from statekv.video.address import check_file
 
     Config.of(method, **settings)
@@ -233,7 +232,7 @@ def video(
     from statekv.bench.video import measure
 
     report = Report("video", csv, picture)
-    engine = statekv.load(**loading, method=method, **settings)
+    engine = load(**loading, method=method, **settings)
     rows, panels = measure(engine, file, runs)
     report.publish(f"video, {loading.get('model', 'demo')}", rows, panels, engine.model.model.device)
 
@@ -255,5 +254,5 @@ def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Ro
     if refused and not rows:
         raise refused[0]
     for reason in refused:
-        notes.print(f"statekv: left out: {reason}", markup=False, soft_wrap=True)
+        complain(f"left out: {reason}")
     return rows

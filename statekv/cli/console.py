@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import statekv
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from statekv.bench.harness import Panel, Row
+    from statekv.engine.engine import Engine
 
-notes = Console(stderr=True, highlight=False)
+notes = Console(stderr=True, highlight=False)  # progress and remarks: --quiet keeps them
+complaints = Console(stderr=True, highlight=False)  # what must not be missed
+
+SECONDS_OF_SILENCE = 10.0  # between two lines about work that goes on, where there is no terminal
 
 
 def out() -> Console:
@@ -28,15 +38,100 @@ def out() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
+def speak(quiet: bool, verbose: bool, no_color: bool) -> None:
+    """Decide what is said on standard error for as long as the process, or until it is decided anew."""
+    if no_color:
+        os.environ["NO_COLOR"] = "1"  # also for consoles that are made later
+    notes.quiet = quiet
+    notes.no_color = complaints.no_color = bool(os.environ.get("NO_COLOR"))
+    log = logging.getLogger("statekv")
+    log.handlers = [handler for handler in log.handlers if not isinstance(handler, _Log)]
+    log.setLevel(logging.DEBUG if verbose else logging.NOTSET)
+    if verbose:
+        log.addHandler(_Log())
+
+
+class _Log(logging.Handler):
+    """What the library logs, as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(f"{record.name}: {record.getMessage()}")
+
+
+def remark(text: str) -> None:
+    """A line that --quiet keeps back."""
+    notes.print(f"statekv: {text}", markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """A line that is always shown."""
+    complaints.print(f"statekv: {text}", markup=False, soft_wrap=True)
+
+
 def progress() -> Progress:
-    """A bar on a terminal, nothing in a pipe."""
+    """A bar on a terminal; in a pipe a line every ten seconds."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+    kind = Progress if notes.is_terminal else _Lines
+    return kind(*columns, console=notes, transient=True, disable=notes.quiet or not notes.is_terminal)
+
+
+class _Lines(Progress):
+    """How far things are, told now and then whether or not they move: a log shows that somebody is alive."""
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._stopped = threading.Event()
+        threading.Thread(target=self._tell, daemon=True).start()
+
+    def stop(self) -> None:
+        """Be silent from here on."""
+        self._stopped.set()
+
+    def _tell(self) -> None:
+        while not self._stopped.wait(SECONDS_OF_SILENCE):
+            for task in self.tasks:
+                known = "" if task.total is None else f" of {task.total:.0f}"
+                done = f" {task.completed:.0f}{known}" if task.completed or known else ""
+                remark(f"{task.description}{done} after {task.elapsed or 0:.0f} s")
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say so for as long as the block lasts."""
+    columns = (TextColumn("{task.description} …"), TimeElapsedColumn())
+    with progress() as bar:
+        bar.columns = columns
+        bar.add_task(what, total=None)
+        yield
+
+
+def load(**arguments: Any) -> Engine:
+    """`statekv.load`, told before torch is imported for it, which takes its time."""
+    with doing(f"loading {arguments.get('model', 'demo')}"):
+        return statekv.load(**arguments)
+
+
+_DIGITS, _DECIMALS = 6, 3
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON in which no number has more than six digits, or three decimals; NaN is none."""
+    return json.dumps(_rounded(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return round(value, _DECIMALS) if abs(value) >= 10 ** (_DIGITS - _DECIMALS) else float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line instead of Python's three."""
-    notes.print(f"statekv: warning: {message}", markup=False, soft_wrap=True)
+    complain(f"warning: {message}")
 
 
 class Report:

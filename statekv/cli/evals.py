@@ -17,10 +17,9 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-import statekv
 from statekv.cli import options
 from statekv.cli.bench import numbers
-from statekv.cli.console import notes, out, progress
+from statekv.cli.console import complain, load, notes, out, progress, to_json
 from statekv.config import METHODS, SETTINGS, Config, check_name
 from statekv.errors import ConfigError
 
@@ -98,7 +97,7 @@ def run(
     place = out or Path("statekv-eval", chosen.name, model.replace("/", "--"))
     if next(iter(chosen.videos()), None) is None:  # data that are not there are told before the model is loaded
         raise ConfigError(f"{chosen.name} has no videos", "check the folder of its data")
-    engine = statekv.load(**loading | {"device": _device(loading.get("device", "auto"))})
+    engine = load(**loading | {"device": _device(loading.get("device", "auto"))})
     failed: list[str] = []
     with progress() as bar:
         line = bar.add_task("videos", total=None)
@@ -117,7 +116,7 @@ def _tell(video: str, failures: Mapping[str, str]) -> None:
     """A line for each reason for which a video failed."""
     for reason in dict.fromkeys(failures.values()):
         names = ", ".join(name for name, why in failures.items() if why == reason)
-        notes.print(f"statekv: {video} failed with {names}: {reason}", markup=False, soft_wrap=True)
+        complain(f"{video} failed with {names}: {reason}")
 
 
 def _open_task(name: str, folder: Path | None, frames: int | None, videos: int | None) -> Task:
@@ -199,7 +198,7 @@ def report(
         raise ConfigError("--json and --csv are both given", "choose one")
     found = load(results)
     if as_json:
-        typer.echo("\n".join(json.dumps(_plain(run)) for run in found))
+        typer.echo("\n".join(to_json(asdict(run)) for run in found))
     elif as_csv:
         _write_csv(found)
     else:
@@ -262,7 +261,7 @@ def _tell_figures(runs: Sequence[Figures]) -> None:
             told.setdefault(line, []).append(name)
     for line, names in told.items():
         whose = "" if len(names) == len(runs) else f" ({', '.join(names)})"
-        notes.print(f"statekv: {line}{whose}", markup=False, soft_wrap=True)
+        complain(f"{line}{whose}")
 
 
 def _asked(runs: Sequence[Figures]) -> str:

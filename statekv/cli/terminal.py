@@ -22,7 +22,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from statekv.cli.console import notes
+from statekv.cli.console import SECONDS_OF_SILENCE, complain, remark
 from statekv.cli.options import clock
 from statekv.config import told
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from statekv.engine.session import Session
 
 
-_PLAIN_SECONDS = 10.0  # between two lines about the stream
 _REFRESHES_PER_SECOND = 8
 
 
@@ -179,9 +178,9 @@ class Plain:
 
     def step(self) -> None:
         """A step has entered."""
-        if time.monotonic() - self._told_at >= _PLAIN_SECONDS:
+        if time.monotonic() - self._told_at >= SECONDS_OF_SILENCE:
             self._told_at = time.monotonic()
-            self.say(" · ".join((self._facts.state, *self._facts.lines())))
+            remark(" · ".join((self._facts.state, *self._facts.lines())))
 
     def asked(self, question: str, at: str) -> None:
         """An answer begins."""
@@ -197,7 +196,7 @@ class Plain:
 
     def say(self, text: str) -> None:
         """Something about the work."""
-        notes.print(f"statekv: {text}", markup=False, soft_wrap=True)
+        complain(text)
 
 
 _POLL_SECONDS = 0.1

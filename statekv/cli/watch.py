@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-import statekv
 from statekv.cli import options
 from statekv.cli.ask import check_place, check_target, load_again
-from statekv.cli.console import notes
+from statekv.cli.console import load, remark, to_json
 from statekv.cli.options import clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
 from statekv.config import Config
@@ -75,7 +73,7 @@ def watch(
         stack.enter_context(endings_interrupt())
         answers = stack.enter_context(closing(_open_log(log))) if log is not None else None
         if restored is None:
-            engine = statekv.load(**loading, method=method, **settings)
+            engine = load(**loading, method=method, **settings)
         else:
             _, engine = load_again(restored, loading, method=method, stream=stream)
         if standing is not None:
@@ -91,7 +89,7 @@ def watch(
         watching = Watching(session, facts, questions, view, standing, answers, keeper)
         code = watching.run()
         summary = watching.summary()
-    notes.print(f"statekv: {summary}", markup=False, soft_wrap=True)
+    remark(summary)
     raise typer.Exit(code)
 
 
@@ -277,7 +275,7 @@ class Watching:
             self._view.answered()
         self._answers += 1
         if self._log is not None:
-            self._log.write(json.dumps(self._record(question, text, standing, before), ensure_ascii=False) + "\n")
+            self._log.write(to_json(self._record(question, text, standing, before)) + "\n")
             self._log.flush()
 
     def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -28,6 +29,8 @@ from statekv.video.live import LiveSettings, LiveSource, ResumePoint, Unopened
 from statekv.video.resume import ResumableVideo, open_video
 from statekv.video.sampling import FrameSampler
 from statekv.video.source import Source, as_source
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -89,6 +92,7 @@ class Engine:
         check_source(settings, _kind(source, info, realtime))
         expected = None if info is None else _count(source, sampler, stream, until_seconds)
         state = self._state(config, expected, self._horizon(config, sampler, expected, info))
+        _log.info("%s: %s frames, horizon %d", display_name(source), expected or "unknown", state.horizon)
         how = _reading(config, until_seconds)
         return Session(self.runner, state, open_video(source, how, stream, realtime, info))
 
@@ -243,6 +247,8 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    spec = loaded.kv_spec()
+    _log.info("%s: %s, keys in %s on %s", model, type(loaded).__name__, spec.dtype, loaded.model.device)
     return Engine(loaded, config)
 
 

@@ -304,6 +304,16 @@ def test_the_demo_shows_a_table_that_a_pipe_does_not_cut(tmp_path: Path) -> None
     assert "guessing would get" in found.out
 
 
+def test_a_film_to_begin_with(tmp_path: Path) -> None:
+    """It is written once; what is there already may be somebody's own."""
+    found = command("film", tmp_path / "f.mp4", "--seconds", "4")
+    assert (found.code, found.out) == (0, "")
+    assert f'statekv ask {tmp_path / "f.mp4"} "how many cards?"' in found.err
+    before = (tmp_path / "f.mp4").read_bytes()
+    assert "left as it is" in command("film", tmp_path / "f.mp4", "--seed", "8").err
+    assert (tmp_path / "f.mp4").read_bytes() == before
+
+
 @pytest.mark.parametrize("arguments", [(), ("ask",), ("demo",), ("models",)])
 def test_help(arguments: tuple[str, ...]) -> None:
     out = succeed(*arguments, "--help")

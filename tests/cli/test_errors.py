@@ -390,6 +390,12 @@ def test_an_interrupted_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     complaint(command("demo", "--videos", "1", "--frames", "20", "--folder", tmp_path), 130)
 
 
+def test_an_interrupted_demo_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statekv.evals.cards.compare.write_film", interrupt)
+    complaint(command(*_demo(tmp_path / "d")), 130)
+    assert not (tmp_path / "d").exists()
+
+
 # The demo
 
 

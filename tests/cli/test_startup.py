@@ -31,6 +31,7 @@ except SystemExit as left:
         (["--help"], 0),
         (["-h"], 0),
         (["--version"], 0),
+        (["--show-completion", "bash"], 0),
         (["ask", "-h"], 0),
         (["ask", "no.mp4", "how many?", "--save", "kept"], 1),
         (["watch", "no.mp4", "--save", "kept", "--restore", "kept"], 1),

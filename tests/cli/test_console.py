@@ -1,0 +1,86 @@
+"""What is said on standard error, to whom, and numbers as JSON has them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from typer.testing import CliRunner
+
+from statekv import cli
+from statekv.cli import console
+from statekv.cli.console import progress, to_json
+from tests.cli.test_cli import command, succeed
+from tests.cli.test_errors import complaint
+
+
+def test_quiet_leaves_remarks_out_and_keeps_complaints(tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    assert "is written" in command("film", film, "--seconds", "2").err
+    assert "is there already" in command("film", film).err
+    assert succeed("film", film, "--quiet") == succeed("-q", "film", film) == ""
+    assert "is a folder" in complaint(command("ask", tmp_path, "how many?", "-q"))
+
+
+def test_verbose_shows_what_the_library_logs(tmp_path: Path) -> None:
+    assert command("film", tmp_path / "film.mp4", "--seconds", "2", "-q").code == 0
+    found = command("ask", tmp_path / "film.mp4", "how many cards?", "-v")
+    loaded, opened = found.err.splitlines()
+    assert loaded == "statekv: statekv.engine.engine: demo: InternVL, keys in torch.float32 on cpu"
+    assert opened == "statekv: statekv.engine.engine: film.mp4: 2 frames, horizon 32768"
+    assert succeed("ask", tmp_path / "film.mp4", "how many cards?") == found.out
+
+
+def test_either_quiet_or_verbose() -> None:
+    assert "choose one" in complaint(command("models", "-q", "-v"))
+
+
+@pytest.mark.parametrize("word", ["--no-color", "--quiet", "-v"])
+def test_behind_two_dashes_they_are_words(word: str) -> None:
+    found = CliRunner().invoke(cli.app, ["film", "--", word, "one more"])
+    assert (found.exit_code, "unexpected extra argument" in found.output) == (2, True)
+
+
+@pytest.mark.parametrize("line", [("models", "--no-color"), ("--no-color", "models")])
+def test_colors_are_switched_off(line: tuple[str, ...]) -> None:
+    with mock.patch.dict(os.environ):
+        os.environ.pop("NO_COLOR", None)
+        assert CliRunner().invoke(cli.app, [*line, "-h"]).exit_code == 0
+        CliRunner().invoke(cli.app, ["--no-color", "film", "/"])
+        assert os.environ["NO_COLOR"]
+        assert console.notes.no_color
+        assert console.complaints.no_color
+
+
+def test_without_a_terminal_work_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not it moves."""
+    monkeypatch.setattr(console, "SECONDS_OF_SILENCE", 0.01)
+    said: list[str] = []
+    monkeypatch.setattr(console, "remark", said.append)
+    with progress() as bar:
+        task = bar.add_task("frames", total=8)
+        bar.update(task, completed=3)
+        while not said:
+            time.sleep(0.001)
+    assert said[0] == "frames 3 of 8 after 0 s"
+
+
+def test_numbers_have_the_digits_that_mean_something() -> None:
+    found = to_json({"a": 0.123456789, "b": [123.456789, 123456.78912], "c": 7, "d": math.nan, "e": 1e-9 / 3})
+    assert found == '{"a": 0.123457, "b": [123.457, 123456.789], "c": 7, "d": null, "e": 3.33333e-10}'
+    assert json.loads(to_json({"ok": True, "text": "Grün"})) == {"ok": True, "text": "Grün"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"COMP_WORDS": "statekv ana", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "statekv ana"}
+    asked = {"_STATEKV_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args", **words}
+    with mock.patch.dict(os.environ, asked), pytest.raises(SystemExit):
+        cli.app(prog_name="statekv")
+    assert "analyze" in capsys.readouterr().out
+    assert "_STATEKV_COMPLETE" in succeed("--show-completion", shell)
