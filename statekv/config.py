@@ -431,7 +431,7 @@ class Config:
     on_horizon: str | None = _setting(
         None,
         "When the next step would pass the horizon: stop, or move older steps closer together and go on; by default "
-        "error for a file of known length, else compact.",
+        "compact, but error for a file whose horizon is given.",
         _one_of("error", "compact"),
         "Prompt",
         OF_THE_STREAM,

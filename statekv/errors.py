@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 _SETTING = re.compile(r"`([a-z_]+)`")
 
@@ -12,30 +13,25 @@ _SETTING = re.compile(r"`([a-z_]+)`")
 class StateKVError(Exception):
     """Anything a user can mend.
 
+    Settings may be named in backquotes. They are shown without; elsewhere a setting may have another spelling.
+
     Args:
         message: the value and the rule it breaks, in one line.
         hint: the way out, in one line; printed after the message.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(f"{message} ({hint})" if hint else message)
-        self.message = message
-        self.hint = hint
+        self._written = message, hint
+        self.message, self.hint = (_SETTING.sub(r"\1", text) for text in self._written)
+        super().__init__(f"{self.message} ({self.hint})" if hint else self.message)
+
+    def spelled(self, spell: Callable[[str], str]) -> Self:
+        """The same error, each setting's name as `spell` has it."""
+        return type(self)(*(_SETTING.sub(lambda found: spell(found[1]), text) for text in self._written))
 
 
 class ConfigError(StateKVError):
-    """A setting outside its range, or two settings that contradict each other.
-
-    Settings may be named in backquotes. They are shown without; elsewhere a setting may have another spelling.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        self._written = message, hint
-        super().__init__(*(_SETTING.sub(r"\1", text) for text in self._written))
-
-    def spelled(self, spell: Callable[[str], str]) -> ConfigError:
-        """The same error, each setting's name as `spell` has it."""
-        return ConfigError(*(_SETTING.sub(lambda found: spell(found[1]), text) for text in self._written))
+    """A setting outside its range, or two settings that contradict each other."""
 
 
 class VideoError(StateKVError):

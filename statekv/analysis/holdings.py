@@ -239,7 +239,9 @@ def watch(
             on_step(state.frames)
     if len(holdings.pictures) < 3:  # one to be history, one to have a choice, one to choose again
         needed = 3 * runner.model.frames_per_step
-        raise VideoError(f"the video gave {state.frames} frames, must be at least {needed}", "raise fps or max_frames")
+        raise VideoError(
+            f"the video gave {state.frames} frames, must be at least {needed}", "raise `fps` or `max_frames`"
+        )
     holdings.finish(_carried(state), state.tokens)
     found = concentration.shares()
     steps, heads = len(holdings.pictures), state.spec.kv_heads

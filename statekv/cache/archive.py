@@ -212,7 +212,7 @@ def _check_geometry(saved: Saved, found: dict[str, Any], expected: dict[str, Any
         return
     if found == {**expected, "dtype": found["dtype"]}:
         rule = f"{saved.folder} holds keys of {found['dtype']}, the model's are {expected['dtype']}"
-        raise ModelError(rule, f"load it with dtype {found['dtype']}")
+        raise ModelError(rule, f"load it with `dtype` {found['dtype']}")
     raise ModelError(
         f"{saved.folder} holds keys of {found}, the model's are {expected}", "load the model that it names"
     )

@@ -146,7 +146,7 @@ class StreamState:
         if segment.reach > reach:
             raise HorizonError(
                 f"position {segment.reach} is past {reach}, as far as RoPE reaches for this stream",
-                f"open the stream with a horizon above {self.horizon}, or with on_horizon='compact'; "
+                f"open the stream with a `horizon` above {self.horizon}, or set `on_horizon` to 'compact'; "
                 "questions about what was seen still work",
             )
         if segment.kind == "prefix":
@@ -256,7 +256,7 @@ class StreamState:
             raise HorizonError(
                 f"with a horizon of {self.horizon}, steps may take {reach} positions; older ones compacted, "
                 f"this one would need {behind}",
-                f"open the stream with a horizon above {self.horizon + behind - reach}, or with smaller pictures",
+                f"open the stream with a `horizon` above {self.horizon + behind - reach}, or with smaller pictures",
             )
         self.compact(to)
         return True

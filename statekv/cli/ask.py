@@ -98,7 +98,7 @@ def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
             if restored is None or not session.frames:
                 _save(session, save)
                 raise
-            complain(f"warning: {error}; the answers are about what was seen")
+            complain(f"warning: {error.spelled(options.as_option)}; the answers are about what was seen")
         except StateKVError:
             _save(session, save)
             raise

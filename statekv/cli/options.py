@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from statekv.config import METHODS, SETTINGS
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, StateKVError
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
 Method = Annotated[str | None, typer.Option(help=f"One of: {', '.join(METHODS)}.", rich_help_panel="Method")]
@@ -69,7 +69,7 @@ def generated(names: Iterable[str] = SETTINGS, **defaults: Default) -> Callable[
     """Give a command the options that are declared elsewhere.
 
     It has `settings`, and `loading` if it loads a model, among its keyword-only parameters. Each is handed what was
-    typed, by name, and nothing else: so a command knows what was asked for. Where it raises a ConfigError, settings are
+    typed, by name, and nothing else: so a command knows what was asked for. In the errors that it raises settings are
     spelled as the options that they are.
 
     Args:
@@ -80,7 +80,7 @@ def generated(names: Iterable[str] = SETTINGS, **defaults: Default) -> Callable[
         "settings": [_setting(name, defaults.get(name)) for name in names],
         "loading": [_loading(name, *declared) for name, declared in _LOADING.items()],
     }
-    spelling = {option.name: SETTINGS[option.name].option for option in known["settings"]}
+    spelling = {option.name: as_option(option.name) for group in known.values() for option in group}
 
     def decorate(command: Callable[..., None]) -> Any:
         own = inspect.signature(command, eval_str=True).parameters
@@ -93,7 +93,7 @@ def generated(names: Iterable[str] = SETTINGS, **defaults: Default) -> Callable[
                 given[group] = {name: value for name, value in values.items() if name in there}
             try:
                 command(**given, **({"context": context} if "context" in own else {}))
-            except ConfigError as error:
+            except StateKVError as error:
                 raise error.spelled(lambda name: spelling.get(name, name)) from error
 
         parameters = list(_spread(own, known))
@@ -102,6 +102,11 @@ def generated(names: Iterable[str] = SETTINGS, **defaults: Default) -> Callable[
         return run
 
     return decorate
+
+
+def as_option(name: str) -> str:
+    """--max-frames for max_frames."""
+    return "--" + name.replace("_", "-")
 
 
 def typed(context: typer.Context) -> set[str]:

@@ -15,7 +15,7 @@ import typer
 from statekv.cli import options
 from statekv.cli.ask import check_place, check_target, load_again
 from statekv.cli.console import load, remark, to_json
-from statekv.cli.options import clock, seconds_of
+from statekv.cli.options import as_option, clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
 from statekv.config import Config
 from statekv.engine.interrupts import endings_interrupt
@@ -224,7 +224,7 @@ class Watching:
         except StateKVError as error:
             if isinstance(error, MemoryLimitError):
                 self._keeper.spare()
-            self._view.say(str(error))
+            self._view.say(str(error.spelled(as_option)))
             code = 1
         except Exception:
             self._keeper.spare()
@@ -269,7 +269,7 @@ class Watching:
                     text += piece
                     self._view.piece(piece)
         except StateKVError as error:
-            self._view.say(str(error))
+            self._view.say(str(error.spelled(as_option)))
             return
         finally:
             self._view.answered()

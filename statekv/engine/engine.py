@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from statekv.engine.choice import gate_of, sampler_of, with_gate
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
 from statekv.engine.snapshot import load_session
-from statekv.errors import ConfigError, HorizonError
+from statekv.errors import ConfigError, HorizonError, VideoWarning
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.runner import ModelRunner, with_methods
@@ -75,7 +76,7 @@ class Engine:
                 the others or with this source, uniform sampling of a source whose length is unknown, or a way to open
                 frames that are there already.
             VideoError: the source cannot be opened, or its protocol is not allowed.
-            HorizonError: the file is longer than the model's positions reach.
+            HorizonError: the file is longer than the model's positions reach, and `on_horizon` is "error".
             MemoryLimitError: what it may take does not fit beside what open sessions may still grow by.
         """
         config = self.config.with_(method, **settings)
@@ -91,7 +92,8 @@ class Engine:
         sampler.check_length(None if info is None else info.duration_seconds)
         check_source(settings, _kind(source, info, realtime))
         expected = None if info is None else _count(source, sampler, stream, until_seconds)
-        state = self._state(config, expected, self._horizon(config, sampler, expected, info))
+        needed = self._positions(config, sampler, expected, info)
+        state = self._state(config, expected, *self._reach(config, expected, needed))
         _log.info("%s: %s frames, horizon %d", display_name(source), expected or "unknown", state.horizon)
         how = _reading(config, until_seconds)
         return Session(self.runner, state, open_video(source, how, stream, realtime, info))
@@ -178,32 +180,49 @@ class Engine:
         with self.runner.lock:
             self.model.model.set_attn_implementation({"text_config": self._attention_before})
 
-    def _state(self, config: Config, frames: int | None = None, horizon: int | None = None) -> StreamState:
+    def _state(
+        self, config: Config, frames: int | None = None, horizon: int | None = None, compacts: bool | None = None
+    ) -> StreamState:
         """An empty stream, where there is room for one."""
-        state = self.runner.open(with_gate(config), horizon, frames, compacts=_compacts(config, frames))
+        compacts = config.on_horizon != "error" if compacts is None else compacts
+        state = self.runner.open(with_gate(config), horizon, frames, compacts=compacts)
         self.runner.admission.admit(state)
         return state
 
-    def _horizon(self, config: Config, sampler: FrameSampler, frames: int | None, info: VideoInfo | None) -> int | None:
-        """Positions for a file of so many frames, at least the trained length; None where the stream compacts.
-
-        Raises:
-            HorizonError: the model's RoPE cannot be scaled that far; known before any work is done.
-        """
-        if frames is None or info is None or config.horizon is not None or config.on_horizon == "compact":
+    def _positions(
+        self, config: Config, sampler: FrameSampler, frames: int | None, info: VideoInfo | None
+    ) -> int | None:
+        """How many a file of so many frames and the answers to it may take; None where its length is not known."""
+        if frames is None or info is None:
             return None
-        trained = self.model.trained_length
         layout = self.model.prompts[config.layout].layout
         # The newest frames alone are a clip that is no longer than its own few positions.
         seconds = info.duration_seconds if sampler.newest is None else None
         longest = self.model.max_positions(frames, info.height, info.width, layout, seconds)
-        needed = longest + room_for_answers(config)
-        if needed > trained and self.model.rope.kind != "dynamic":
-            raise HorizonError(
-                f"{frames} frames need up to {needed} positions, but the model was trained for {trained}",
-                f"lower fps or max_frames, set on_horizon='compact', or accept the risk with horizon={needed}",
+        return longest + room_for_answers(config)
+
+    def _reach(self, config: Config, frames: int | None, needed: int | None) -> tuple[int | None, bool]:
+        """The horizon, None where it is the configuration's or the trained length, and whether the stream compacts.
+
+        Raises:
+            HorizonError: steps may not be compacted, and the model's RoPE cannot be scaled so far; known before any
+                work is done.
+        """
+        if needed is None or config.on_horizon == "compact":
+            return None, config.on_horizon != "error"
+        if config.horizon is not None:
+            return None, False
+        trained = self.model.trained_length
+        if needed <= trained or self.model.rope.kind == "dynamic":
+            return max(needed, trained), False
+        rule = f"{frames} frames need up to {needed} positions, but the model was trained for {trained}"
+        if config.on_horizon == "error":
+            way_out = (
+                f"lower `fps` or `max_frames`, set `on_horizon` to 'compact', or accept the risk of `horizon` {needed}"
             )
-        return max(needed, trained)
+            raise HorizonError(rule, way_out)
+        warnings.warn(VideoWarning(f"{rule}: older steps move closer together"), stacklevel=3)
+        return None, True
 
 
 def load(
@@ -250,11 +269,6 @@ def load(
     spec = loaded.kv_spec()
     _log.info("%s: %s, keys in %s on %s", model, type(loaded).__name__, spec.dtype, loaded.model.device)
     return Engine(loaded, config)
-
-
-def _compacts(config: Config, frames: int | None) -> bool:
-    """What happens at the horizon: nobody knows how long a stream without a file of known length will be."""
-    return config.on_horizon == "compact" or (config.on_horizon is None and frames is None)
 
 
 def _check_opened(**given: object) -> None:

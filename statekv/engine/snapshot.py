@@ -168,7 +168,7 @@ def _check_model(saved: Saved, then: Identity, now: Identity) -> None:
     if then.kind != now.kind:
         raise ModelError(f"{told}, a model of the family {then.kind}; this is {now.name or now.kind}", hint)
     if then.dtype != now.dtype:
-        raise ModelError(f"{told} in {then.dtype}, this one is {now.dtype}", f"load it with dtype {then.dtype}")
+        raise ModelError(f"{told} in {then.dtype}, this one is {now.dtype}", f"load it with `dtype` {then.dtype}")
     if then.weights != now.weights:
         raise ModelError(f"{told}; the weights of {now.name or now.kind} are others", hint)
     if then.texts != now.texts:

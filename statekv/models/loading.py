@@ -81,7 +81,7 @@ def _revision_of_own_code(name: str, revision: str | None, trust_remote_code: bo
     chosen = revision or checkpoint.revision
     if chosen is None:
         rule = f"{name} runs code of its own, and no commit of it is pinned here"
-        raise ModelError(rule, "read its code, and name the commit with revision")
+        raise ModelError(rule, "read its code, and name the commit with `revision`")
     return chosen
 
 
@@ -96,7 +96,7 @@ def _own_reference(source: str, hub: dict[str, Any]) -> tuple[Any, str] | None:
 
 
 def _untrusted(name: str) -> ModelError:
-    return ModelError(f"{name} brings code of its own", "trust it with trust_remote_code=True")
+    return ModelError(f"{name} brings code of its own", "set `trust_remote_code` to trust it")
 
 
 def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
@@ -146,10 +146,10 @@ def _read_weights(source: str, name: str, settings: dict[str, Any], own_config: 
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         told = str(error).strip() or type(error).__name__
         if "out of memory" in told.lower() or "allocate memory" in told.lower():
-            hint = "use a smaller model, a half dtype or a device_map"
+            hint = "use a smaller model, a half `dtype` or a `device_map`"
             raise ModelError(f"{name} does not fit in memory", hint) from None
         reason = told.splitlines()[0]
-        hint = "check dtype and device_map, or get the weights again"
+        hint = "check `dtype` and `device_map`, or get the weights again"
         raise ModelError(f"the weights of {name} do not load: {reason}", hint) from None
     model, report = loaded
     if report["missing_keys"]:

@@ -222,8 +222,20 @@ def test_settings_are_checked_before_the_model_is_loaded(film: Path, monkeypatch
 def test_a_stream_past_its_horizon(film: Path, horizon: str) -> None:
     line = refused("ask", film, COUNT, "--horizon", horizon)
     assert "as far as RoPE reaches for this stream" in line
-    assert f"a horizon above {horizon}" in line
-    assert "on_horizon='compact'" in line
+    assert f"a --horizon above {horizon}" in line
+    assert "set --on-horizon to 'compact'" in line
+
+
+def test_code_that_is_not_trusted(film: Path) -> None:
+    (name,) = (known.name for family in FAMILIES.values() if family.own_code for known in family.checkpoints[:1])
+    assert "(set --trust-remote-code to trust it)" in refused("ask", film, COUNT, "--model", name)
+
+
+def test_a_file_that_is_too_long_where_steps_may_not_move(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statekv.models.adapter.VideoModel.trained_length", 100)
+    line = refused("ask", film, COUNT, "--on-horizon", "error")
+    assert "12 frames need up to" in line
+    assert "(lower --fps or --max-frames, set --on-horizon to 'compact', or accept the risk of --horizon " in line
 
 
 def test_an_unknown_way_of_living_with_the_horizon(film: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import statekv
 from statekv.config import Config
 from statekv.engine.engine import Engine
-from statekv.errors import ConfigError, StateKVError, VideoError
+from statekv.errors import ConfigError, HorizonError, StateKVError, VideoError, VideoWarning
 from statekv.video.writer import write_video
 from tests.talk import (
     QUESTION,
@@ -151,6 +151,19 @@ def test_files_end_at_their_horizon_and_streams_of_unknown_length_compact(family
     assert loaded.open().state.compacts
     assert loaded.open(clip, on_horizon="compact").state.compacts
     assert not loaded.open(on_horizon="error").state.compacts
+
+
+def test_a_file_too_long_for_the_model_compacts_and_is_told(clip: Path) -> None:
+    loaded = engine("qwen3_vl", trained=100)
+    with pytest.warns(VideoWarning, match=r"12 frames need up to \d+ positions.*: older steps move closer together"):
+        session = loaded.open(clip, fps=None)
+    told = loaded.open(clip, fps=None, on_horizon="compact")
+    for each in (session, told):
+        each.watch()
+    assert session.state.compaction.factor > 1
+    assert_same_stream(session, told)
+    with pytest.raises(HorizonError, match="the model was trained for 100"):
+        loaded.open(clip, fps=None, on_horizon="error")
 
 
 @EVERY_FAMILY

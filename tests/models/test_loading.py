@@ -124,7 +124,7 @@ def test_code_in_a_checkpoint_is_not_run_unless_trusted(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="trust_remote_code=True"):
+    with pytest.raises(ModelError, match="set trust_remote_code to trust it"):
         load_model(str(tmp_path))
     assert not ran.exists()
 

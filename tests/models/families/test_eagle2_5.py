@@ -217,13 +217,13 @@ def test_it_loads_although_its_configuration_asks_for_flash_attention(folder: Pa
 def test_untrusted_code_is_not_run(folder: Path) -> None:
     code = folder / "modeling_eagle2_5_vl.py"
     code.write_text(f"open({str(folder / 'ran')!r}, 'w')\n{code.read_text()}")
-    with pytest.raises(ModelError, match="trust_remote_code=True"):
+    with pytest.raises(ModelError, match="set trust_remote_code to trust it"):
         load_model(str(folder))
     assert not (folder / "ran").exists()
 
 
 def test_a_known_checkpoint_asks_for_trust_before_anything_is_fetched() -> None:
-    with pytest.raises(ModelError, match=rf"{NAME} brings code of its own .*trust_remote_code=True"):
+    with pytest.raises(ModelError, match=rf"{NAME} brings code of its own .*set trust_remote_code to trust it"):
         load_model(NAME)
 
 
