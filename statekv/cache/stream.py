@@ -130,6 +130,13 @@ class StreamState:
         }
 
     @property
+    def used(self) -> dict[str, int]:
+        """Bytes of `nbytes` that tokens take; the rest is reserved for those to come."""
+        token, detailed = self.spec.bytes_per_token * self.spec.streams, self.detailed
+        carried = sum(self._carried.lengths) * token // self.spec.layers if self._carried is not None else 0
+        return {**self.nbytes, "carried": carried, "detailed": min(detailed.lengths[-1] * token, detailed.nbytes)}
+
+    @property
     def forgotten(self) -> int:
         """Steps that a cap on memory has left no room for."""
         return self.detailed.forgotten

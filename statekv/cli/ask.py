@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 AskedVideo = Annotated[
     str | None, typer.Argument(help="A video file or URL; left out with --restore.", show_default=False)
 ]
-AskedQuestions = Annotated[list[str] | None, typer.Argument(help="One or more questions.", show_default=False)]
+AskedQuestions = Annotated[
+    list[str] | None,
+    typer.Argument(help="One or more questions; - reads lines of standard input.", show_default=False),
+]
+FromFile = Annotated[
+    Path | None, typer.Option("--questions", help="A file with a question a line, asked behind the others; - as above.")
+]
 Restore = Annotated[
     Path | None,
     typer.Option(help="Go on with what --save kept; every argument is a question, model and settings stay."),
@@ -35,6 +42,7 @@ def ask(
     video: AskedVideo = None,
     questions: AskedQuestions = None,
     *,
+    file: FromFile = None,
     save: options.Save = None,
     restore: Restore = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
@@ -44,11 +52,10 @@ def ask(
     stream: options.VideoStream = None,
 ) -> None:
     """Watch VIDEO once, answer every QUESTION about it."""
-    asked = list(questions or ())
-    if restore is not None and video is not None:
-        asked.insert(0, video)
-    if not asked:
+    given = [*([video] if restore is not None and video is not None else []), *(questions or ())]
+    if not given and file is None:
         context.fail("Missing argument 'QUESTIONS...'.")
+    asked = _read(given, file, stdin_is_video=restore is None and video == "-")
     # Checked before the model is loaded, and before torch is, which take their time.
     if any(not question.strip() for question in asked):
         raise ConfigError("the question is empty", "ask something about the video")
@@ -70,6 +77,38 @@ def ask(
         _save(session, save)
         for question in asked:
             _answer(session, question, name, as_json)
+
+
+def _read(given: Iterable[str], file: Path | None, stdin_is_video: bool) -> list[str]:
+    """The questions, those that stand elsewhere read from there.
+
+    Raises:
+        ConfigError: there are none where they should be.
+    """
+    found: list[str] = []
+    places: list[str | Path] = [*given, *([] if file is None else [file])]
+    for place in places:
+        if str(place) == "-":
+            if stdin_is_video:
+                raise ConfigError("standard input is the video, and cannot hold questions too", "use --questions FILE")
+            found += _lines_of(sys.stdin)
+        else:
+            found += _lines_of(place) if isinstance(place, Path) else [place]
+    return found
+
+
+def _lines_of(source: Path | TextIO) -> list[str]:
+    name = str(source) if isinstance(source, Path) else "standard input"
+    try:
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.read()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {(error.strerror or '').lower()}", "name another file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} is not UTF-8 text", "write a question a line") from None
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ConfigError(f"{name} holds no question", "write one a line")
+    return found
 
 
 def check_target(save: Path | None) -> None:
@@ -144,6 +183,7 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
         "forgotten": state.forgotten,
         "seconds": {**seconds, "answer": answer_seconds},
         "bytes": state.nbytes,
+        "bytes_used": state.used,
     }
 
 

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from statekv.cli.console import out
+from statekv.cli.console import out, to_json
 
 _FRAMES_PER_HOUR = 3600  # at one a second
 
 
-def models() -> None:
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each model instead.")] = False,
+) -> None:
     """List the supported model families, their sizes and what has been tried of them."""
+    if as_json:
+        typer.echo("\n".join(to_json(row) for row in _rows()))
+    else:
+        _show()
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    from statekv.models import FAMILIES
+
+    for name, family in FAMILIES.items():
+        for known in family.checkpoints:
+            yield {
+                "model": known.name,
+                "family": name,
+                "parameters": round(known.billions * 1e9),
+                "tokens_per_frame": family.tokens_per_frame,
+                "of_pixels": family.of_pixels,
+                "bytes_per_token": known.bytes_per_token,
+                "own_code": family.own_code,
+                "revision": known.revision,
+                "tested": family.tested,
+            }
+
+
+def _show() -> None:
     from statekv.models import FAMILIES, Checkpoint
     from statekv.ops import implementation
 

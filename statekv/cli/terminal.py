@@ -93,10 +93,16 @@ class Facts:
             stream.append(self.saved)
         work = []
         if newest is not None:
+            used = self.session.state.used
             held = {tier: size for tier, size in self.session.state.nbytes.items() if size}
             work = [f"{1000 * median(self._steps):.1f} ms per step", f"{newest.carried:,} tokens carried"]
-            work += [f"{tier} {told(size)}" for tier, size in held.items()]
+            work += [f"{tier} {_share(used[tier], size)}" for tier, size in held.items()]
         return [" · ".join(stream), " · ".join(work)]
+
+
+def _share(used: int, reserved: int) -> str:
+    """Two amounts, or one where all is used."""
+    return told(reserved) if used == reserved else f"{told(used)} of {told(reserved)}"
 
 
 class Screen:
@@ -162,10 +168,16 @@ class Screen:
 
 
 class Plain:
-    """Questions and answers as lines on standard output, the stream's state now and then on standard error."""
+    """Questions and answers as lines on standard output, the stream's state now and then on standard error.
 
-    def __init__(self, facts: Facts) -> None:
+    Args:
+        facts: told now and then.
+        records: whether answers are written there by whoever has them whole, as JSON.
+    """
+
+    def __init__(self, facts: Facts, records: bool = False) -> None:
         self._facts = facts
+        self._records = records
         self._told_at = time.monotonic()
 
     def __enter__(self) -> Plain:
@@ -184,15 +196,18 @@ class Plain:
 
     def asked(self, question: str, at: str) -> None:
         """An answer begins."""
-        typer.echo(f"[{at}] {question}")
+        if not self._records:
+            typer.echo(f"[{at}] {question}")
 
     def piece(self, text: str) -> None:
         """It goes on."""
-        typer.echo(text, nl=False)
+        if not self._records:
+            typer.echo(text, nl=False)
 
     def answered(self) -> None:
         """It is done, or was left off."""
-        typer.echo()
+        if not self._records:
+            typer.echo()
 
     def say(self, text: str) -> None:
         """Something about the work."""

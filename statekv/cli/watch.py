@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ AskEvery = Annotated[
     tuple[str, str] | None,
     typer.Option(help="A time of the stream and a question that is asked so often: 30s 'what happens?'"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per answer, and no screen.")]
 Log = Annotated[Path | None, typer.Option(help="Append each answer to this file, one JSON object per line.")]
 Autosave = Annotated[str | None, typer.Option(help="How often the stream is saved to the folder of --save: 60s, 5m.")]
 Restore = Annotated[
@@ -53,6 +54,7 @@ def watch(
     realtime: Realtime = False,
     ask_every: AskEvery = None,
     log: Log = None,
+    as_json: AsJson = False,
     save: options.Save = None,
     autosave: Autosave = None,
     restore: Restore = None,
@@ -84,18 +86,19 @@ def watch(
             session = _again(engine, restored, source, settings, realtime)
         stack.enter_context(session)
         facts, questions = Facts(session, display_name(source)), Questions()
-        view = _view(stack, facts, questions, source == "-")
+        view = _view(stack, facts, questions, source == "-", as_json)
         keeper = Keeper(session, save, every_seconds, view.say, restored is not None and restored == save)
-        watching = Watching(session, facts, questions, view, standing, answers, keeper)
+        records = [file for file in (answers, sys.stdout if as_json else None) if file is not None]
+        watching = Watching(session, facts, questions, view, standing, records, keeper)
         code = watching.run()
         summary = watching.summary()
     remark(summary)
     raise typer.Exit(code)
 
 
-def _view(stack: ExitStack, facts: Facts, questions: Questions, stdin_is_video: bool) -> Screen | Plain:
+def _view(stack: ExitStack, facts: Facts, questions: Questions, stdin_is_video: bool, as_json: bool) -> Screen | Plain:
     """Where questions come from and answers go to, for as long as the stack lasts."""
-    terminal = find_terminal(stdin_is_video)
+    terminal = None if as_json else find_terminal(stdin_is_video)
     if terminal is not None:
         line = Line()
         stack.enter_context(typed_keys(terminal, line, questions))
@@ -104,7 +107,7 @@ def _view(stack: ExitStack, facts: Facts, questions: Questions, stdin_is_video: 
         questions.closed = True
     else:
         piped(questions, sys.stdin)
-    return stack.enter_context(Plain(facts))
+    return stack.enter_context(Plain(facts, as_json))
 
 
 def _again(engine: Engine, folder: Path, source: str, settings: dict[str, Any], realtime: bool) -> Session:
@@ -168,7 +171,7 @@ class Watching:
         questions: where they come in.
         view: where answers go.
         standing: a question that comes back.
-        log: where answers are written down.
+        records: files in which answers are written down.
         keeper: saves the stream.
     """
 
@@ -179,11 +182,11 @@ class Watching:
         questions: Questions,
         view: Screen | Plain,
         standing: StandingQuestion | None,
-        log: TextIO | None,
+        records: Sequence[TextIO],
         keeper: Keeper,
     ) -> None:
         self._session, self._facts, self._questions, self._view = session, facts, questions, view
-        self._standing, self._log, self._keeper = standing, log, keeper
+        self._standing, self._records, self._keeper = standing, records, keeper
         self._standing_due = False
         self._answers = 0
 
@@ -274,9 +277,10 @@ class Watching:
         finally:
             self._view.answered()
         self._answers += 1
-        if self._log is not None:
-            self._log.write(to_json(self._record(question, text, standing, before)) + "\n")
-            self._log.flush()
+        line = to_json(self._record(question, text, standing, before))
+        for file in self._records:
+            file.write(line + "\n")
+            file.flush()
 
     def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:
         live = self._session.live

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.engine.awaiting import Awaitable
 from statekv.engine.choice import sampler_of
 from statekv.engine.ingest import FrameQueue, PendingStep
 from statekv.engine.interrupts import deferred_interrupts
@@ -27,10 +28,11 @@ from statekv.video.sampling import FrameSampler
 from statekv.video.source import LiveStatus, Source
 
 
-class Session:
+class Session(Awaitable):
     """A stream that grows frame by frame and can be asked at any time; asking changes nothing.
 
-    Made by `Engine.open`. Any thread may use it at any time: they take turns, in the order in which they came.
+    Made by `Engine.open`. Any thread may use it at any time: they take turns, in the order in which they came. In an
+    event loop `aask`, `astream` and `awatch` leave the loop free meanwhile.
 
     Args:
         runner: the loaded model.

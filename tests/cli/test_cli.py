@@ -145,6 +145,17 @@ def test_several_questions_share_one_prefill(film: Path, watched: list[Session])
     assert out.splitlines() == ask_directly(film, *questions)
 
 
+def test_questions_from_standard_input_and_from_a_file(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "questions.txt").write_text(f"\n{COLOR}\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{COUNT}\n\n  {COLOR}  \n"))
+    out = succeed("ask", film, "-", COUNT, "--questions", tmp_path / "questions.txt")
+    assert out == succeed("ask", film, COUNT, COLOR, COUNT, COLOR)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(COLOR))
+    assert succeed("ask", film, "--questions", "-") == succeed("ask", film, COLOR)
+
+
 def test_json_has_an_object_per_answer(film: Path, watched: list[Session]) -> None:
     found = [json.loads(line) for line in succeed("ask", film, COUNT, COLOR, "--json", "--budget", "40").splitlines()]
     assert len(watched) == 1
@@ -160,6 +171,9 @@ def test_json_has_an_object_per_answer(film: Path, watched: list[Session]) -> No
         assert all(seconds > 0 for seconds in answer["seconds"].values())
         assert set(answer["bytes"]) == {"carried", "detailed", "blocks", "memories"}
         assert 0 < answer["bytes"]["carried"] < answer["bytes"]["detailed"]
+        a_token = 5 * 2 * 32 * 2 * 4
+        used = {**answer["bytes"], "carried": 40 * a_token, "detailed": answer["tokens"] * a_token}
+        assert answer["bytes_used"] == used
     # Each with its own time to answer, both with the same prefill.
     assert found[0]["seconds"]["prefill"] == found[1]["seconds"]["prefill"]
 
@@ -239,6 +253,18 @@ def test_models_lists_every_family_and_the_demo() -> None:
             gib = 3600 * family.tokens_per_frame * checkpoint.bytes_per_token / 2**30
             assert float(per_hour) == pytest.approx(gib, rel=0.05)
     assert any(line.split()[:1] == ["demo"] for line in lines)
+
+
+def test_models_as_data() -> None:
+    rows = [json.loads(line) for line in succeed("models", "--json").splitlines()]
+    known = {
+        checkpoint.name: (name, checkpoint) for name, family in FAMILIES.items() for checkpoint in family.checkpoints
+    }
+    assert [row["model"] for row in rows] == list(known)
+    for row in rows:
+        family, checkpoint = known[row["model"]]
+        assert (row["family"], row["bytes_per_token"]) == (family, checkpoint.bytes_per_token)
+        assert row["tokens_per_frame"] == FAMILIES[family].tokens_per_frame
 
 
 def test_models_tells_the_demo_as_it_is() -> None:

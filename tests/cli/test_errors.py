@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -245,6 +246,16 @@ def test_an_unknown_way_of_living_with_the_horizon(film: Path) -> None:
 
 
 # Questions
+
+
+def test_questions_that_are_not_there(film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statekv.engine.engine.load", _never)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "standard input holds no question" in refused("ask", film, "-")
+    assert "cannot hold questions too (use --questions FILE)" in refused("ask", "-", "-")
+    assert "cannot be read: no such file" in refused("ask", film, "--questions", tmp_path / "q.txt")
+    (tmp_path / "q.txt").write_bytes(b"wie viele Gr\xfcne?\n")
+    assert "q.txt is not UTF-8 text" in refused("ask", film, "--questions", tmp_path / "q.txt")
 
 
 @pytest.mark.parametrize("question", ["", "  ", "\n"])

@@ -53,7 +53,15 @@ def test_questions_come_in_as_lines_and_go_out_as_lines(film: Path, monkeypatch:
     assert second
     (line,) = found.err.splitlines()
     assert line.startswith(f"statekv: ended · 0:00:11 · {FRAMES} frames · ")
+    used, reserved = re.search(r"detailed ([\d.]+) KiB of ([\d.]+) MiB", line).groups()  # type: ignore[union-attr]
+    assert float(used) < float(reserved) * 1024
     assert line.endswith(" 2 answers")
+
+
+def test_answers_as_json(film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n{COLOR}\n", film, "--json", "--log", tmp_path / "log.jsonl")
+    assert found.out == (tmp_path / "log.jsonl").read_text()
+    assert [json.loads(line)["question"] for line in found.out.splitlines()] == [COUNT, COLOR]
 
 
 def test_a_standing_question_is_asked_by_the_streams_time(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from random import Random
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from statekv.engine.engine import Engine
+from statekv.engine.progress import Progress
 from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from tests.engine.test_scheduler import watching
@@ -212,3 +215,89 @@ def test_closing_while_another_thread_watches_ends_its_watch() -> None:
 
     at_once(watch, close)
     assert sum(session.state.nbytes.values()) == 0
+
+
+# In an event loop
+
+
+def fresh() -> Session:
+    return shared_engine("internvl").open(iter(some_frames(8)), budget=20, max_new_tokens=6)
+
+
+@pytest.fixture
+def watched() -> Session:
+    found = fresh()
+    found.watch()
+    return found
+
+
+def test_they_do_what_their_twins_do(watched: Session) -> None:
+    async def twins() -> tuple[Session, str, list[str]]:
+        found = fresh()
+        await found.awatch()
+        async with aclosing(found.astream(QUESTION)) as pieces:
+            return found, await found.aask(QUESTION), [piece async for piece in pieces]
+
+    found, text, pieces = asyncio.run(twins())
+    assert_same_stream(found, watched)
+    assert text == watched.ask(QUESTION) == "".join(pieces)
+    assert len(pieces) > 1
+
+
+def test_the_loop_is_free_meanwhile() -> None:
+    """A step waits for something that the loop does only then."""
+
+    async def both() -> None:
+        found, done = fresh(), threading.Event()
+        asyncio.get_running_loop().call_later(0.01, done.set)
+        await found.awatch(on_step=lambda _: None if done.wait(20) else pytest.fail("the loop is held"))
+
+    asyncio.run(both())
+
+
+def test_a_cancelled_answer_ends_and_the_stream_goes_on(watched: Session) -> None:
+    async def cancel() -> None:
+        begun = asyncio.Event()
+
+        async def answer() -> None:
+            async with aclosing(watched.astream(QUESTION, max_new_tokens=10_000)) as pieces:
+                async for _ in pieces:
+                    begun.set()
+
+        task = asyncio.create_task(answer())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    expected = watched.ask(QUESTION)
+    asyncio.run(cancel())
+    assert not watched.answering
+    assert watched.ask(QUESTION) == expected
+
+
+def test_a_cancelled_watch_stops_behind_a_step_and_can_be_gone_on_with(watched: Session) -> None:
+    async def cancel() -> Session:
+        found, loop, begun = fresh(), asyncio.get_running_loop(), asyncio.Event()
+
+        def on_step(_: Progress) -> None:
+            loop.call_soon_threadsafe(begun.set)
+
+        task = asyncio.create_task(found.awatch(on_step=on_step, pause=lambda: found.frames > 4))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return found
+
+    found = asyncio.run(cancel())
+    assert 0 < found.steps < watched.steps
+    found.watch()
+    assert_same_stream(found, watched)
+
+
+def test_errors_are_those_of_the_twins(watched: Session) -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        asyncio.run(watched.aask(" "))
+    with pytest.raises(ConfigError, match="no source"):
+        asyncio.run(shared_engine("internvl").open().awatch())
