@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 import statekv
 from statekv.cli import analyze, ask, bench, demo, evals, models, watch
 from statekv.cli.console import complain, show_warning, speak
+from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError, StateKVError
 
 _EVERYWHERE = ("--quiet", "-q", "--verbose", "-v", "--no-color")
@@ -30,7 +31,8 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with endings_interrupt():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(130) from None

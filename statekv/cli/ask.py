@@ -124,23 +124,23 @@ def _watch(session: Session, save: Path | None, restored: Path | None) -> None:
     """To the end; what was seen is saved where that is not reached."""
     # With the newest frames alone, that is how many are looked at together, not how many there are.
     expected = session.state.frames_expected if session.sampler.newest is None else None
-    with progress() as bar:
-        task = bar.add_task("frames", total=expected)
-        try:
+    try:
+        with progress() as bar:
+            task = bar.add_task("frames", total=expected)
             session.watch(on_step=lambda step: bar.update(task, completed=step.frames))
-        except KeyboardInterrupt:
-            _save(session, save)
-            going = f"; --restore {save} goes on from there" if save is not None else ""
-            complain(f"interrupted after {session.frames} frames{going}")
-            raise typer.Exit(130) from None
-        except VideoError as error:
-            if restored is None or not session.frames:
-                _save(session, save)
-                raise
-            complain(f"warning: {error.spelled(options.as_option)}; the answers are about what was seen")
-        except StateKVError:
+    except KeyboardInterrupt:
+        _save(session, save)
+        going = f"; --restore {save} goes on from there" if save is not None and session.frames else ""
+        complain(f"interrupted after {session.frames} frames{going}")
+        raise typer.Exit(130) from None
+    except VideoError as error:
+        if restored is None or not session.frames:
             _save(session, save)
             raise
+        complain(f"warning: {error.spelled(options.as_option)}; the answers are about what was seen")
+    except StateKVError:
+        _save(session, save)
+        raise
 
 
 def _save(session: Session, folder: Path | None) -> None:

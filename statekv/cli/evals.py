@@ -107,7 +107,13 @@ def run(
             failed.extend([video] if failures else [])
             _tell(video, failures)
 
-        evaluate(engine, chosen, configs, place, model=model, revision=revision, shard=part, most=videos, on_video=show)
+        try:
+            evaluate(
+                engine, chosen, configs, place, model=model, revision=revision, shard=part, most=videos, on_video=show
+            )
+        except KeyboardInterrupt:
+            complain(f"interrupted; {place} holds the videos that are done, and the same command goes on from there")
+            raise typer.Exit(130) from None
     told = f"; videos that failed: {len(failed)}" if failed else ""
     notes.print(f"results: {place}{told}    table: statekv eval report {place}", markup=False, soft_wrap=True)
 

@@ -18,7 +18,6 @@ from statekv.cli.console import load, remark, to_json
 from statekv.cli.options import as_option, clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
 from statekv.config import Config
-from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError, MemoryLimitError, SaveError, StateKVError
 from statekv.video.address import display_name
 
@@ -72,7 +71,6 @@ def watch(
     check_target(save)
     restored = _restored(save, restore)
     with ExitStack() as stack:
-        stack.enter_context(endings_interrupt())
         answers = stack.enter_context(closing(_open_log(log))) if log is not None else None
         if restored is None:
             engine = load(**loading, method=method, **settings)

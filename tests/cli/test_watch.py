@@ -151,17 +151,26 @@ def test_standard_input_that_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Terminal:
-    """`statekv watch` on a pseudo-terminal."""
+    """`statekv watch` on a pseudo-terminal.
 
-    def __init__(self, *arguments: str | Path) -> None:
+    Args:
+        arguments: of the command.
+        background: Ctrl-C is ignored, as in what a script has started with `&`.
+    """
+
+    def __init__(self, *arguments: str | Path, background: bool = False) -> None:
         import pty
 
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "24", "OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-m", "statekv", "watch", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-        )
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)  # is inherited
+        try:
+            self.process = subprocess.Popen(
+                line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         os.close(theirs)
         self.shown = ""
 

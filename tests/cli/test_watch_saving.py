@@ -219,8 +219,10 @@ def test_what_a_session_has_once_and_for_all(
 
 
 @pytest.fixture
-def terminal(film: Path, folder: Path) -> Iterator[Terminal]:
-    found = Terminal(film, "--realtime", "--fps", "5", "--save", folder, "--autosave", "1h")
+def terminal(film: Path, folder: Path, ending: signal.Signals) -> Iterator[Terminal]:
+    """Where Ctrl-C itself does not end it, it is ignored, which the others do not mind."""
+    line = (film, "--realtime", "--fps", "5", "--save", folder, "--autosave", "1h")
+    found = Terminal(*line, background=ending != signal.SIGINT)
     yield found
     found.close()
 

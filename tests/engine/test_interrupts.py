@@ -134,6 +134,26 @@ def test_an_ending_is_an_interrupt_that_can_be_deferred(ending: signal.Signals) 
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("where", [deferred, lambda block: block()], ids=["in a step", "between steps"])
+def test_an_ending_arrives_where_ctrl_c_is_ignored(
+    ending: signal.Signals, where: Callable[[Callable[[], None]], None]
+) -> None:
+    """As in `nohup statekv watch … &` from a script."""
+
+    def block() -> None:
+        interrupt()
+        where(lambda: signal.raise_signal(ending))
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), endings_interrupt():
+            block()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_an_ending_that_is_ignored_stays_ignored(ending: signal.Signals) -> None:
     signal.signal(ending, signal.SIG_IGN)
     try:
