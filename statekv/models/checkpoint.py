@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+from huggingface_hub import constants
 from transformers.utils.hub import cached_file
 
 from statekv.errors import ModelError
+
+_PATIENCE_SECONDS = 3.0
+
+
+def why_hub_is_away() -> str:
+    """Why the hub cannot be asked; empty where it can.
+
+    The hub's own client tries five times, for half a minute in all and for each file anew.
+    """
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE_SECONDS).close()
+    except HTTPError:
+        return ""  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        return f"cannot reach the hub at {constants.ENDPOINT}: {getattr(reason, 'strerror', None) or reason}"
+    return ""
 
 
 def read_processor_config(name_or_path: str, **hub_kwargs: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from statekv.errors import ConfigError, ModelError
 from statekv.models import FAMILIES, adapter_of
 from statekv.models.adapter import Texts, VideoModel
+from statekv.models.checkpoint import why_hub_is_away
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,8 +49,10 @@ def load_model(
     """
     source = str(DEMO) if name_or_path == "demo" else name_or_path
     revision = _revision_of_own_code(name_or_path, revision, trust_remote_code)
-    hub = {"revision": revision} if revision else {}
-    config = _read_config(source, name_or_path, trust_remote_code, hub)
+    away = why_hub_is_away() if _is_hub_id(source) and not Path(source).exists() else ""
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    hub |= {"local_files_only": True} if away else {}  # what is in its cache still loads
+    config = _read_config(source, name_or_path, trust_remote_code, hub, away)
     family, own_code = adapter_of(config.model_type), FAMILIES[config.model_type].own_code
     if own_code and not trust_remote_code:
         raise _untrusted(name_or_path)
@@ -99,7 +103,7 @@ def _untrusted(name: str) -> ModelError:
     return ModelError(f"{name} brings code of its own", "set `trust_remote_code` to trust it")
 
 
-def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
+def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str, Any], away: str) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -113,10 +117,19 @@ def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str,
         if isinstance(error, (ImportError, AttributeError)):
             hint = "install what it asks for, or the transformers that it was written for"
             raise ModelError(f"the code of {name} does not run here: {reason}", hint) from None
-        raise ModelError(
-            f"unknown model {name!r}: {reason}",
-            f"give a folder, a hub id such as {FAMILIES['internvl'].checkpoints[0].name}, or demo",
-        ) from None
+        raise _unknown(name, away, reason) from None
+    except ModelError as error:
+        raise _unknown(name, away, "") if away else error from None
+
+
+def _unknown(name: str, away: str, reason: str) -> ModelError:
+    rule = f"{away}, and {name!r} is neither a folder nor in the hub's cache" if away else ""
+    hint = f"give a folder, a hub id such as {FAMILIES['internvl'].checkpoints[0].name}, or demo"
+    return ModelError(rule or f"unknown model {name!r}: {reason}", hint)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 
 def _read_texts(source: str, trust_remote_code: bool, hub: dict[str, Any], known: dict[str, Any]) -> Texts:

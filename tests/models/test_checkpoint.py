@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from statekv.errors import ModelError
-from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json, read_processor_config
+from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json, read_processor_config, why_hub_is_away
 
 
 def put(folder: Path, **files: object) -> str:
@@ -58,3 +60,35 @@ def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as told:
         read_processor_config(str(tmp_path / "nothing"), local_files_only=True)
     assert "\n" not in str(told.value)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+@pytest.mark.parametrize(
+    ("serving", "told"), [("answers", ""), ("is silent", "timed out"), ("is gone", "Connection refused")]
+)
+def test_whether_the_hub_can_be_asked(serving: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within seconds, whatever is wrong; who refuses is there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("statekv.models.checkpoint._PATIENCE_SECONDS", 20 if serving == "answers" else 0.1)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        place = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+        if serving == "answers":
+            threading.Thread(target=server.handle_request, daemon=True).start()
+        if serving == "is gone":
+            server.server_close()
+        found = why_hub_is_away()
+    assert found == (f"cannot reach the hub at {place}: {told}" if told else "")
+
+
+def test_offline_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert why_hub_is_away() == "HF_HUB_OFFLINE is set"

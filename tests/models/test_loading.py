@@ -96,12 +96,20 @@ def test_a_model_that_the_user_holds_is_wrapped_without_texts(family: str) -> No
 
 
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "/no/such/folder", "nosuchname", "", "a/b/c"])
-def test_an_unknown_model_is_told_by_name(name: str) -> None:
-    with pytest.raises(ModelError, match="unknown model") as told:
+def test_an_unknown_model_is_told_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"unknown model|HF_HUB_OFFLINE is set") as told:
         load_model(name)
     assert repr(name) in told.value.message
     assert "demo" in told.value.hint
     assert "\n" not in str(told.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it asked once more for every file: that is half a minute each."""
+    monkeypatch.setattr("statekv.models.loading.why_hub_is_away", lambda: "cannot reach the hub")
+    with pytest.raises(ModelError, match=r"cannot reach the hub, and 'no/such' is neither a folder nor in the hub's"):
+        load_model("no/such")
 
 
 @pytest.mark.parametrize("config", [{"model_type": "qwen2"}, {"model_type": "llava_next_video"}])
