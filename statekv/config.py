@@ -32,7 +32,8 @@ CARRIES: Mapping[str, str] = {
 _WITHOUT_ATTENTION = ("all", "recent", "sink_recent", "random", "key_norm")
 REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
 GATES: Mapping[str, str] = {}  # none is built in
-RECALLS = ("all", "recent", "sink_recent", "retrieve", "last_frames")
+WINDOWS = ("recent", "sink_recent")  # recalls that go by age
+RECALLS = ("all", *WINDOWS, "retrieve", "last_frames")
 SCHEMES = ("file", "http", "https", "tcp", "udp", "rtp", "rtsp", "rtsps", "rtmp", "rtmps")
 
 # What each method sets. All of it makes the method what it is, but for whole numbers, which only say how much.
@@ -178,7 +179,7 @@ def _goes_by_attention(values: Mapping[str, Any]) -> bool:
 ATTENTION = Needs("carry", _goes_by_attention, "a `carry` that goes by attention", "set `carry` to 'attention'")
 BOUNDED = Needs("carry", lambda values: values["carry"] != "all", "a `carry` that leaves keys behind", "change `carry`")
 # Two recalls go by the budget too, whatever is carried.
-BUDGETED = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] in ("recent", "sink_recent"))
+BUDGETED = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] in WINDOWS)
 SINKING = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] == "sink_recent")
 
 
@@ -562,18 +563,17 @@ class Config:
         if self.uniform and self.max_frames is None:
             rule = "`max_frames` is None, but `uniform` spreads a number of frames over the video"
             yield rule, "give `max_frames`"
-        yield from self._uncappable()
-
-    def _uncappable(self) -> Iterator[tuple[str, str]]:
-        if self.memory is None:
-            return
-        capped = f"`memory` is {SETTINGS['memory'].shown(self.memory)}"
-        if self.carry == "all":
-            rule = f"{capped} with `carry` 'all', but such steps need all of it"
+        if self.memory is not None and self.carry == "all":
+            rule = (
+                f"`memory` is {SETTINGS['memory'].shown(self.memory)} with `carry` 'all', but such steps need all of it"
+            )
             yield rule, "choose a method with a `budget`, or leave `memory` out"
-        if self.recall in ("recent", "sink_recent"):
-            rule = f"{capped} with `recall` {self.recall!r}, which shows the newest alone"
-            yield rule, "set `recall` to 'all' or 'retrieve', or leave `memory` out"
+        for name in ("host_memory", "disk", "bits") if self.recall in WINDOWS else ():
+            if (value := getattr(self, name)) is not None:
+                rule = (
+                    f"`{name}` is {SETTINGS[name].shown(value)} with `recall` {self.recall!r}, of which nothing moves"
+                )
+                yield rule, f"set `recall` to 'all' or 'retrieve', or leave `{name}` out"
 
     @property
     def recalled_sinks(self) -> int:

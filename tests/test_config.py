@@ -362,8 +362,9 @@ def test_what_was_set_by_hand_stays() -> None:
         ({"retrieve_positions": "reindex"}, ["retrieve_positions is 'reindex' with recall 'all'"]),
         ({"last_frames": 9}, ["last_frames is 9 with recall 'all'", "set recall to 'last_frames'"]),
         ({"memory": 512, "carry": "all"}, ["memory is 512", "carry 'all'", "leave memory out"]),
-        ({"memory": 512, "recall": "recent"}, ["memory is 512", "recall 'recent'", "set recall to"]),
-        ({"memory": 512, "recall": "sink_recent"}, ["memory is 512", "recall 'sink_recent'"]),
+        ({"memory": 512, "recall": "recent", "disk": 5}, ["disk is 5 B", "recall 'recent'", "leave disk out"]),
+        ({"memory": 512, "recall": "sink_recent", "bits": 4}, ["bits is 4", "recall 'sink_recent'"]),
+        ({"memory": 512, "recall": "recent", "host_memory": 9}, ["host_memory is 9 B", "set recall to 'all'"]),
     ],
     ids=str,
 )

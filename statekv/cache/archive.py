@@ -23,6 +23,7 @@ from statekv.cache.tiers.base import Content
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry
 from statekv.cache.tiers.cache import TieredCache
 from statekv.cache.tiers.plan import MemoryPlan
+from statekv.cache.tiers.window import WindowedCache
 from statekv.cache.view import Rotary
 from statekv.config import SETTINGS, Config
 from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
@@ -191,10 +192,16 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "kinds": _kinds(state),
         "outlived": sorted(state.outlived),
         "words": sorted(state.words),
+        "pairs": state.pairs,
         "memories": _memory_facts(state),
+        "window": _window_facts(state.detailed) if isinstance(state.detailed, WindowedCache) else None,
         "tiers": tier_facts(state.detailed) if isinstance(state.detailed, TieredCache) else None,
         **{name: getattr(state, name) for name in _PLAIN},
     }
+
+
+def _window_facts(cache: WindowedCache) -> dict[str, int]:
+    return {"away": cache.away, "longest": cache.longest, "room": cache.room}
 
 
 def _geometry(spec: KVSpec) -> dict[str, Any]:
@@ -230,8 +237,10 @@ def _config(saved: Saved, settings: dict[str, Any]) -> Config:
 def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
     if facts["pinned"]:
         state.expect_prefix(facts["pinned"])
-    _restore_detailed(state, saved, facts["parts"], facts["tiers"])
-    state.outlived, state.words = set(facts["outlived"]), frozenset(facts["words"])
+    _restore_detailed(state, saved, facts)
+    # Older saves of format 4 know neither words nor pairs.
+    state.outlived, state.words = set(facts["outlived"]), frozenset(facts.get("words", ()))
+    state.pairs = tuple(facts.get("pairs", (0, 0)))
     carried = state.bounded
     if carried is not None:
         carried.allocate(facts["carried"])
@@ -246,8 +255,8 @@ def _restore(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
     _restore_memories(state, saved, facts.get("memories", {}))  # 0.1 knew of none
 
 
-def _restore_detailed(state: StreamState, saved: Saved, parts: list[tuple[int, int]], tiers: Any) -> None:
-    cache = state.detailed
+def _restore_detailed(state: StreamState, saved: Saved, facts: dict[str, Any]) -> None:
+    cache, parts, tiers = state.detailed, facts["parts"], facts["tiers"]
     if isinstance(cache, TieredCache):
         restore_blocks(cache, saved, tiers)
         if state.blocks is not None:
@@ -261,6 +270,8 @@ def _restore_detailed(state: StreamState, saved: Saved, parts: list[tuple[int, i
     cache.written.note(written)
     if isinstance(cache, TieredCache):
         cache.settled(tiers["away"])
+    if isinstance(cache, WindowedCache) and (window := facts.get("window")):  # format 4 held all tokens
+        cache.resume(**window)
 
 
 def _restore_steps(state: StreamState, tensors: dict[str, torch.Tensor], kinds: list[str]) -> None:

@@ -233,6 +233,14 @@ class CarriedCache(Cache):
         found = zip(held.tolist(), scores[1:][held].tolist(), counts[1:][held].long().tolist(), strict=True)
         return {starts[number]: (score, count) for number, score, count in found}
 
+    def held_of(self, starts: Sequence[int]) -> set[int]:
+        """Starts of segments that have keys here; each ends where the next begins, and these are ascending."""
+        first, counts = torch.tensor(starts, dtype=torch.int64), torch.zeros(len(starts) + 1, dtype=torch.int64)
+        for layer, length in enumerate(self.lengths):
+            tokens = self.token_ids[layer][..., :length].flatten().cpu().long()
+            counts += torch.searchsorted(first, tokens, right=True).bincount(minlength=len(counts))
+        return {starts[number] for number in counts[1:].nonzero()[:, 0].tolist()}
+
     def kept(self, layer: int) -> torch.Tensor:
         """[streams, kv_heads, length], ascending: which of the stream's tokens a layer carries; -1: no token."""
         return self.token_ids[layer][:, :, : self.lengths[layer]].sort(-1).values

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from transformers import Cache
 
-from statekv.cache.folder import Part, Written, ranges
+from statekv.cache.folder import Part, Written, tokens_of_part
 from statekv.cache.spec import KVSpec, PositionShift, numbers_in
 from statekv.ops.attention import attention
 from statekv.ops.rope import Angles, rotate
@@ -72,6 +72,11 @@ class DetailedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def dropped(self) -> range:
+        """Numbers of tokens that are gone because no answer can see them any more: none, where all may be seen."""
+        return range(0)
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
@@ -225,9 +230,12 @@ class DetailedCache(Cache):
         self.written.forget(max_length)
 
     def parts(self) -> Iterator[Part]:
-        """All tokens in pieces; those in front of the last one stay the same pieces when more tokens come."""
-        for first, stop in ranges(self.length, self.spec.bytes_per_token * self.spec.streams):
-            yield Part(first, stop, partial(self._part, first, stop))
+        """What the buffers hold, cut at the same tokens at every time: pieces stay the same when more tokens come."""
+        numbers, g = self._numbers(), self.spec
+        size = tokens_of_part(g.bytes_per_token * g.streams)
+        for group in (numbers // size).unique().tolist():
+            first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
+            yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Append what `parts` has handed out, part by part."""
@@ -261,17 +269,21 @@ class DetailedCache(Cache):
         return {_layer_name(layer): buffer[..., first:stop, :].contiguous() for layer, buffer in held}
 
     def _first_recalled(self) -> int:
-        """First of the newest tokens that an answer sees; 0 where it sees all of them."""
+        """Where the first of the newest tokens lies that an answer sees; 0 where it sees all of them."""
         if self.recall not in ("recent", "sink_recent") or self._answering_from is None:
             return 0
-        return max(0, self._answering_from - (self.window - self.sinks))
+        return max(0, self._answering_from - self.away - (self.window - self.sinks))
 
     def _make_room(self, layer: int, tokens: int) -> None:
         capacity = self.buffers[layer].shape[-2]
         if tokens > capacity:
-            self._grow(layer, max(tokens, 2 * capacity, _FIRST_CAPACITY))
+            self._grow(layer, max(tokens, self._doubled(capacity)))
         else:
             self._claim(layer, self.lengths[layer])
+
+    def _doubled(self, capacity: int) -> int:
+        """How much a full buffer may as well hold next."""
+        return max(2 * capacity, _FIRST_CAPACITY)
 
     def _grow(self, layer: int, tokens: int) -> None:
         if tokens > self.buffers[layer].shape[-2]:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from statekv.errors import SaveError
 
-FORMAT = 4  # changes whenever an older save could not be gone on with to the bit
+FORMAT = 5  # changes whenever what is written means something else
+_READABLE = (4, FORMAT)  # those that can be gone on with to the bit
 FACTS = "session.json"
 _PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames|memories)\.(\d+)\.safetensors")
 _UNFINISHED = f"{FACTS}.part"
@@ -155,7 +156,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
         found, check, files = facts.pop("format"), facts.pop("check", None), facts.get("files")
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise _damaged(source, f"{FACTS} cannot be read") from None
-    if found != FORMAT:
+    if found not in _READABLE:
         raise SaveError(
             f"{source} was saved in format {found!r}, this version reads {FORMAT}",
             "watch the video again, or use the version that saved it",
@@ -300,10 +301,3 @@ def tokens_of_part(bytes_per_token: int) -> int:
     takes longer than the others, and files grow in number with the stream, 64 for a GiB.
     """
     return max(1, -(-PART_BYTES // bytes_per_token))
-
-
-def ranges(tokens: int, bytes_per_token: int) -> Iterator[tuple[int, int]]:
-    """Cut so many tokens into parts of one size, and the rest."""
-    size = tokens_of_part(bytes_per_token)
-    for first in range(0, tokens, size):
-        yield first, min(tokens, first + size)

@@ -64,6 +64,7 @@ class Mark:
     origin_seconds: float | None
     memories: Mapping[str, Memory]
     words: frozenset[int]
+    pairs: tuple[int, int]
 
 
 @dataclass(frozen=True)

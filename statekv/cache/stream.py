@@ -18,8 +18,9 @@ from statekv.cache.policies.wrappers import covering
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
 from statekv.cache.spec import KVSpec, Mark, Memory, PositionShift, Span
 from statekv.cache.tiers.cache import TieredCache
+from statekv.cache.tiers.window import WindowedCache
 from statekv.cache.view import Entering, Mode, Rotary, View
-from statekv.config import Config
+from statekv.config import WINDOWS, Config
 from statekv.errors import ConfigError, HorizonError
 from statekv.ops.rope import Angles
 
@@ -34,6 +35,10 @@ def room_for_answers(config: Config) -> int:
 def tensors_of(memory: Memory) -> Iterator[torch.Tensor]:
     """The tensors in a memory."""
     return (value for value in memory.values() if isinstance(value, torch.Tensor))
+
+
+def _within(span: Span, tokens: range) -> bool:
+    return span.start in tokens and span.start + span.length <= tokens.stop
 
 
 @dataclass
@@ -53,6 +58,7 @@ class StreamState:
         pinned: tokens of the prefix that stay carried.
         compacts: whether steps move closer together once the horizon is reached.
         compaction: how far they have.
+        pairs: of queries and keys that met in its steps: in those that did not evict, and in those that did.
         memories: what those that reduce its steps remember of it, by name; replaced as a whole, never changed.
         words: the different tokens that have entered, for penalties on what was said before.
         rotary: of the model; None where nothing has to be turned.
@@ -73,6 +79,7 @@ class StreamState:
     pinned: int = 0
     compacts: bool = False
     compaction: Compaction = field(default_factory=Compaction)
+    pairs: tuple[int, int] = (0, 0)
     memories: Mapping[str, Memory] = field(default_factory=dict)
     words: frozenset[int] = frozenset()
     rotary: Rotary | None = field(default=None, compare=False)  # the same numbers in every engine on these weights
@@ -88,6 +95,7 @@ class StreamState:
         self.outlived: set[int] = set()  # starts of forgotten steps that are still carried
         self._retrieved: RetrievedView | None = None
         self._expected: Entering | None = None
+        self._frequencies = None if self.rotary is None else self.rotary.frequencies(self.horizon)
 
     def __repr__(self) -> str:
         seen = f"{self.frames} frames, {self.tokens} tokens"
@@ -230,15 +238,24 @@ class StreamState:
         carried.pin_from(first)
 
     def _make_way(self, tokens: int) -> None:
-        """Before a step: where memory has a cap, have older ones leave it or be forgotten."""
-        self._forget(self.detailed.make_way(tokens, room_for_answers(self.config), self._importance))
+        """Before a step: where memory does not grow, have older ones leave it or be forgotten."""
+        before = self.detailed.dropped
+        gone = self.detailed.make_way(tokens, room_for_answers(self.config), self._importance)
+        if self.detailed.dropped != before:
+            gone = [span.start for span in self.spans if span.kind == "step" and _within(span, self.detailed.dropped)]
+        self._forget(gone)
         if self.blocks is not None:
             self.blocks.most = self.detailed.most_steps
 
     def note(self, kind: str, length: int, pts_seconds: float | None, position: int) -> None:
         """Record that `length` tokens of a segment have just entered, uncompacted at `position`."""
-        self.spans.append(Span(kind, self.tokens - length, length, pts_seconds, position))
+        start, budget = self.tokens - length, None if self.policy is None else self.config.budget
+        self.spans.append(Span(kind, start, length, pts_seconds, position))
         self.detailed.note(kind, length)
+        keys = length + (start if budget is None else min(start, budget))
+        kept, evicting = self.pairs
+        evicts = budget is not None and keys > budget
+        self.pairs = (kept, evicting + length * keys) if evicts else (kept + length * keys, evicting)
 
     def uncompacted(self, moment: int | None) -> int:
         """Where a segment that comes next, at a moment of its own or None, would begin without any compaction."""
@@ -320,7 +337,8 @@ class StreamState:
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""
         carried = self.carried.length
-        return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, self.memories, self.words)
+        beside = self.memories, self.words, self.pairs
+        return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, *beside)
 
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
@@ -330,7 +348,7 @@ class StreamState:
         if self.blocks is not None:
             self.blocks.truncate(mark.tokens)
         self.position, self.frames, self.origin_seconds = mark.position, mark.frames, mark.origin_seconds
-        self.memories, self.words = mark.memories, mark.words
+        self.memories, self.words, self.pairs = mark.memories, mark.words, mark.pairs
         while self.spans and self.spans[-1].start >= mark.tokens:
             self.spans.pop()
         self.settle()
@@ -365,6 +383,8 @@ class StreamState:
 
     def _make_detailed(self) -> DetailedCache:
         c = self.config
+        if self.policy is not None and c.recall in WINDOWS:
+            return WindowedCache(self.spec, c, self.policy)
         if c.memory is not None:
             assert self.policy is not None, "a cap goes with a budget"
             return TieredCache(self.spec, c, self.policy)
@@ -386,9 +406,10 @@ class StreamState:
             self.blocks.forget(starts)
         carried, gone = self.bounded, self.outlived | set(starts)
         assert carried is not None, "a cap goes with a budget"
-        self.outlived = gone & carried.importance([span.start for span in self.spans if span.length]).keys()
+        self.outlived = gone & carried.held_of([span.start for span in self.spans if span.length])
         gone -= self.outlived
-        self.spans = [span for span in self.spans if span.start not in gone or not span.length]
+        # A gap has the number of the step behind it, and goes with that.
+        self.spans = [span for span in self.spans if span.start not in gone]
 
     def _check_follows(self, step: Entering) -> None:
         """Closing up needs steps that take positions of their own, with whatever comes next behind them."""

@@ -18,6 +18,9 @@ class Rotary(Protocol):
     def own_time(self) -> bool:
         """Whether steps count time on an axis that text does not follow."""
 
+    def frequencies(self, horizon: int) -> torch.Tensor:
+        """[head_dim / 2] float32: of a stream of this horizon, which holds them for as long as it lives."""
+
     def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of positions [streams, T] or [3, streams, T]: cos and sin [streams, T, head_dim] float32."""
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from statekv.engine.session import Session, waiting_steps
-from statekv.models.flops import Widths, step_flops
+from statekv.models.flops import Widths, pairs_flops, step_flops
 
 
 def prefill_flops(session: Session) -> int:
-    """FLOPs of the language model for everything that is in the stream.
+    """FLOPs of the language model for everything that has entered the stream, forgotten steps too.
 
     The vision tower is left out: it sees each kept frame once, whatever the method.
     """
-    return flops_of(session, [span.length for span in session.state.spans])
+    widths = Widths.of(session.runner.model.text_config)
+    return pairs_flops(widths, session.state.tokens, session.state.pairs, _products(session))
 
 
 def clip_tokens(session: Session) -> list[int]:
@@ -29,9 +30,12 @@ def clip_tokens(session: Session) -> list[int]:
 
 def flops_of(session: Session, lengths: Sequence[int]) -> int:
     """FLOPs of the language model for segments of so many tokens, entering one after the other."""
-    policy = session.state.policy
     widths = Widths.of(session.runner.model.text_config)
-    budget = None if policy is None else session.state.config.budget
-    # Queries meet keys twice where keys are scored, once elsewhere.
-    products = 3 if policy is not None and policy.needs_attention else 2
-    return sum(step_flops(widths, lengths, budget, products))
+    budget = None if session.state.policy is None else session.state.config.budget
+    return sum(step_flops(widths, lengths, budget, _products(session)))
+
+
+def _products(session: Session) -> int:
+    """Queries meet keys twice where keys are scored, once elsewhere."""
+    policy = session.state.policy
+    return 3 if policy is not None and policy.needs_attention else 2

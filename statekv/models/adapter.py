@@ -309,6 +309,10 @@ class VideoModel(ABC):
         """[1, length]; families with multi-axis RoPE return [3, 1, length]."""
         return torch.arange(start, start + length, device=self.model.device).unsqueeze(0)
 
+    def frequencies(self, horizon: int) -> torch.Tensor:
+        """[head_dim / 2] float32, see `RopeScope.frequencies`."""
+        return self.rope.frequencies(horizon)
+
     def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys at these positions are turned by, see `RopeScope.angles`."""
         return self.rope.angles(positions, horizon)

@@ -52,6 +52,20 @@ def matrix_weights(stack: Stack) -> int:
     return stack.layers * (attention + 3 * stack.hidden * stack.intermediate)
 
 
+def pairs_flops(stack: Stack, tokens: int, pairs: tuple[int, int], scored_products: int = 3) -> int:
+    """FLOPs of all steps of a stream, as the sum of `step_flops`.
+
+    Args:
+        stack: the language model.
+        tokens: of all steps.
+        pairs: of queries and keys in steps that do not evict, and in those that do.
+        scored_products: as for `step_flops`.
+    """
+    plain, evicting = pairs
+    attention = 2 * stack.layers * stack.heads * stack.head_dim * (2 * plain + scored_products * evicting)
+    return 2 * matrix_weights(stack) * tokens + attention
+
+
 def step_flops(
     stack: Stack, steps: Iterable[int], budget: int | None = None, scored_products: int = 3
 ) -> Iterator[int]:

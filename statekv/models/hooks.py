@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AttentionInterface, GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -124,29 +126,34 @@ class RopeScope:
         self.kind = str(rotary.rope_type)
         self.trained_length = int(config.max_position_embeddings)
         self._config = config
-        self._known: dict[tuple[int, torch.device], torch.Tensor] = {}
+        # Those that somebody holds; a recorded step reads the very tensor that its stream holds.
+        self._known: WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = WeakValueDictionary()
+        self._mutex = Lock()
         if self.kind == "longrope":
             raise ModelError("the checkpoint's RoPE is 'longrope', which changes with the length", "use another one")
 
     def frequencies(self, horizon: int) -> torch.Tensor:
-        """[head_dim / 2] float32 for a horizon, on the rotary module's device."""
+        """[head_dim / 2] float32 for a horizon, on the rotary module's device; one tensor, while anybody holds it."""
         if self.kind != "dynamic":
-            found: torch.Tensor = self.rotary.inv_freq
-            return found
-        device = self.rotary.inv_freq.device
-        if (horizon, device) not in self._known:
-            parameters = self._config.rope_parameters
-            dim = getattr(self._config, "head_dim", None) or (
-                self._config.hidden_size // self._config.num_attention_heads
-            )
-            self._known[horizon, device] = dynamic_ntk_frequencies(
-                theta=parameters["rope_theta"],
-                dim=int(dim * parameters.get("partial_rotary_factor", 1.0)),
-                trained_length=self.trained_length,
-                factor=parameters["factor"],
-                horizon=horizon,
-            ).to(device)
-        return self._known[horizon, device]
+            plain: torch.Tensor = self.rotary.inv_freq
+            return plain
+        key = horizon, self.rotary.inv_freq.device
+        with self._mutex:
+            found = self._known.get(key)
+            if found is None:
+                found = self._known[key] = self._dynamic(horizon).to(key[1])
+        return found
+
+    def _dynamic(self, horizon: int) -> torch.Tensor:
+        c, parameters = self._config, self._config.rope_parameters
+        dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return dynamic_ntk_frequencies(
+            theta=parameters["rope_theta"],
+            dim=int(dim * parameters.get("partial_rotary_factor", 1.0)),
+            trained_length=self.trained_length,
+            factor=parameters["factor"],
+            horizon=horizon,
+        )
 
     def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the module turns keys by, without the factor that some kinds of RoPE put on top.

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from statekv.cache import folder
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import KVSpec, PositionShift, numbers_in
 from statekv.ops.rope import rotate
@@ -235,3 +236,21 @@ def test_what_has_left_the_buffers_still_counts() -> None:
     assert [cache.number(layer) for layer in range(3)] == [125, 120, 120]
     cache.truncate(117)
     assert (cache.length, cache.lengths) == (117, [17] * 3)
+
+
+@pytest.mark.parametrize(("part_bytes", "size"), [(1000, 32), (1, 1)])
+def test_parts_are_of_one_size_and_stay_what_they_are(
+    part_bytes: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PART_BYTES", part_bytes)
+    cache = DetailedCache(kv_spec(layers=1, kv_heads=1))  # 32 bytes a token
+    cache.reserve(100)
+
+    def parts() -> list[tuple[int, int]]:
+        return [(part.first, part.stop) for part in cache.parts()]
+
+    assert parts() == []
+    cache.advance(size)
+    assert parts() == [(0, size)]
+    cache.advance(size + 1)
+    assert parts() == [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]

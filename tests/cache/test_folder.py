@@ -17,7 +17,7 @@ import torch
 
 from statekv.cache import folder as subject
 from statekv.cache.archive import load_stream, save_stream
-from statekv.cache.folder import FACTS, FORMAT, Piece, Written, ranges, read_folder, write_folder
+from statekv.cache.folder import FACTS, FORMAT, Piece, Written, read_folder, write_folder
 from statekv.cache.stream import StreamState
 from statekv.engine.session import Session
 from statekv.errors import SaveError
@@ -366,14 +366,6 @@ def assert_holds(folder: Path, session: Session) -> None:
     loaded = Session(session.runner, load_stream(folder, session.state.spec))
     assert loaded.state.spans == session.state.spans
     assert_same_memory(memory(loaded), memory(session))
-
-
-def test_parts_are_of_one_size_and_stay_what_they_are() -> None:
-    size = subject.PART_BYTES // 1000 + 1
-    assert list(ranges(0, 1000)) == []
-    assert list(ranges(size, 1000)) == [(0, size)]
-    assert list(ranges(2 * size + 1, 1000)) == [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]
-    assert list(ranges(2, 10 * subject.PART_BYTES)) == [(0, 1), (1, 2)]
 
 
 def test_what_changes_is_known_no_longer() -> None:

@@ -167,6 +167,9 @@ class Unturned:
 
     own_time = False
 
+    def frequencies(self, horizon: int) -> torch.Tensor:
+        return torch.ones(2)
+
     def angles(self, positions: torch.Tensor, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
         return nothing_turns(positions)
 

@@ -154,12 +154,13 @@ def test_an_answer_sees_what_recall_says(family: str, recall: str) -> None:
     layers = range(session.state.spec.layers)
     with torch.inference_mode():
         for held in (cache(layer) for layer in layers for cache in (detailed.keys, detailed.values)):
-            held[..., first : detailed.length - window, :] = float("nan")
+            assert first < held.shape[-2] - window
+            held[..., first : held.shape[-2] - window, :] = float("nan")
     again = session_answer(session)
     assert again.tokens == before.tokens
     assert torch.equal(again.logits, before.logits)
     with torch.inference_mode():
-        detailed.keys(0)[..., detailed.length - window, :] = float("nan")
+        detailed.keys(0)[..., detailed.lengths[0] - window, :] = float("nan")
     assert session_answer(session).logits.isnan().all()
 
 

@@ -100,7 +100,8 @@ def test_keys_stand_where_they_would_have_been_computed(family: str, settings: d
     assert state.compaction.factor >= 4
     expected = rotated_anew(seen, session)
     held = torch.cat([state.detailed.keys(layer) for layer in range(len(state.detailed))]).double()
-    torch.testing.assert_close(held, expected, atol=2e-5, rtol=2e-5)
+    numbers = [number for number in range(state.tokens) if number not in state.detailed.dropped]
+    torch.testing.assert_close(held, expected[:, :, numbers], atol=2e-5, rtol=2e-5)
     if isinstance(state.carried, DetailedCache):
         return
     for layer, length in enumerate(state.carried.lengths):

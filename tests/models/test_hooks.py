@@ -171,6 +171,18 @@ def test_scopes_may_be_nested() -> None:
         assert torch.equal(rope.rotary.inv_freq, rope.frequencies(100))
 
 
+def test_frequencies_are_kept_for_as_long_as_somebody_holds_them() -> None:
+    """A recorded step reads the tensor that its stream holds; streams of many horizons leave nothing behind."""
+    rope = scope("dynamic", factor=2.0)
+    mine = rope.frequencies(77)
+    for horizon in range(100, 300):
+        with rope.held(horizon), rope.held(77):
+            assert rope.rotary.inv_freq is mine
+    assert len(rope._known) == 1
+    del mine
+    assert not len(rope._known)
+
+
 OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("default", {}),
     ("linear", {"factor": 4.0}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from heapq import nsmallest
 from itertools import groupby
 from weakref import WeakKeyDictionary
@@ -13,7 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from statekv.cache.detailed import DetailedCache, Importance
-from statekv.cache.folder import Part, tokens_of_part
 from statekv.cache.policies.base import Policy
 from statekv.cache.spec import KVSpec, PositionShift, token_id_dtype
 from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry, first_of, groups_of, pack_block
@@ -26,7 +24,7 @@ from statekv.ops.attention import attention_over
 from statekv.ops.rope import Angles
 
 _RELIEVED = 1 / 16  # of what is held: those that stay are copied, or looked through, each time
-_LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
+LABEL_GROWTH = 4  # tokens that the label of a late frame has more than that of the first
 
 
 class TieredCache(DetailedCache):
@@ -87,7 +85,7 @@ class TieredCache(DetailedCache):
         """
         id_bytes = token_id_dtype(self.length).itemsize
         if self.plan is None or tokens > self.longest or id_bytes > self.id_bytes:
-            self._make_plan(max(tokens + _LABEL_GROWTH, self.longest), room, importance)
+            self._make_plan(max(tokens + LABEL_GROWTH, self.longest), room, importance)
         assert self.plan is not None
         self._relieve(self.lengths[-1] + tokens + self.plan.answers - self.plan.plain, importance)
         if self.plan.most_steps is not None and self._steps >= self.plan.most_steps:
@@ -185,14 +183,6 @@ class TieredCache(DetailedCache):
         while self._here and self._here[-1].start >= max_length:
             self._steps -= self._here[-1].kind == "step"
             del self.entries[self._here.pop().start]
-
-    def parts(self) -> Iterator[Part]:
-        """What the buffers hold, cut at the same tokens at every time."""
-        numbers, g = self._numbers(), self.spec
-        size = tokens_of_part(g.bytes_per_token * g.streams)
-        for group in (numbers // size).unique().tolist():
-            first, stop = torch.searchsorted(numbers, torch.tensor([group * size, (group + 1) * size])).tolist()
-            yield Part(int(numbers[first]), int(numbers[stop - 1]) + 1, partial(self._part, first, stop))
 
     def resume(
         self, plan: MemoryPlan | None, longest: int, forgotten: int, entries: Sequence[SegmentEntry], id_bytes: int

@@ -8,7 +8,7 @@ from statekv.cache.policies.base import Policy
 from statekv.cache.spec import KVSpec
 from statekv.cache.tiers import TIERS
 from statekv.cache.tiers.base import GROUP, Tier
-from statekv.config import Config, bytes_of, told
+from statekv.config import WINDOWS, Config, bytes_of, told
 from statekv.errors import ConfigError, MemoryLimitError
 from statekv.ops.quantise import quantised_bytes
 
@@ -20,6 +20,7 @@ _MOST_BESIDE = 1 / 4  # for what is known of each step beside its keys
 _NOTED_BYTES = 768  # of a step: where it lies and when it was, objects of Python's
 _QUANTISED_SHARE = 3 / 4  # at most, of what is left for tokens
 _LEAST_STEPS = 2  # held as they came
+_SPARE_SHARE = 1 / 4  # of a window: tokens that nobody sees any more, before they are dropped together
 _ROOMY_STEPS = 34  # before anything is left to quantised blocks, which should not be of one step each
 
 
@@ -61,6 +62,22 @@ class MemoryPlan:
                 "them",
                 "lower max_new_tokens, or open the stream with a larger memory",
             )
+
+
+def spare_of(window: int) -> int:
+    """Tokens that may lie before a window of so many which no answer can see any more."""
+    return int(_SPARE_SHARE * window)
+
+
+def window_tokens(window: int, step: int, room: int) -> int:
+    """Tokens that are held at once where answers see a window of the newest.
+
+    Args:
+        window: tokens that an answer sees, sinks included.
+        step: tokens of the longest step; another one may wait while a question is answered.
+        room: tokens of a question and its answer.
+    """
+    return window + spare_of(window) + 2 * step + room
 
 
 def step_bytes(spec: KVSpec, tokens: int, bits: int | None) -> int:
@@ -136,6 +153,8 @@ def _shared(
     least, roomy = (prefix + answers + steps * step for steps in (_LEAST_STEPS, _ROOMY_STEPS))
     quantised = max(0, min(int(_QUANTISED_SHARE * left), left - roomy * token)) if config.bits is not None else 0
     plain = (left - quantised) // token
+    if config.recall in WINDOWS:
+        least = window_tokens(config.budget, step, room)
     if plain < least or (most_steps is not None and most_steps < _LEAST_STEPS):
         return None
     blocks = max(1, _BLOCK_BYTES // token)
