@@ -30,7 +30,7 @@ LONG = {
 
 # Tests of what several files of a room do together. The folders of tests without a room are named as they like.
 OF_A_ROOM = {
-    "cli": {"errors", "process", "save", "startup"},
+    "cli": {"errors", "process", "save"},
     "engine": {"fork", "live", "threads"},
     "models": {"demo_model", "tiny"},
     "models/families": {"public_sizes"},

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,20 +15,32 @@ from typer.core import TyperGroup
 import statekv
 from statekv.cli import analyze, ask, bench, demo, evals, models, watch
 from statekv.cli.console import complain, show_warning, speak
+from statekv.cli.defaults import FILE, offered, read_defaults
+from statekv.cli.options import variable
 from statekv.engine.interrupts import endings_interrupt
 from statekv.errors import ConfigError, StateKVError
 
-_EVERYWHERE = ("--quiet", "-q", "--verbose", "-v", "--no-color")
-_TOLD = "With every command: --quiet, --verbose, --no-color; see statekv -h."
+_SWITCHES, _WITH_VALUE = ("--quiet", "-q", "--verbose", "-v", "--no-color"), "--config"
+_TOLD = "With every command: --quiet, --verbose, --no-color, --config FILE; see statekv -h."
 
 
 class _Commands(TyperGroup):
-    """Takes its own switches anywhere on the line, and says that it was interrupted: typer leaves without a word."""
+    """Takes its own options anywhere on the line, and says that it was interrupted: typer leaves without a word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        own = [word for word in args[:end] if word in _EVERYWHERE]
-        return super().parse_args(ctx, own + [word for word in args[:end] if word not in _EVERYWHERE] + args[end:])
+        own: list[str] = []
+        others: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                others += ["--", *words]
+            elif word in _SWITCHES or word.startswith(f"{_WITH_VALUE}="):
+                own.append(word)
+            elif word == _WITH_VALUE:
+                own += [word, *([value] if (value := next(words, None)) is not None else [])]
+            else:
+                others.append(word)
+        return super().parse_args(ctx, own + others)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,17 +68,26 @@ def _tell_version(wanted: bool) -> None:
 
 @app.callback()
 def _statekv(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_tell_version, is_eager=True)
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers, warnings and errors alone.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also what the library logs.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="As with NO_COLOR in the environment.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Defaults of your own, as in budget = 2048; {FILE} of the current folder if left out.",
+            envvar=variable("config"),
+        ),
+    ] = None,
 ) -> None:
     """Watch videos with a frozen video language model at a flat cost per frame, and question them."""
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose are both given", "choose one")
     speak(quiet, verbose, no_color)
+    context.default_map = offered(context.command, read_defaults(config))
 
 
 for command in (ask.ask, watch.watch, demo.film, demo.demo, analyze.analyze, models.models):

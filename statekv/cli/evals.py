@@ -69,6 +69,7 @@ _PRESCRIBED = options.Default(None, "Instead of what the task prescribes.")
 @app.command()
 @options.generated(
     [name for name in SETTINGS if name not in _NOT],
+    own_defaults=False,
     fps=_PRESCRIBED,
     max_frames=_PRESCRIBED,
     max_new_tokens=_PRESCRIBED,
