@@ -116,17 +116,18 @@ _DIGITS, _DECIMALS = 6, 3
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON in which no number has more than six digits, or three decimals; NaN is none."""
-    return json.dumps(_rounded(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(rounded(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Numbers, also those within lists and dicts, with the digits that `to_json` gives them."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
         return round(value, _DECIMALS) if abs(value) >= 10 ** (_DIGITS - _DECIMALS) else float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

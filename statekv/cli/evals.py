@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from statekv.cli import options
 from statekv.cli.bench import numbers
-from statekv.cli.console import complain, load, notes, out, progress, to_json
+from statekv.cli.console import complain, load, notes, out, progress, rounded, to_json
 from statekv.config import METHODS, SETTINGS, Config, check_name
 from statekv.errors import ConfigError
 
@@ -303,16 +303,10 @@ def _range(low: float | None, high: float | None, sign: bool = False) -> str:
     return " … ".join(found) if all(found) else ""
 
 
-def _plain(run: Figures) -> dict[str, Any]:
-    """Numbers that JSON knows; NaN is none."""
-    found = asdict(run)
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
-
-
 def _write_csv(found: Sequence[Figures]) -> None:
     rows = []
     for run in found:
-        row = _plain(run)
+        row = rounded(asdict(run))
         headlines = row.pop("headlines")
         rows.append({**row, "failed": len(run.failed), "notes": "; ".join(run.notes), **headlines})
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import statekv
 from statekv import cli
+from statekv.cli import console
 from statekv.config import METHODS
 from statekv.engine.session import Session
 from statekv.evals.cards.compare import METHODS as COMPARED
@@ -53,6 +54,7 @@ def command(*arguments: str | Path) -> Result:
         mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", ["statekv", *map(str, arguments)]),
         mock.patch.object(sys.modules["__main__"], "__package__", None),  # else it calls itself pytest
+        mock.patch.object(console, "SECONDS_OF_SILENCE", 3600.0),  # on a machine that is busy all take their time
         warnings.catch_warnings(),
         _quiet_transformers(),
     ):
@@ -367,7 +369,7 @@ def test_the_documentation_of_the_commands_is_current() -> None:
 
 
 def test_the_installed_command_answers_in_a_pipe(film: Path) -> None:
-    found = subprocess_command("ask", film, COUNT, COLOR)
+    found = subprocess_command("ask", film, COUNT, COLOR, "--quiet")
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.splitlines() == ask_directly(film, COUNT, COLOR)
 

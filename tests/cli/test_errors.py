@@ -473,13 +473,13 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 def test_the_installed_command_fails_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
-    found = subprocess_command("ask", tmp_path / "text.mp4", COUNT)
+    found = subprocess_command("ask", tmp_path / "text.mp4", COUNT, "-q")
     complaint(Result(found.returncode, found.stdout, found.stderr))
 
 
 def test_the_installed_command_warns_in_one_line(film: Path, tmp_path: Path) -> None:
     data = film.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 6 // 10])
-    found = subprocess_command("ask", tmp_path / "cut.mp4", COUNT)
+    found = subprocess_command("ask", tmp_path / "cut.mp4", COUNT, "-q")
     assert found.returncode == 0
     assert len(found.stdout.splitlines()) == len(found.stderr.splitlines()) == 1
