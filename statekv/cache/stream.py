@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
+from typing import NoReturn
 
 import torch
 
@@ -340,6 +341,10 @@ class StreamState:
         beside = self.memories, self.words, self.pairs
         return Mark(self.tokens, self.position, carried, self.frames, self.origin_seconds, *beside)
 
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise ConfigError("a StreamState cannot be copied or pickled", "fork it, or save its session")
+
+    @torch.inference_mode()  # as whatever it takes back was written
     def crop_to(self, mark: Mark) -> None:
         """Forget everything that came after a mark, as long as no step has evicted since; copies nothing."""
         self.carried.truncate(mark.carried)
@@ -353,6 +358,7 @@ class StreamState:
             self.spans.pop()
         self.settle()
 
+    @torch.inference_mode()
     def settle(self) -> None:
         """Let go of steps whose blocks have turned out to be damaged."""
         self._forget(self.detailed.settle())

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -47,6 +47,9 @@ class Engine:
         self.config = config
         self.runner = ModelRunner(model)
         self._attention_before = model.text_config._attn_implementation
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise ConfigError("an Engine cannot be copied or pickled", "open more sessions; another process loads its own")
 
     def open(
         self,
@@ -153,7 +156,7 @@ class Engine:
             Why sessions stopped before the end of their sources.
 
         Raises:
-            ConfigError: a session of another engine, or one without a source.
+            ConfigError: a session of another engine, one without a source, or one that is named twice.
         """
         failed: dict[Session, Exception] = {}
 
@@ -162,8 +165,10 @@ class Engine:
                 failed[session] = error
 
         rounds = self.scheduler(on_step, note)
-        for session in sessions:
+        for number, session in enumerate(sessions, 1):
             rounds.add(session)
+            if len(rounds) < number:
+                raise ConfigError("one session is named twice", "name it once, or watch a fork of it")
         rounds.watch(pause)
         return failed
 

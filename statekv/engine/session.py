@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from threading import Event, get_ident
+from typing import Any, NoReturn
 
 import torch
 
@@ -42,7 +45,7 @@ class Session(Awaitable):
 
     Attributes:
         queue: frames on their way into the stream.
-        turns: whoever changes or reads the stream takes it meanwhile.
+        lock: whoever changes or reads the stream takes it meanwhile.
     """
 
     def __init__(
@@ -55,8 +58,14 @@ class Session(Awaitable):
         self.state = state
         self.queue = FrameQueue(runner, state, source, snapshot or SessionSnapshot())
         self.lock = FairLock()
-        self._closed = self._answering = False
+        self._closed = False
+        self._answering: int | None = None  # the thread that gives an answer
+        self._idle = Event()  # nobody gives one
+        self._idle.set()
         runner.admission.enter(state)
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise ConfigError("a Session cannot be copied or pickled", "fork it, or save it and restore it elsewhere")
 
     @property
     def runner(self) -> ModelRunner:
@@ -109,7 +118,7 @@ class Session(Awaitable):
     @property
     def answering(self) -> bool:
         """Whether an answer is being given piece by piece, so that nothing may enter."""
-        return self._answering
+        return self._answering is not None
 
     def watch(
         self,
@@ -130,12 +139,16 @@ class Session(Awaitable):
             ConfigError: the session has no source.
             HorizonError, MemoryLimitError: as `push`.
         """
-        with self.lock:
-            self.check_growing()
+        with self._turn(pause) as mine:
+            if not mine:
+                return
+            self.queue.check()
             source = self.queue.drawn()
         while self.queue.ahead.wait(source, pause):
-            with self.lock:
-                self.check_growing()
+            with self._turn(pause) as mine:
+                if not mine:
+                    return
+                self.queue.check()
                 frame = self.queue.draw()
                 if frame is not None:
                     self._put(frame, on_step)
@@ -164,8 +177,8 @@ class Session(Awaitable):
             with self.lock:
                 self.queue.ahead.offer(seen)
         for frame in frames:
-            with self.lock:
-                self.check_growing()
+            with self._turn():
+                self.queue.check()
                 if self.queue.ahead.admits(frame):
                     self._put(frame, on_step)
 
@@ -194,7 +207,7 @@ class Session(Awaitable):
             HorizonError: question and answer would pass the stream's horizon.
         """
         sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
-        with self.lock:
+        with self._turn():
             return "".join(self._answer(question, sampling, stop))
 
     def stream(
@@ -206,14 +219,17 @@ class Session(Awaitable):
         seed: int | None = None,
         **generation: Any,
     ) -> Generator[str, None, None]:
-        """As `ask`, piece by piece. Abandoning the iterator ends the answer; nothing may enter before it is done."""
+        """As `ask`, piece by piece. Abandoning the iterator ends the answer.
+
+        Nothing may enter before it is done: other threads wait for that, the thread that gives it gets a ConfigError.
+        """
         sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
         return self._answer(question, sampling, stop)
 
     def logits(self, question: str) -> torch.Tensor:
         """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
-        with self.lock:
-            self._check_askable()
+        with self._turn():
+            self._check_seen()
             return first_logits(self.runner, self.state, self.queue.waiting, question)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -223,11 +239,10 @@ class Session(Awaitable):
         user's own, or a `PushedSource`, has yet to give are not part of it: they are pushed anew.
 
         Raises:
-            ConfigError: the session is closed, or an answer is being given.
+            ConfigError: the session is closed, or this thread is giving an answer.
             SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
         """
-        with self.lock, deferred_interrupts():
-            self._check_free()
+        with self._turn(), deferred_interrupts():
             source = None if self.source is None else self.source.facts()
             save_session(folder, self.runner.model, self.state, self.queue.snapshot, source)
 
@@ -238,10 +253,9 @@ class Session(Awaitable):
         to a copy. A file is read on separately; a live source or an iterator of the user's own stays with this session.
 
         Raises:
-            ConfigError: the session is closed, or an answer is being given.
+            ConfigError: the session is closed, or this thread is giving an answer.
         """
-        with self.lock:
-            self._check_free()
+        with self._turn():
             source = None if self.source is None else self.source.fork()
             with self.runner.lock:  # memory is about to be shared
                 state = self.state.fork()
@@ -250,6 +264,7 @@ class Session(Awaitable):
     def close(self) -> None:
         """Free both memories and the source; may be called twice. An answer that is being given ends with an error."""
         self._closed = True
+        self._idle.set()
         if (source := self.source) is not None:
             source.close()
         with self.lock, self.runner.lock:
@@ -266,8 +281,30 @@ class Session(Awaitable):
 
     def check_growing(self) -> None:
         """Raise the error that pushing a frame would raise: closed, an answer being given, or a step that failed."""
-        self._check_free()
+        self._check_open()
+        if self.answering:
+            _refuse_inside()
         self.queue.check()
+
+    @contextmanager
+    def _turn(self, pause: Callable[[], bool] | None = None) -> Iterator[bool]:
+        """Have the stream, as soon as no other thread has it or gives an answer; False where `pause` says so before.
+
+        Raises:
+            ConfigError: the session is closed, or the answer is this thread's own, or its event loop's.
+        """
+        while True:
+            with self.lock:
+                self._check_open()
+                if not self.answering:
+                    yield True
+                    return
+                if self._answering == get_ident() or _runs_loop():
+                    _refuse_inside()
+            while not self._idle.wait(_POLL_SECONDS if pause is not None else None):
+                if pause is not None and pause():
+                    yield False
+                    return
 
     def _put(self, frame: Frame, on_step: Callable[[Progress], None] | None) -> None:
         with deferred_interrupts():
@@ -277,31 +314,44 @@ class Session(Awaitable):
                 on_step(progress)
 
     def _answer(self, question: str, sampling: SamplingParams, stop: Sequence[str]) -> Generator[str, None, None]:
-        with self.lock:
-            self._check_askable()
-            self._answering = True
+        with self._turn():
+            self._check_seen()
+            self._answering = get_ident()
+            self._idle.clear()
         began = time.perf_counter()
         try:
             for piece in answer(self.runner, self.state, self.queue.waiting, question, sampling, stop):
                 yield piece
+                self._answering = get_ident()  # readers may change
                 self._check_open()
         finally:
-            self._answering = False
+            self._answering = None
+            self._idle.set()
             self.seconds.answer += time.perf_counter() - began
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this session is closed", "open a new one")
 
-    def _check_free(self) -> None:
-        self._check_open()
-        if self._answering:
-            raise ConfigError("an answer is still being given", "finish its iterator, or close it")
-
-    def _check_askable(self) -> None:
-        self._check_free()
+    def _check_seen(self) -> None:
         if not self.frames:
             raise ConfigError("nothing has been seen yet", "watch the source or push frames first")
+
+
+_POLL_SECONDS = 0.1
+
+
+def _refuse_inside() -> NoReturn:
+    raise ConfigError("an answer is still being given", "finish its iterator, or close it")
+
+
+def _runs_loop() -> bool:
+    """Whether this thread has an event loop, which would stand still while it waits."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 # An endless stream keeps the words that have entered, and not their order or number.

@@ -184,6 +184,10 @@ def test_what_does_not_belong_here_is_refused() -> None:
         engine.watch_all([engine.open()])
     with pytest.raises(ConfigError, match="another engine"):
         engine.watch_all([watching(shared_engine("qwen3_vl"), [])])
+    twice = watching(engine, some_frames(3))
+    with pytest.raises(ConfigError, match="named twice"):
+        engine.watch_all([twice, twice])
+    assert twice.frames == 0
 
 
 # Trouble

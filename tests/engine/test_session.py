@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,14 @@ def test_pushing_at_once_equals_pushing_one_by_one(family: str) -> None:
         one_by_one.push([frame])
     at_once.push([])
     assert_same_stream(at_once, one_by_one)
+
+
+def test_nothing_that_runs_is_copied_or_pickled() -> None:
+    session = shared_engine("internvl").open()
+    for thing in (shared_engine("internvl"), session, session.state):
+        for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(StateKVError, match=f"{type(thing).__name__} cannot be copied or pickled"):
+                way(thing)
 
 
 @EVERY_FAMILY

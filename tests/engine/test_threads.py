@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -124,6 +125,58 @@ def test_one_session_pushed_asked_and_forked_by_different_threads() -> None:
         known[number] = counted.ask(QUESTION, max_new_tokens=3)
     assert all(known[seen] == answer for seen, answer in forks)
     assert set(answers) <= set(known.values())
+
+
+@pytest.mark.parametrize("other", ["watch", "push", "ask", "save", "fork"])
+def test_an_answer_that_another_thread_gives_is_waited_for(other: str, tmp_path: Path) -> None:
+    engine, begun, waited = shared_engine("internvl"), threading.Event(), threading.Event()
+    session, alone = (engine.open(iter(some_frames(8)), budget=20) for _ in range(2))
+    for each in (session, alone):
+        each.watch(until_seconds=1)
+    works: dict[str, Callable[[Session], Any]] = {
+        "watch": Session.watch,
+        "push": lambda session: session.push(some_frames(2)),
+        "ask": lambda session: session.ask(QUESTION),
+        "save": lambda session: session.save(tmp_path / "kept"),
+        "fork": lambda session: session.fork().frames,
+    }
+    expected = alone.ask(QUESTION), works[other](alone)
+
+    def answer() -> str:
+        pieces = session.stream(QUESTION)
+        text = next(pieces)
+        begun.set()
+        assert not waited.wait(0.2)
+        return text + "".join(pieces)
+
+    def work() -> Any:
+        begun.wait()
+        found = works[other](session)
+        waited.set()
+        return found
+
+    assert tuple(at_once(answer, work)) == expected
+    assert_same_stream(session, alone)
+
+
+def test_who_waits_for_an_answer_may_change_their_mind() -> None:
+    session = watching(shared_engine("internvl"), some_frames(8))
+    session.watch(until_seconds=1)
+    pieces, before = session.stream(QUESTION), session.frames
+    next(pieces)
+    at_once(lambda: session.watch(pause=lambda: True))
+    assert session.frames == before
+    pieces.close()
+
+
+def test_an_event_loop_does_not_wait_for_its_own_answer(watched: Session) -> None:
+    async def push() -> None:
+        async with aclosing(watched.astream(QUESTION)) as pieces:
+            async for _ in pieces:
+                watched.push(some_frames(1))
+
+    with pytest.raises(ConfigError, match="still being given"):
+        asyncio.run(push())
 
 
 def test_rounds_run_while_others_ask_open_and_close() -> None:

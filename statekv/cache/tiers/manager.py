@@ -49,12 +49,16 @@ class _TierShare:
             told = f"{error.message}; from now on {self.tier.name} holds {bytes_told(self.cap)} at most, and forgets"
             warnings.warn(StorageWarning(told), stacklevel=2)
             return False
+        self.hold(held, steps)
+        return True
+
+    def hold(self, held: Held, steps: list[SegmentEntry]) -> None:
+        """Know a block, behind all others."""
         block = OffloadedBlock(held, rows_of([step.length for step in steps]), self.tier.name == DeviceTier.name)
         for number, step in enumerate(steps):
             step.block, step.row = block, number
         self.blocks[block] = steps
         self.nbytes += held.nbytes
-        return True
 
     def release(self, block: OffloadedBlock) -> list[SegmentEntry]:
         self.nbytes -= block.held.nbytes
@@ -117,7 +121,7 @@ class TierManager:
             StorageError: it cannot be written.
         """
         share = next(share for share in self._shares if share.tier.name == tier)
-        share.take_in(content, steps)
+        share.hold(share.tier.put(content, rows_of([step.length for step in steps])), steps)
 
     def put(self, content: Sequence[Content], steps: list[SegmentEntry]) -> list[SegmentEntry]:
         """Take a block in; returns the steps that had to be forgotten for it, among them perhaps its own."""

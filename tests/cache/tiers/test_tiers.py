@@ -334,9 +334,10 @@ def test_recorded_steps_write_to_the_same_places(family: str) -> None:
     assert_same_memory(carried(recorded), carried(plain))
 
 
+@pytest.mark.parametrize("recall", [{}, {"recall": "retrieve", "retrieve": FRAMES}], ids=["all", "retrieve"])
 @TWO_FAMILIES
-def test_a_damaged_file_is_named_and_the_rest_is_usable(family: str, tmp_path: Path) -> None:
-    session = watched(family, **tight(family, disk="1GiB"), disk_folder=str(tmp_path))
+def test_a_damaged_file_is_named_and_the_rest_is_usable(family: str, recall: dict[str, Any], tmp_path: Path) -> None:
+    session = watched(family, **tight(family, disk="1GiB", **recall), disk_folder=str(tmp_path))
     (file,) = tmp_path.rglob("blocks")
     with file.open("r+b") as damaged:
         damaged.seek(5)
@@ -348,6 +349,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_usable(family: str, tmp_path: P
     assert session.state.tokens == before
     assert session.state.forgotten == 1
     assert session.ask(QUESTION) == session.ask(QUESTION)
+    session.save(tmp_path / "saved")
     session.push(pictures()[:3])
     assert session.state.forgotten == 1
 

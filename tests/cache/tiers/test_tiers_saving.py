@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from statekv.cache.folder import FACTS
 from statekv.engine.session import Session
-from statekv.errors import ConfigError, SaveError, StorageWarning
+from statekv.errors import ConfigError, SaveError, StorageError, StorageWarning
 from tests.cache.tiers.test_tiers import carried, held, opened, pictures, spots, tiered, tight
 from tests.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
@@ -108,6 +110,25 @@ def test_another_cap_is_refused_and_another_folder_is_not(tmp_path: Path) -> Non
     restored = shared_engine("internvl").restore(tmp_path / "saved", disk_folder=str(tmp_path / "blocks"))
     assert list((tmp_path / "blocks").rglob("blocks"))
     assert_same_memory(held(restored), held(going))
+
+
+def test_a_disk_without_room_for_the_blocks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going = opened("internvl", **tight("internvl", disk="1GiB"))
+    going.push(pictures())
+    going.save(tmp_path / "saved")
+    (tmp_path / "blocks").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", no_space)
+        with pytest.raises(StorageError, match=r"cannot be written: No space .*disk_folder"):
+            shared_engine("internvl").restore(tmp_path / "saved", disk_folder=str(tmp_path / "blocks"))
+    gc.collect()
+    assert not list((tmp_path / "blocks").iterdir())
+    restored = shared_engine("internvl").restore(tmp_path / "saved", disk_folder=str(tmp_path / "blocks"))
+    assert_same_memory(held(restored), held(going))
+
+
+def no_space(*_: Any) -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_damaged_block_of_a_save_is_named(tmp_path: Path) -> None:
