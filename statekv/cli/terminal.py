@@ -22,7 +22,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from statekv.cli.console import SECONDS_OF_SILENCE, complain, remark
+from statekv.cli import console
 from statekv.cli.options import clock
 from statekv.config import told
 
@@ -135,8 +135,8 @@ class Screen:
         self._line.text = ""
         self._live.stop()
 
-    def step(self) -> None:
-        """A step has entered; the next refresh shows it."""
+    def tick(self) -> None:
+        """Time goes on, with steps or without; the next refresh shows it."""
 
     def asked(self, question: str, at: str) -> None:
         """An answer begins."""
@@ -188,11 +188,11 @@ class Plain:
     ) -> None:
         pass
 
-    def step(self) -> None:
-        """A step has entered."""
-        if time.monotonic() - self._told_at >= SECONDS_OF_SILENCE:
+    def tick(self) -> None:
+        """Time goes on, with steps or without."""
+        if time.monotonic() - self._told_at >= console.SECONDS_OF_SILENCE:
             self._told_at = time.monotonic()
-            remark(" · ".join((self._facts.state, *self._facts.lines())))
+            console.remark(" · ".join(filter(None, (self._facts.state, *self._facts.lines()))))
 
     def asked(self, question: str, at: str) -> None:
         """An answer begins."""
@@ -211,7 +211,7 @@ class Plain:
 
     def say(self, text: str) -> None:
         """Something about the work."""
-        complain(text)
+        console.complain(text)
 
 
 _POLL_SECONDS = 0.1

@@ -241,11 +241,11 @@ class Watching:
 
     def _on_step(self, progress: Progress) -> None:
         self._facts.step(progress)
-        self._view.step()
         if self._standing is not None and self._standing.due(progress.pts_seconds):
             self._standing_due = True
 
     def _pause(self) -> bool:
+        self._view.tick()
         # Before the first frame there is nothing to ask about: questions wait for it.
         asked = bool(self._questions) and self._session.frames > 0
         return self._questions.quit or self._standing_due or asked or self._keeper.due()

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import statekv
+from statekv.cli import console
 from statekv.cli.options import clock, seconds_of
-from statekv.cli.terminal import Line, Questions
+from statekv.cli.terminal import Facts, Line, Plain, Questions
 from statekv.cli.watch import StandingQuestion
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
@@ -145,6 +147,15 @@ def test_a_log_that_cannot_be_written(film: Path, tmp_path: Path) -> None:
 def test_standard_input_that_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.isatty", lambda _: True)
     assert "standard input is a terminal" in refused("watch", "-")
+
+
+def test_a_stream_that_stands_still_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr(console, "remark", said.append)
+    session = statekv.load("demo").open()
+    Plain(Facts(session, "rtsp://camera")).tick()
+    assert said == ["playing · 0:00:00 · 0 frames"]
 
 
 # On a terminal
