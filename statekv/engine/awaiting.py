@@ -9,6 +9,8 @@ from contextlib import aclosing, contextmanager, suppress
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from statekv.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,7 +20,12 @@ T = TypeVar("T")
 
 
 class Awaitable:
-    """Twins of the methods that take their time. Cancelling one ends its work before the cancellation goes on."""
+    """Twins of the methods that take their time. Cancelling one ends its work before the cancellation goes on.
+
+    Tasks take turns as threads do. One in the middle of an answer would wait for itself, and gets a ConfigError.
+    """
+
+    _reader: asyncio.Task[Any] | None = None  # who is in the middle of an answer
 
     def stream(self, question: str, **how: Any) -> Generator[str, None, None]:
         """An answer piece by piece."""
@@ -40,12 +47,15 @@ class Awaitable:
 
     async def astream(self, question: str, **how: Any) -> AsyncGenerator[str, None]:
         """As `stream`. Leave it by `aclosing`, or to its end: nothing may enter before it is done."""
+        self._check_task()
         pieces = self.stream(question, **how)
         with _own_thread() as thread:
             try:
                 while (piece := await _finished(thread, next, pieces, None)) is not None:
+                    self._reader = asyncio.current_task()
                     yield piece
             finally:
+                self._reader = None
                 await _finished(thread, pieces.close)
 
     async def awatch(
@@ -58,6 +68,7 @@ class Awaitable:
 
         `on_step` and `pause` are called on the thread that does the work.
         """
+        self._check_task()
         cancelled = Event()
 
         def stop() -> bool:
@@ -65,6 +76,10 @@ class Awaitable:
 
         with _own_thread() as thread:
             await _finished(thread, self.watch, until_seconds, on_step, stop, on_cancel=cancelled.set)
+
+    def _check_task(self) -> None:
+        if self._reader is not None and self._reader is asyncio.current_task():
+            raise ConfigError("this task is in the middle of an answer", "go to its end first, or close it")
 
 
 @contextmanager

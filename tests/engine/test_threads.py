@@ -349,6 +349,21 @@ def test_a_cancelled_watch_stops_behind_a_step_and_can_be_gone_on_with(watched: 
     assert_same_stream(found, watched)
 
 
+def test_in_the_middle_of_an_answer_other_tasks_wait_and_its_own_is_told(watched: Session) -> None:
+    async def both() -> str:
+        async with aclosing(watched.astream(QUESTION)) as pieces:
+            await anext(pieces)
+            with pytest.raises(ConfigError, match="in the middle of an answer"):
+                await watched.aask(QUESTION)
+            other = asyncio.create_task(watched.aask(QUESTION))
+            async for _ in pieces:
+                assert not other.done()
+        return await other
+
+    expected = watched.ask(QUESTION)
+    assert asyncio.run(both()) == expected
+
+
 def test_errors_are_those_of_the_twins(watched: Session) -> None:
     with pytest.raises(ConfigError, match="empty"):
         asyncio.run(watched.aask(" "))
