@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ FACTS = "session.json"
 _PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames|memories)\.(\d+)\.safetensors")
 _UNFINISHED = f"{FACTS}.part"
 _CHUNK = 1 << 20  # bytes
+_LOCK = "lock"  # held by who writes, and gone with it
+_PATIENCE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def write_folder(
     New files come beside those of the former save; a piece that one of those holds already is not written again.
     Replacing `session.json`, which names the files that count, is one operation of the file system: whenever the
     process dies, the folder holds the former save or this one. Files that neither names are removed here and by the
-    next write. One process at a time.
+    next write. Who writes has a lock meanwhile; another one waits some seconds for it.
 
     Args:
         folder: made where there is none.
@@ -100,33 +104,91 @@ def write_folder(
         SHA-256 of each piece's file.
 
     Raises:
-        SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
+        SaveError: the folder cannot be written, holds something else, or another process is writing it for long; a
+            former save in it is intact.
     """
-    target = Path(folder)
+    target, made = Path(folder), False
     try:
         check_target(target)
         made = not target.exists()
         target.mkdir(parents=True, exist_ok=True)
-        serial = 1 + max(
-            (int(found[1]) for path in target.iterdir() if (found := _PART.fullmatch(path.name))), default=0
-        )
-        try:
-            former = _former(target)
-            files: dict[str, dict[str, Any]] = {}
-            for piece in pieces:
-                path = target / f"{piece.name}.{serial}.safetensors"
-                files[piece.name] = former.get(piece.digest) or _write_part(path, piece.tensors())
-            _publish(target, {**facts, "files": files})
-        finally:
-            _sweep(target)
-            if made:
-                with suppress(OSError):  # it holds something, and stays
-                    target.rmdir()
+        with _held(target):
+            return _write(target, facts, pieces)
     except (OSError, SafetensorError) as error:
         told = getattr(error, "strerror", None) or str(error)
         hint = "make room, or name another folder; what was saved there before is intact"
         raise SaveError(f"{target} cannot be written: {told.splitlines()[0]}", hint) from None
+    finally:
+        if made:
+            with suppress(OSError):  # it holds something, and stays
+                target.rmdir()
+
+
+def _write(target: Path, facts: Mapping[str, Any], pieces: Iterable[Piece]) -> dict[str, str]:
+    serial = 1 + max((int(found[1]) for path in target.iterdir() if (found := _PART.fullmatch(path.name))), default=0)
+    try:
+        former = _former(target)
+        files: dict[str, dict[str, Any]] = {}
+        for piece in pieces:
+            path = target / f"{piece.name}.{serial}.safetensors"
+            files[piece.name] = former.get(piece.digest) or _write_part(path, piece.tensors())
+        _publish(target, {**facts, "files": files})
+    finally:
+        _sweep(target)
     return {name: file["sha256"] for name, file in files.items()}
+
+
+@contextmanager
+def _held(target: Path) -> Iterator[None]:
+    """Have the folder's lock, which the system lets go of where a process is killed.
+
+    Raises:
+        SaveError: somebody else has it, and keeps it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    lock = _lock(target / _LOCK)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (target / _LOCK).unlink()  # while it is held: who waits for it sees that it is gone, and makes another
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a lock file that this process holds now, and that says so."""
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            taken = _taken(lock)
+            if taken and os.fstat(lock).st_nlink:
+                os.ftruncate(lock, 0)
+                os.write(lock, f"{os.getpid()}\n".encode())
+                return lock
+            if not taken and time.monotonic() > until:
+                holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+                rule = f"process {holder} has been saving to {path.parent} for {_PATIENCE_SECONDS:g} s"
+                raise SaveError(rule, "wait for its end, or name another folder")
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        time.sleep(_POLL_SECONDS)
+
+
+def _taken(lock: int) -> bool:
+    import fcntl  # not on every system
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: as good as it gets
+    return True
 
 
 def check_target(folder: str | os.PathLike[str]) -> None:
@@ -187,7 +249,7 @@ def _former(target: Path) -> dict[str | None, dict[str, Any]]:
 
 
 def _ours(path: Path) -> bool:
-    return bool(_PART.fullmatch(path.name)) or path.name == _UNFINISHED
+    return bool(_PART.fullmatch(path.name)) or path.name in (_UNFINISHED, _LOCK)
 
 
 def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -227,7 +289,7 @@ def _sweep(target: Path) -> None:
         except SaveError:
             return  # of a newer version, or damaged: nobody knows which of its files count
     for path in list(target.iterdir()):
-        if _ours(path) and path.name not in named:
+        if _ours(path) and path.name not in (*named, _LOCK):
             path.unlink()
 
 

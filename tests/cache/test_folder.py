@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -230,6 +232,35 @@ def test_what_was_written_of_a_failed_save_is_removed(
         with pytest.raises((SaveError, KeyboardInterrupt)):
             write(saved, 20)
     assert (names(saved), number_of(saved)) == (before, 10)
+
+
+def test_two_that_save_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    """Locks of threads keep each other out as those of processes do."""
+    found = tmp_path / "saved"
+
+    def save() -> None:
+        for number in range(20):
+            write(found, number)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(save) for _ in range(2)]:
+            done.result(timeout=60)
+    assert number_of(found) == 19
+    assert len(names(found)) == 5
+
+
+def test_who_keeps_the_lock_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_PATIENCE_SECONDS", 0.1)
+    held = subject._lock(saved / "lock")
+    try:
+        with pytest.raises(SaveError, match=rf"process {os.getpid()} has been saving to {saved}"):
+            write(saved, 20)
+    finally:
+        os.close(held)  # as where its process is killed: the file stays
+    assert number_of(saved) == 10
+    write(saved, 20)
+    assert number_of(saved) == 20
+    assert "lock" not in names(saved)
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
