@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -138,3 +139,12 @@ def test_shells_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None
         cli.app(prog_name="statekv")
     assert "analyze" in capsys.readouterr().out
     assert "_STATEKV_COMPLETE" in succeed("--show-completion", shell)
+
+
+def test_garbage_is_left_while_things_are_loaded() -> None:
+    """And collected again afterwards; what was made before is not frozen by that, where torch was there already."""
+    frozen = gc.get_freeze_count()
+    with console.doing("loading"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
