@@ -11,7 +11,7 @@ def main() -> None:
 
         cli.main()
     except KeyboardInterrupt:
-        print("statekv: interrupted", file=sys.stderr)
+        sys.stderr.write("statekv: interrupted\n")
         raise SystemExit(130) from None
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

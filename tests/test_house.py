@@ -16,15 +16,15 @@ FILES = sorted(
 )
 PACKAGE = [file for file in FILES if file.is_relative_to(HOUSE)]
 
-IN_THE_ROOT = {"__init__", "__main__", "config", "errors"}
+IN_THE_ROOT = {"__init__", "__main__", "errors"}
 BAD_NAMES = {"utils", "util", "common", "core", "types", "helpers", "misc", "base_types"}
 MOST_FILES_OF_A_FOLDER = 12
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_MOST_FUNCTIONS = 60, 20
 # A file is as long as its idea; from here on it is looked at, and what was found to be one idea stands below.
 MANY_LINES_OF_A_FILE = 500
 LONG = {
-    "statekv/config.py": 900,  # every setting, declared once
-    "tests/test_config.py": 580,
+    "statekv/config/__init__.py": 800,  # every setting, declared once
+    "tests/config/test_config.py": 580,
     "tests/cache/test_folder.py": 520,
 }
 

@@ -19,7 +19,8 @@ from statekv.cache.policies.wrappers import (
     ValueNorms,
     Wrapper,
 )
-from statekv.config import CARRIES, Config, check_attention, load_named
+from statekv.config import CARRIES, Config, check_attention
+from statekv.config.spelling import load_named
 from statekv.errors import ConfigError, PolicyError, StateKVError
 
 _OWN_KEYS = 16  # of the step of a trial

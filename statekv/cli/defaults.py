@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from statekv.cli.options import LOADING, variable
-from statekv.config import METHODS, SETTINGS, check_name
+from statekv.config import METHODS, SETTINGS
+from statekv.config.spelling import check_name
 from statekv.errors import ConfigError
 
 FILE = Path("statekv.toml")  # of the current folder, where no other is named

@@ -20,7 +20,8 @@ from typer.core import TyperGroup
 from statekv.cli import options
 from statekv.cli.bench import numbers
 from statekv.cli.console import complain, load, notes, out, progress, rounded, to_json
-from statekv.config import METHODS, SETTINGS, Config, check_name
+from statekv.config import METHODS, SETTINGS, Config
+from statekv.config.spelling import check_name
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def _configs(
     for written in dict.fromkeys(written.strip() for part in methods for written in _SEPARATE.split(part)):
         method, own = _read_method(written)
         # What a task prescribes does not undo what makes a method: uniform takes 64 frames of any video.
-        plain = Config.of(method, **{n: value for n, value in prescribed.items() if n not in METHODS[method]} | own)
+        named = Config.of(method, **own)
+        plain = named.with_(**named.fitting(**{n: v for n, v in prescribed.items() if n not in METHODS[method]}) | own)
         taken = plain.fitting(**given)
         config, name = plain.with_(**taken | own), written.replace(":", "-")
         budgeted = {f"{name}-{budget}": config.fitting(budget=budget) for budget in budgets}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from statekv.config import GATES, Config, load_named
+from statekv.config import GATES, Config
+from statekv.config.spelling import load_named
 from statekv.video.sampling import FrameGate, FrameSampler
 
 
 def sampler_of(config: Config) -> FrameSampler:
     """Which frames are seen, by their times."""
     newest = config.last_frames if config.recall == "last_frames" else None
-    return FrameSampler(config.fps, config.max_frames, config.uniform, newest)
+    return FrameSampler(None if config.uniform else config.fps, config.max_frames, config.uniform, newest)
 
 
 def gate_of(config: Config) -> FrameGate | None:

@@ -91,7 +91,7 @@ class Engine:
             check_source(settings, "pushed")
             return Session(self.runner, self._state(config), frames)
         check_scheme(source, tuple(config.schemes.split(",")))
-        info = None if locate(source).live else _cut(probe(source, stream), until_seconds)
+        info = None if locate(source).live else _cut(probe(source, stream, config.max_pixels), until_seconds)
         sampler.check_length(None if info is None else info.duration_seconds)
         check_source(settings, _kind(source, info, realtime))
         expected = None if info is None else _count(source, sampler, stream, until_seconds)
@@ -294,7 +294,7 @@ def _cut(info: VideoInfo, until_seconds: float | None) -> VideoInfo:
 
 def _kind(source: PathOrUrl, info: VideoInfo | None, realtime: bool) -> str:
     """Which of `SOURCES` a path or URL is; `info` is None for what is live."""
-    lasting = info is not None and not (local_path(source) is None and info.duration_seconds is None)
+    lasting = info is not None and (info.finite or local_path(source) is not None)
     return "file" if lasting and not realtime else "live"
 
 
@@ -308,13 +308,15 @@ def _count(source: PathOrUrl, sampler: FrameSampler, stream: int | None, until_s
 
 def _reading(config: Config, until_seconds: float | None, duration_seconds: float | None = None) -> LiveSettings:
     return LiveSettings(
-        fps=config.fps,
+        fps=sampler_of(config).fps,
         max_frames=config.max_frames,
         duration_seconds=duration_seconds,
         depth=config.prefetch,
         max_lag_seconds=config.max_lag_seconds,
         reconnect_seconds=config.reconnect_seconds,
         until_seconds=until_seconds,
+        max_pixels=config.max_pixels,
+        max_decoded=config.max_decoded,
     )
 
 

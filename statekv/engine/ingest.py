@@ -103,25 +103,45 @@ class FrameQueue:
         self.ended = frame is None and self.ahead.ended
         return frame
 
-    def put(self, frame: Frame) -> PendingStep | Progress | None:
+    def put(self, frame: Frame, lent: bool = False) -> PendingStep | Progress | None:
         """Let a frame wait.
 
+        Args:
+            frame: the stream's next one. One of another size than its partners begins a step, and they make one without
+                it.
+            lent: whether its pixels are somebody else's, who may write others there: what waits is copied.
+
         Returns:
-            The step that it makes, to be entered and finished; how far the stream is, where only the newest frames
+            The step that it completes, to be entered and finished; how far the stream is, where only the newest frames
             count and none enters before a question; or None: it waits for a partner.
 
         Raises:
-            ConfigError: not a frame, or one of another size than its partner in the step.
+            ConfigError: not a frame, or one from before the stream's first.
         """
         per_step = self.runner.model.frames_per_step
-        check_frame(frame, self.waiting[-1:] if per_step > 1 else [])
-        self.waiting.append(frame)
+        self._check(frame)
+        fits = self.sampler.newest is not None or not self.waiting or same_size(self.waiting[-1], frame)
+        waits = self.sampler.newest is not None or not fits or len(self.waiting) + 1 < per_step
+        kept = replace(frame, data=frame.data.clone()) if lent and waits else frame
+        if not fits:
+            frames, self.waiting = self.waiting, [kept]
+            return PendingStep(self.runner, self.state, self.ahead, frames)
+        self.waiting.append(kept)
         if self.sampler.newest is not None:
             return self._pass(self.sampler.newest, per_step)
-        if len(self.waiting) < per_step:
+        if waits:
             return None
         frames, self.waiting = self.waiting, []
         return PendingStep(self.runner, self.state, self.ahead, frames)
+
+    def _check(self, frame: Frame) -> None:
+        check_frame(frame)
+        first = self.state.origin_seconds
+        if first is None and self.waiting:
+            first = self.waiting[0].pts_seconds
+        if first is not None and frame.pts_seconds < first:
+            rule = f"a frame of {frame.pts_seconds:g} s comes before the stream's first, of {first:g} s"
+            raise ConfigError(rule, "give frames times by a clock that is not set back")
 
     def take(self, step: PendingStep) -> Progress:
         """Let a step enter alone."""
@@ -148,7 +168,8 @@ class FrameQueue:
         """Take back a step that failed. Either its partners wait as before, or nothing can enter any more."""
         self._broken = step.undo(error)
         if not self._broken:
-            self.waiting = step.frames[:-1]
+            # A frame of another size, whose partners make a step without it, waits already, and comes again like all.
+            self.waiting = step.frames if self.waiting else step.frames[:-1]
 
     def free(self) -> None:
         """Let go of all frames and of the source."""
@@ -250,7 +271,7 @@ class VisionPrefetch:
         """
         if self._gate is None:
             return True
-        check_frame(frame, ())
+        check_frame(frame)
         name, memory = type(self._gate).__name__, own_memory(self._state.memories.get(_GATE, {}))
         found = self._gate.admit(frame, memory)
         if not isinstance(found, bool):
@@ -320,8 +341,7 @@ class VisionPrefetch:
         if self._only_newest:
             return  # a question looks at the few frames that it sees
         frames = frames[sum(len(seen.frames) for seen, _ in self._looked) :]
-        size = self._per_step
-        steps = [frames[i : i + size] for i in range(0, len(frames) - size + 1, size)]
+        steps = full_steps(frames, self._per_step)
         if not steps:
             return
         began = time.perf_counter()
@@ -342,13 +362,30 @@ def _hand_over(seen: EncodedStep, done: torch.cuda.Event | None) -> None:
         tensor.record_stream(here)
 
 
-def check_frame(frame: Frame, partners: Sequence[Frame]) -> None:
-    """Raise ConfigError unless this is a frame, and of the size of those that it makes a step with."""
+def check_frame(frame: Frame) -> None:
+    """Raise ConfigError unless this is a frame."""
     if not isinstance(frame, Frame):
         raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
-    if partners and frame.data.shape != partners[0].data.shape:
-        sizes = [tuple(picture.data.shape[1:]) for picture in (partners[0], frame)]
-        raise ConfigError(f"two frames of one step are {sizes[0]} and {sizes[1]} pixels", "resize them to one size")
+
+
+def same_size(one: Frame, other: Frame) -> bool:
+    """Whether two frames can make one step."""
+    return one.data.shape == other.data.shape
+
+
+def full_steps(frames: Sequence[Frame], per_step: int) -> list[list[Frame]]:
+    """Frames step by step, as `FrameQueue.put` makes them, but for the last ones, which wait for partners."""
+    steps: list[list[Frame]] = []
+    waiting: list[Frame] = []
+    for frame in frames:
+        if waiting and not same_size(waiting[-1], frame):
+            steps.append(waiting)
+            waiting = []
+        waiting = [*waiting, frame]
+        if len(waiting) == per_step:
+            steps.append(waiting)
+            waiting = []
+    return steps
 
 
 class PendingStep:

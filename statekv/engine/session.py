@@ -15,7 +15,7 @@ import torch
 from statekv.cache.stream import StreamState
 from statekv.engine.awaiting import Awaitable
 from statekv.engine.choice import sampler_of
-from statekv.engine.ingest import FrameQueue, PendingStep
+from statekv.engine.ingest import FrameQueue, PendingStep, full_steps
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
@@ -163,13 +163,13 @@ class Session(Awaitable):
         on_step: Callable[[Progress], None] | None = None,
         seen: EncodedStep | None = None,
     ) -> None:
-        """Let frames enter; they become part of the stream as soon as a step is full.
+        """Let frames enter; they become part of the stream as soon as a step is full, or the next has another size.
 
         `seen` is what the vision tower made of the step that they end, where several streams share it. Frames that the
         stream's gate keeps out do not enter.
 
         Raises:
-            ConfigError: not a frame, or one of another size than its partner in the step; those before it have entered.
+            ConfigError: not a frame, or one from before the stream's first; those before it have entered.
             HorizonError: the stream has reached its horizon; what was seen can still be asked.
             MemoryLimitError: out of memory; what was seen can still be asked, but nothing more can enter.
         """
@@ -180,7 +180,7 @@ class Session(Awaitable):
             with self._turn():
                 self.queue.check()
                 if self.queue.ahead.admits(frame):
-                    self._put(frame, on_step)
+                    self._put(frame, on_step, lent=seen is None)
 
     def ask(
         self,
@@ -306,9 +306,9 @@ class Session(Awaitable):
                     yield False
                     return
 
-    def _put(self, frame: Frame, on_step: Callable[[Progress], None] | None) -> None:
+    def _put(self, frame: Frame, on_step: Callable[[Progress], None] | None, lent: bool = False) -> None:
         with deferred_interrupts():
-            found = self.queue.put(frame)
+            found = self.queue.put(frame, lent)
             progress = self.queue.take(found) if isinstance(found, PendingStep) else found
             if progress is not None and on_step is not None:
                 on_step(progress)
@@ -467,7 +467,8 @@ def waiting_steps(runner: ModelRunner, state: StreamState, waiting: Sequence[Fra
     """
     if not waiting:
         return []
-    size = runner.model.frames_per_step
-    steps = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+    steps = full_steps(waiting, runner.model.frames_per_step)
+    if rest := list(waiting[sum(map(len, steps)) :]):
+        steps.append(rest)
     alone = sampler_of(state.config).newest is not None
     return runner.encode(steps, len(waiting) if alone else state.frames_expected)

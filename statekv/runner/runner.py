@@ -14,7 +14,8 @@ from statekv.cache.policies.base import Policy
 from statekv.cache.spec import Memory
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.cache.view import Mode, View
-from statekv.config import CARRIES, REDUCERS, Config, load_named
+from statekv.config import CARRIES, REDUCERS, Config
+from statekv.config.spelling import load_named
 from statekv.errors import MemoryLimitError
 from statekv.models.adapter import Segment, VideoModel
 from statekv.models.encoded import EncodedStep

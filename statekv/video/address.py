@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import select
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +27,15 @@ def local_path(source: PathOrUrl) -> Path | None:
     if not isinstance(source, str):
         return Path(source)
     if scheme_of(source) == "file":
-        return Path(url2pathname(urlsplit(source).path)) if "://" in source else Path(source)
+        return _path_of(source) if "://" in source else Path(source)
     return None
+
+
+def _path_of(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise VideoError(f"{url} is a file on the machine {parts.netloc!r}", "give its path on this one, or its URL")
+    return Path(url2pathname(parts.path))
 
 
 def scheme_of(source: PathOrUrl) -> str:
@@ -75,8 +84,27 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{name} is a folder, not a video", "name one file inside it")
     if not path.exists():
         raise VideoError(f"{name} does not exist", "check the spelling and the folder")
+    if path.is_fifo():
+        _wait_for_writer(path)
     if path.is_file() and path.stat().st_size == 0:
         raise VideoError(f"{name} is empty (0 bytes)", "record or download it again")
+
+
+_WRITER_SECONDS = 10.0  # that a named pipe waits for somebody who writes into it
+
+
+def _wait_for_writer(path: Path) -> None:
+    """Raise VideoError if nobody opens a named pipe for writing in time."""
+    ends = time.monotonic() + _WRITER_SECONDS
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while not select.select([reader], [], [], 0.0)[0]:
+            if time.monotonic() > ends:
+                rule = f"{path.name} is a pipe into which nothing has been written for {_WRITER_SECONDS:g} s"
+                raise VideoError(rule, "start what writes into it")
+            time.sleep(0.05)
+    finally:
+        os.close(reader)
 
 
 def check_there(source: PathOrUrl) -> None:
@@ -92,16 +120,35 @@ def explain(source: PathOrUrl, reason: str) -> VideoError:
     """Return the error for a source that FFmpeg refused to open with this short reason in lower case."""
     path, name = local_path(source), display_name(source)
     if is_stdin(source):
-        return VideoError(f"{name} holds no video that FFmpeg can read", "pipe MPEG-TS or MJPEG into it")
+        rule = f"{name} holds no video that FFmpeg can read, or an MP4 whose index (moov) comes last"
+        return VideoError(rule, "pipe MPEG-TS or MJPEG into it, or an MP4 made with -movflags +faststart")
     if is_camera(source):
         return VideoError(f"{name} cannot be opened: {reason}", "check that nobody else uses it, and its permissions")
     if path is None:
         if reason == "immediate exit requested":
             reason = "no answer in time"
         return VideoError(f"{name} cannot be opened: {reason}", "check the address and the network")
+    if playlist := _playlist(path):
+        return VideoError(f"{name} is {playlist}, which is not read from disk", "name the file or address it leads to")
+    if reason == "invalid argument":
+        return VideoError(f"{name} is of a kind that is not read", "convert it, as with: ffmpeg -i FILE FILE.mp4")
     if reason not in ("invalid data found when processing input", "end of file"):
         return VideoError(f"{name} cannot be opened: {reason}", "check the file and its permissions")
     return unusable(source, "is not a video that FFmpeg can read", "check that it plays elsewhere")
+
+
+_PLAYLISTS = ((b"#EXTM3U", "an M3U playlist"), (b"ffconcat", "a list for FFmpeg's concat"), (b"v=0", "an SDP file"))
+
+
+def _playlist(path: Path) -> str:
+    """What a text file that names others is called; "" for all else."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if b"<MPD" in head:
+        return "a DASH manifest"
+    return next((kind for start, kind in _PLAYLISTS if head.startswith(start)), "")
 
 
 def unusable(source: PathOrUrl, problem: str, hint: str) -> VideoError:
@@ -133,8 +180,20 @@ def _lacks_mp4_index(path: Path) -> bool:
     return offset > 0
 
 
+def _is_animated_webp(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 2)
+
+
 def nothing_decodes(source: PathOrUrl) -> VideoError:
     """For a source whose pictures cannot be read."""
+    path = local_path(source)
+    if is_stdin(source):
+        rule = "standard input has no frame that decodes; an MP4 whose index (moov) comes last cannot be piped"
+        return VideoError(rule, "make one with: ffmpeg -i FILE -c copy -movflags +faststart OUT.mp4; or pipe MPEG-TS")
+    if path is not None and path.is_file() and _is_animated_webp(path):
+        return VideoError(f"{display_name(source)} is an animated WebP, which FFmpeg does not read", "make it an MP4")
     return unusable(source, "has no frame that decodes", "check that it plays elsewhere")
 
 
@@ -278,3 +337,19 @@ class StandardInput:
             head, self._head = self._head[:size], self._head[size:]
             return head
         return os.read(_STDIN, size)
+
+
+class _Unnamed:
+    """A file as a stream of bytes, for a name that FFmpeg would take for a pattern of many names."""
+
+    name, format = "", None
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self.read, self.seek, self.tell = self._file.read, self._file.seek, self._file.tell
+
+
+def numbered(source: PathOrUrl) -> _Unnamed | None:
+    """A local file whose name holds what FFmpeg would replace by numbers; None for all else."""
+    path = local_path(source)
+    return _Unnamed(path) if path is not None and "%" in path.name else None

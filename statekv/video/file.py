@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.address import PathOrUrl, display_name, local_path, nothing_decodes
-from statekv.video.decode import Damage, open_track, orientation, rgb
+from statekv.video.decode import Damage, every_picture, open_track, orientation, rgb
 from statekv.video.frame import Frame
 from statekv.video.prefetch import prefetch
 from statekv.video.sampling import check_limits, count_kept
@@ -29,6 +29,7 @@ class VideoInfo:
         rotation_degrees: counterclockwise turn that makes the stored picture upright: 0, 90, 180 or 270.
         stream_index: which of the video streams this is, as `stream=` takes it.
         num_video_streams: how many video streams there are; cover art does not count.
+        finite: whether the source ends, also where its length in seconds is unknown.
     """
 
     start_seconds: float
@@ -41,20 +42,22 @@ class VideoInfo:
     rotation_degrees: int
     stream_index: int
     num_video_streams: int
+    finite: bool
 
 
-def probe(source: PathOrUrl, stream: int | None = None) -> VideoInfo:
-    """Read the header and the first frame of a video.
+def probe(source: PathOrUrl, stream: int | None = None, max_pixels: int | None = None) -> VideoInfo:
+    """Read the header and the first frame of a video, and all packets of a file whose header does not tell its length.
 
     Args:
         source: path or URL.
         stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
+        max_pixels: of a picture; None: no limit.
 
     Raises:
-        VideoError: the source cannot be opened or holds no video that decodes.
+        VideoError: the source cannot be opened, holds no video that decodes, or larger pictures.
         ConfigError: there is no such stream.
     """
-    with open_track(source, stream) as track:
+    with open_track(source, stream, max_pixels=max_pixels) as track:
         picture = next(track.pictures(Damage()), None)
         if picture is None:
             raise nothing_decodes(source)
@@ -63,7 +66,7 @@ def probe(source: PathOrUrl, stream: int | None = None) -> VideoInfo:
         width, height = size if turn.rotation_degrees % 180 == 0 else size[::-1]
         return VideoInfo(
             start_seconds=track.start_seconds,
-            duration_seconds=track.duration_seconds,
+            duration_seconds=_length(source, stream) or track.about_seconds,
             width=width,
             height=height,
             frame_rate=float(track.video.average_rate) if track.video.average_rate else None,
@@ -72,6 +75,7 @@ def probe(source: PathOrUrl, stream: int | None = None) -> VideoInfo:
             rotation_degrees=turn.rotation_degrees,
             stream_index=track.videos.index(track.video),
             num_video_streams=len(track.videos),
+            finite=track.finite,
         )
 
 
@@ -82,6 +86,8 @@ def read_frames(
     stream: int | None = None,
     ahead: int = 0,
     until_seconds: float | None = None,
+    max_pixels: int | None = None,
+    max_decoded: int | None = None,
 ) -> Generator[Frame, None, None]:
     """Yield the sampled frames of a video in presentation order; memory does not grow with its length.
 
@@ -93,13 +99,16 @@ def read_frames(
         stream: which video stream, from 0; None takes the one that FFmpeg thinks best.
         ahead: frames to decode ahead on a thread; 0 decodes when asked.
         until_seconds: presentation time at which the video ends, as if it had been cut there; None: whole.
+        max_pixels: of a picture; None: no limit.
+        max_decoded: frames that are decoded, also those that are not kept; None: no limit.
 
     Raises:
-        VideoError: at the first frame, if the source cannot be opened or holds no video that decodes.
+        VideoError: at the first frame, if the source cannot be opened or holds no video that decodes, or larger
+            pictures; behind the last frame that may be decoded.
         ConfigError: a limit that is not positive; at the first frame, if there is no such stream.
     """
     check_limits(fps, max_frames)
-    items = _read(source, fps, max_frames, stream, until_seconds)
+    items = _read(source, fps, max_frames, stream, until_seconds, max_pixels, max_decoded)
     return _issue_warnings(prefetch(items, ahead) if ahead else items)
 
 
@@ -122,16 +131,28 @@ def count_frames(
     if local_path(source) is None:
         raise VideoError(f"{display_name(source)} is not local: cannot count its frames", "download it")
     with open_track(source, stream) as track:
-        times = (pts for pts in track.packet_times() if until_seconds is None or pts < until_seconds)
-        return count_kept(track.sampler(fps, max_frames, until_seconds), times)
+        stamps = list(track.times())
+        times = [pts for pts, _ in stamps if until_seconds is None or pts < until_seconds]
+        length = stamps[-1][0] + stamps[-1][1] - track.start_seconds if stamps else None
+        return count_kept(track.sampler(fps, max_frames, until_seconds, track.duration_seconds or length), times)
 
 
 def _read(
-    source: PathOrUrl, fps: float | None, max_frames: int | None, stream: int | None, until_seconds: float | None
+    source: PathOrUrl,
+    fps: float | None,
+    max_frames: int | None,
+    stream: int | None,
+    until_seconds: float | None,
+    max_pixels: int | None,
+    max_decoded: int | None,
 ) -> Generator[Frame | VideoWarning, None, None]:
-    with open_track(source, stream) as track:
-        sampler, clock, damage = track.sampler(fps, max_frames, until_seconds), track.clock(), Damage()
-        for picture in track.pictures(damage):
+    length = _length(source, stream) if max_frames is not None else None
+    with open_track(source, stream, max_pixels=max_pixels) as track:
+        sampler, clock, damage = track.sampler(fps, max_frames, until_seconds, length), track.clock(), Damage()
+        for number, picture in enumerate(every_picture(track, source, stream, damage, max_pixels)):
+            if number == max_decoded:
+                rule = f"{display_name(source)} has more than {max_decoded:,} frames"
+                raise VideoError(rule, "raise max_decoded, or cut it into parts")
             damage.pieces += picture.is_corrupt
             # PyAV before 15 does not tell a frame's duration.
             duration = track.seconds(getattr(picture, "duration", None))
@@ -150,6 +171,17 @@ def _read(
         )
         if complaint:
             yield VideoWarning(display_name(source) + complaint)
+
+
+def _length(source: PathOrUrl, stream: int | None) -> float | None:
+    """Seconds of a local file whose header does not tell, by its packets."""
+    if local_path(source) is None:
+        return None
+    with open_track(source, stream) as track:
+        if track.duration_seconds is not None:
+            return None
+        end = max((pts + duration for pts, duration in track.times()), default=track.start_seconds)
+        return end - track.start_seconds if end > track.start_seconds else None
 
 
 def _issue_warnings(items: Generator[Frame | VideoWarning, None, None]) -> Generator[Frame, None, None]:

@@ -20,7 +20,7 @@ class Frame:
     """One picture of a video.
 
     Attributes:
-        data: pixels, [3, H, W] uint8, RGB, upright.
+        data: pixels, [3, H, W] uint8, RGB, upright; a numpy array is taken over as a tensor on the same memory.
         pts_seconds: presentation time on the stream's own clock, which need not start at zero.
         duration_seconds: how long the picture is shown; 0 where unknown.
         gap_seconds: time right before it from which a live source showed nothing, because it was away.
@@ -35,6 +35,11 @@ class Frame:
     gap_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, np.ndarray):
+            object.__setattr__(self, "data", _tensor(self.data))
+        if not isinstance(self.data, torch.Tensor):
+            told = f"frame data is a {type(self.data).__name__}, must be a tensor or a numpy array"
+            raise VideoError(told, "give pixels [3, H, W] uint8")
         shape = list(self.data.shape)
         if len(shape) != 3 or shape[0] != 3 or 0 in shape:
             raise VideoError(f"frame data has shape {shape}, must be [3, H, W]", _channel_hint(shape))
@@ -51,6 +56,13 @@ class Frame:
         told = [f"{self.data.shape[2]}x{self.data.shape[1]}", f"pts_seconds={self.pts_seconds}"]
         told += [f"gap_seconds={self.gap_seconds}"] if self.gap_seconds else []
         return f"Frame({', '.join(told)})"
+
+
+def _tensor(pixels: npt.NDArray[Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+    except TypeError:
+        raise VideoError(f"frame data is {pixels.dtype}, must be uint8", "scale to 0..255, cast") from None
 
 
 def _channel_hint(shape: list[int]) -> str:

@@ -48,6 +48,8 @@ class LiveSettings:
         reconnect_seconds: how long a source that went away is waited for; 0: its end is the end.
         until_seconds: stream time at which reading ends; None: it does not.
         timeouts_seconds: to connect, and of silence that counts as being away.
+        max_pixels: of a picture; None: no limit.
+        max_decoded: frames of a file that are decoded, also those that are not kept; None: no limit.
     """
 
     fps: float | None = None
@@ -58,6 +60,8 @@ class LiveSettings:
     reconnect_seconds: float = 300.0
     until_seconds: float | None = None
     timeouts_seconds: tuple[float, float] = _TIMEOUTS_SECONDS
+    max_pixels: int | None = None
+    max_decoded: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +260,10 @@ class LiveSource(Source):
         """Read the source for as long as it is there."""
         damage = Damage()
         try:
-            with open_track(self._source, self._stream, self._settings.timeouts_seconds, _OPTIONS) as track:
+            how = self._settings
+            with open_track(self._source, self._stream, how.timeouts_seconds, _OPTIONS, how.max_pixels) as track:
                 # A broadcast that is a recording when it is called again has come to its end.
-                recorded = track.duration_seconds is not None
+                recorded = track.finite
                 if recorded and self._clock.last_seconds is not None:
                     self._finished = True
                     return None

@@ -23,6 +23,7 @@ class Reading:
     Attributes:
         fps, max_frames, stream, until_seconds: as `read_frames`.
         ahead: frames to decode ahead.
+        max_pixels, max_decoded: as `read_frames`.
     """
 
     fps: float | None = None
@@ -30,6 +31,8 @@ class Reading:
     stream: int | None = None
     until_seconds: float | None = None
     ahead: int = 0
+    max_pixels: int | None = None
+    max_decoded: int | None = None
 
 
 class ResumableVideo(Source):
@@ -122,7 +125,7 @@ class ResumableVideo(Source):
         r = self.reading
         if self.drawn:
             self.check()
-        frames = read_frames(self.source, r.fps, r.max_frames, r.stream, r.ahead, r.until_seconds)
+        frames = read_frames(self.source, **dataclasses.asdict(r))
         try:
             for _ in range(self.drawn):
                 next(frames, None)
@@ -163,9 +166,10 @@ def open_video(
     settings = settings or LiveSettings()
     if locate(source).live:
         return LiveSource(source, settings, stream)
-    info = info or probe(source, stream)
+    info = info or probe(source, stream, settings.max_pixels)
     until = settings.until_seconds
-    if realtime or (local_path(source) is None and info.duration_seconds is None):
+    if realtime or not (info.finite or local_path(source) is not None):
         ends = None if until is None else until - info.start_seconds
         return LiveSource(source, replace(settings, duration_seconds=info.duration_seconds, until_seconds=ends), stream)
-    return ResumableVideo(source, Reading(settings.fps, settings.max_frames, stream, until, settings.depth))
+    caps = {"max_pixels": settings.max_pixels, "max_decoded": settings.max_decoded}
+    return ResumableVideo(source, Reading(settings.fps, settings.max_frames, stream, until, settings.depth, **caps))

@@ -80,13 +80,17 @@ class Source(Iterator[Frame], Protocol):
 
 
 class IteratorSource(Source):
-    """Frames of any iterable, which closes with this source where it can be closed."""
+    """Frames of any iterable, which closes with this source where it can be closed.
+
+    Pixels are copied: frames are read before their turn, and the iterable may write the next one over the last.
+    """
 
     def __init__(self, frames: Iterable[Frame]) -> None:
         self._frames = iter(frames)
 
     def __next__(self) -> Frame:
-        return next(self._frames)
+        frame = next(self._frames)
+        return replace(frame, data=frame.data.clone()) if isinstance(frame, Frame) else frame
 
     def close(self) -> None:
         close = getattr(self._frames, "close", None)

@@ -13,7 +13,15 @@ from tests.engine.test_snapshot import SETTINGS, assert_same_session
 from tests.method.test_positions import opened, pictures
 from tests.runner.test_cuda_graph import Tape
 from tests.runner.test_cuda_graph import session as recorded_session
-from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
+from tests.talk import (
+    QUESTION,
+    assert_same_memory,
+    assert_same_stream,
+    frames_of,
+    memory,
+    shared_engine,
+    some_frames,
+)
 from tests.tiny import TWO_FAMILIES, video
 
 EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
@@ -33,7 +41,7 @@ def test_both_go_on_as_if_the_other_had_never_been(family: str, name: str) -> No
     fork = going.fork()
     for number in range(4):
         for each, seed in ((going, 1), (fork, 2), (alone, 1), (other, 2)):
-            each.push(some_frames(4, seed=seed)[number : number + 1])
+            each.push(frames_of(video(4, seed=seed), start_seconds=7)[number : number + 1])
             each.logits(QUESTION)
     assert_same_session(going, alone)
     assert_same_session(fork, other)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from statekv.config import Config
-from statekv.engine.ingest import VisionPrefetch
+from statekv.engine.ingest import PendingStep, VisionPrefetch
 from statekv.engine.progress import Seconds
 from statekv.engine.session import Session
-from statekv.errors import VideoError
+from statekv.errors import ConfigError, VideoError
 from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
 from statekv.video.source import IteratorSource
-from tests.talk import assert_same_stream, shared_engine, some_frames
-from tests.tiny import TWO_FAMILIES
+from tests.talk import QUESTION, assert_same_stream, frames_of, shared_engine, some_frames
+from tests.tiny import TWO_FAMILIES, video
 
 EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
 
@@ -147,3 +149,54 @@ def test_frames_let_go_are_gone() -> None:
     assert ahead.draw(source, []) is not None
     assert ahead.draw(source, []) is not None
     assert ahead.draw(source, []) is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "last_frames", "last_frames": 3}], ids=["steps", "newest"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_pixels_that_are_overwritten_were_seen_before(settings: dict[str, Any], drawn: bool) -> None:
+    engine, frames = shared_engine("qwen3_vl"), some_frames(5)
+    buffer = frames[0].data.clone()
+
+    def reused() -> Iterator[Frame]:
+        for frame in frames:
+            buffer.copy_(frame.data)
+            yield replace(frame, data=buffer)
+
+    expected, found = engine.open(**settings), engine.open(**settings)
+    expected.push(frames)
+    if drawn:
+        found.source = reused()
+        found.watch()
+    else:
+        found.push(reused())
+    buffer.zero_()
+    assert torch.equal(found.logits(QUESTION), expected.logits(QUESTION))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_frame_of_another_size_begins_a_step(drawn: bool) -> None:
+    engine = shared_engine("qwen3_vl")
+    small, large = some_frames(3), frames_of(video(3, height=96, width=64), start_seconds=3)
+    by_hand, found = engine.open(), engine.open()
+    by_hand.push(small[:2])
+    short = PendingStep(by_hand.runner, by_hand.state, by_hand.queue.ahead, small[2:])
+    by_hand.queue.take(short)
+    by_hand.push(large)
+    if drawn:
+        found.source = iter([*small, *large])
+        found.watch()
+    else:
+        found.push([*small, *large])
+    assert (found.frames, found.steps) == (6, 3)
+    assert_same_stream(found, by_hand)
+    assert torch.equal(found.logits(QUESTION), by_hand.logits(QUESTION))
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_frames_from_before_the_first_are_refused(family: str) -> None:
+    session = shared_engine(family).open()
+    session.push(frames_of(video(3), start_seconds=5))
+    before = session.logits(QUESTION)
+    with pytest.raises(ConfigError, match=r"a frame of 1 s comes before the stream's first, of 5 s"):
+        session.push(frames_of(video(1), start_seconds=1))
+    assert torch.equal(session.logits(QUESTION), before)

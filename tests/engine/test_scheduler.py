@@ -252,13 +252,14 @@ def test_a_stream_at_its_horizon_leaves_a_batch_that_goes_on(batches: list[int])
         short.push(some_frames(2))  # intact, as after a push that was refused
 
 
-def test_pictures_of_two_sizes_in_one_step_trouble_nobody_else() -> None:
+def test_a_size_that_changes_within_a_step_troubles_nobody() -> None:
     engine = shared_engine("qwen3_vl")
-    odd = watching(engine, [*frames_of(video(3)), *frames_of(video(1, height=64, width=64))])
-    fine = watching(engine, some_frames(6))
-    failed = engine.watch_all([odd, fine])
-    assert list(failed) == [odd]
-    assert (odd.steps, fine.steps) == (1, 3)
+    pictures = [*frames_of(video(3)), *frames_of(video(2, height=64, width=64), start_seconds=3)]
+    odd, alone, fine = watching(engine, pictures), watching(engine, pictures), watching(engine, some_frames(6))
+    assert not engine.watch_all([odd, fine])
+    assert (odd.steps, fine.steps) == (3, 3)
+    alone.watch()
+    assert odd.state.spans == alone.state.spans
 
 
 def test_a_session_that_is_being_asked_steps_later() -> None:

@@ -234,16 +234,6 @@ def test_ctrl_c_in_an_answer_leaves_the_stream_whole(family: str) -> None:
     assert session.ask(QUESTION) == other.ask(QUESTION)
 
 
-def test_frames_of_two_sizes_in_one_step_are_refused_by_name() -> None:
-    session, other = (shared_engine("qwen3_vl").open(**UNLIMITED) for _ in range(2))
-    for stream in (session, other):
-        stream.push(some_frames(2))
-    other.push(frames_of(video(1)))
-    with pytest.raises(StateKVError, match="size"):
-        session.push([*frames_of(video(1)), *frames_of(video(1, height=64, width=64))])
-    assert session.ask(QUESTION) == other.ask(QUESTION)
-
-
 def test_a_size_that_changes_between_steps_is_fine_for_internvl() -> None:
     session = shared_engine("internvl").open(**UNLIMITED)
     session.push([*frames_of(video(2)), *frames_of(video(2, height=64, width=64))])

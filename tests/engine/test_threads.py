@@ -22,7 +22,16 @@ from statekv.errors import ConfigError
 from tests.engine.test_scheduler import watching
 from tests.presets import chosen
 from tests.runner.test_runner import assert_close
-from tests.talk import QUESTION, assert_same_memory, assert_same_stream, memory, shared_engine, some_frames
+from tests.talk import (
+    QUESTION,
+    assert_same_memory,
+    assert_same_stream,
+    frames_of,
+    memory,
+    shared_engine,
+    some_frames,
+)
+from tests.tiny import video
 
 THREADS = 8
 SETTINGS = [
@@ -61,7 +70,8 @@ def life(engine: Engine, number: int) -> list[Any]:
         session = drawn.choice(sessions)
         action = drawn.choice(["push", "push", "push", "ask", "stream", "fork", "close"])
         if action == "push":
-            session.push(some_frames(drawn.randint(1, 4), seed=drawn.randint(0, 5)))
+            pictures = video(drawn.randint(1, 4), seed=drawn.randint(0, 5))
+            session.push(frames_of(pictures, start_seconds=session.frames))
         elif action == "fork" and len(sessions) < 4:
             sessions.append(session.fork())
         elif action == "close" and len(sessions) > 1:

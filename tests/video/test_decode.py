@@ -1,5 +1,6 @@
 """Which stream of a file is read, with which times, and what is said of one that is damaged or none."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -7,12 +8,14 @@ import socket
 import threading
 import warnings
 from types import TracebackType
+from typing import Any
 
 import pytest
 
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.decode import Damage
 from statekv.video.file import count_frames, probe, read_frames
+from statekv.video.resume import open_video
 from tests.video.fixtures.clips import noise, write_clip, write_sound
 
 
@@ -133,7 +136,7 @@ def unreachable(folder):
         (a_folder, "is a folder"),
         (empty, "empty.mp4 is empty"),
         (text, "text.mp4 is not a video"),
-        (prose, "notes.txt has no frame that decodes"),
+        (prose, "notes.txt is of a kind that is not read"),
         (sound, "sound.m4a holds only sound"),
         (blank, "blank.mp4 has no frame that decodes"),
         (unknown_codec, "odd.mp4 has no frame that decodes"),
@@ -236,6 +239,18 @@ def test_a_url_reads_like_the_file(served, noisy):
     remote = [frame.pts_seconds for frame in read_frames(f"{served}/clip.mp4", fps=5)]
     assert remote == [frame.pts_seconds for frame in read_frames(noisy, fps=5)]
     assert probe(f"{served}/clip.mp4") == probe(noisy)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".gif", ".mjpeg"])
+def test_a_clip_of_known_size_is_no_live_source(served, noisy, suffix):
+    how: dict[str, dict[str, Any]] = {
+        ".gif": {"codec": "gif", "pix_fmt": "rgb8"},
+        ".mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    }
+    path = write_clip(noisy.parent / f"clip{suffix}", range(20), **how.get(suffix, {}))
+    with contextlib.closing(open_video(f"{served}/clip{suffix}")) as found:
+        assert not found.live
+        assert len(list(found)) == len(list(read_frames(path))) == 20
 
 
 def test_a_url_that_is_not_there(served):

@@ -1,6 +1,9 @@
 """All frames of a file in order, with the times that the file gives them."""
 
+import contextlib
+import os
 import threading
+import warnings
 import weakref
 from fractions import Fraction
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, VideoError
 from statekv.video.decode import rgb
 from statekv.video.file import VideoInfo, count_frames, probe, read_frames
 from statekv.video.sampling import Sampler
@@ -20,9 +23,11 @@ from tests.video.fixtures.clips import (
     cut_start,
     grey,
     needs_real,
+    noise,
     quarters,
     set_matrix,
     write_clip,
+    write_still,
     write_two_streams,
 )
 
@@ -54,6 +59,7 @@ def test_probe(clip):
         rotation_degrees=0,
         stream_index=0,
         num_video_streams=1,
+        finite=True,
     )
 
 
@@ -89,17 +95,156 @@ def test_frames_without_stamps_are_given_times(tmp_path):
     path = write_clip(tmp_path / "clip.264", range(30), format="h264")
     with av.open(str(path)) as container:
         assert all(packet.pts is None for packet in container.demux())
-    assert probe(path).duration_seconds is None
+    assert probe(path).duration_seconds == pytest.approx(1.2)
     assert times(read_frames(path)) == near([i / 25 for i in range(30)])
+    assert times(read_frames(path, max_frames=3)) == near([0, 0.4, 0.8])
+    assert count_frames(path, max_frames=3) == 3
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("libx264", ".mkv"), ("libvpx", ".webm")])
-def test_a_live_recording_has_no_length_and_no_count(tmp_path, codec, suffix):
+def test_the_length_of_a_live_recording_is_that_of_its_packets(tmp_path, codec, suffix):
     path = write_clip(tmp_path / f"clip{suffix}", range(30), codec=codec, muxer={"live": "1"})
     info = probe(path)
-    assert (info.duration_seconds, info.num_frames) == (None, None)
+    assert info.num_frames is None
+    assert info.duration_seconds == pytest.approx(1.2, abs=2e-3)
     assert times(read_frames(path)) == near([i / 25 for i in range(30)])
-    assert times(read_frames(path, max_frames=4)) == near([0, 0.04, 0.08, 0.12])
+    assert times(read_frames(path, max_frames=4)) == near([0, 0.32, 0.6, 0.92])
+    assert count_frames(path, max_frames=4) == 4
+
+
+B_FRAMES = {"g": "12", "bf": "3", "b_strategy": "0"}
+
+
+def test_an_avi_with_reordered_pictures_has_their_times(tmp_path):
+    path = write_clip(tmp_path / "clip.avi", range(36), options=B_FRAMES)
+    frames = list(read_frames(path))
+    assert [closest_index(frame.data, 37) for frame in frames] == list(range(36))
+    assert times(frames) == near([i / 25 for i in range(36)])
+    assert len(list(read_frames(path, fps=25))) == count_frames(path, fps=25) == 36
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mpg"])
+def test_joined_streams_are_as_long_as_all_of_them(tmp_path, suffix):
+    codec = "libx264" if suffix == ".ts" else "mpeg2video"
+    part = write_clip(tmp_path / f"part{suffix}", range(36), codec=codec, options=B_FRAMES)
+    path = tmp_path / f"clip{suffix}"
+    path.write_bytes(3 * part.read_bytes())
+    whole = times(read_frames(path))
+    assert len(whole) == count_frames(path) == 108
+    assert probe(path).duration_seconds == pytest.approx(108 / 25, abs=0.1)
+    spread = times(read_frames(path, max_frames=9))
+    assert len(spread) == count_frames(path, max_frames=9) == 9
+    assert spread[-1] - spread[0] > 3.5
+    assert len(list(read_frames(path, fps=5))) == count_frames(path, fps=5)
+
+
+def test_what_comes_before_the_first_key_picture_is_not_counted(tmp_path):
+    options = {**B_FRAMES, "x264-params": "open-gop=1"}
+    whole = write_clip(tmp_path / "whole.ts", range(60), options=options)
+    with av.open(str(whole)) as container:
+        keys = [packet.pos or 0 for packet in container.demux(video=0) if packet.is_keyframe]
+    path = tmp_path / "clip.ts"
+    path.write_bytes(whole.read_bytes()[keys[1] - 188 * 12 :])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert 30 < len(list(read_frames(path))) == count_frames(path) < 60
+
+
+def test_a_picture_with_longer_sound_is_spread_over_itself(tmp_path):
+    path = write_clip(tmp_path / "clip.flv", range(50), sound_seconds=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = times(read_frames(path, max_frames=5))
+    assert [pts - found[0] for pts in found] == near([0, 0.4, 0.8, 1.2, 1.6])
+    assert count_frames(path, max_frames=5) == 5
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.85])
+def test_of_a_file_that_is_cut_everything_is_read_that_decodes(tmp_path, share):
+    faststart = {"movflags": "+faststart"}
+    whole = write_clip(tmp_path / "whole.mp4", range(60), pictures=[*noise(60)], muxer=faststart, options=B_FRAMES)
+    data = whole.read_bytes()
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(data[: int(share * len(data))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = len(list(read_frames(path)))
+    assert found == decoded_alone(path) > 10
+
+
+def decoded_alone(path):
+    """Pictures that come out of a decoder without threads."""
+    found = 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.FFmpegError):
+                found += len(stream.decode(packet))
+    return found
+
+
+@pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:2,\nfile://{}\n", "ffconcat version 1.0\nfile {}\n", "v=0\n"])
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list.txt"])
+def test_lists_of_other_files_are_not_read(tmp_path, text, name):
+    other = write_clip(tmp_path / "other.ts", range(10))
+    (tmp_path / name).write_text(text.format(other))
+    with pytest.raises(VideoError, match="which is not read from disk"):
+        probe(tmp_path / name)
+
+
+def test_a_name_that_is_a_pattern_is_a_name(tmp_path):
+    write_still(tmp_path / "clip1.png", 10)
+    found = write_still(tmp_path / "some.png", 20)
+    found.rename(tmp_path / "clip%d.png")
+    assert [closest_index(frame.data, 37) for frame in read_frames(tmp_path / "clip%d.png")] == [20]
+
+
+def test_a_file_of_another_machine_is_not_one_of_ours(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", range(4))
+    assert probe(f"file://localhost{path}").num_frames == probe(f"file://{path}").num_frames == 4
+    with pytest.raises(VideoError, match="a file on the machine 'elsewhere'"):
+        probe(f"file://elsewhere{path}")
+
+
+def test_large_pictures_are_refused_before_they_are_decoded(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", range(4))  # 64x48
+    assert probe(clip, max_pixels=64 * 48).width == 64
+    with pytest.raises(VideoError, match=r"64x48, 3,072 pixels .*at most 3,071"):
+        probe(clip, max_pixels=64 * 48 - 1)
+    still = write_still(tmp_path / "some.png", 20)
+    with pytest.raises(VideoError, match="more than 3,071 pixels"):
+        next(read_frames(still, max_pixels=64 * 48 - 1))
+
+
+def test_a_file_may_have_as_many_frames_as_may_be_decoded(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", range(20))
+    assert len(list(read_frames(clip, fps=5, max_decoded=20))) == 4
+    frames = read_frames(clip, fps=5, max_decoded=19)
+    assert [next(frames).pts_seconds for _ in range(4)] == near([0, 0.2, 0.4, 0.6])
+    with pytest.raises(VideoError, match="more than 19 frames"):
+        next(frames)
+
+
+def test_codecs_that_nobody_looks_after_are_not_decoded(tmp_path):
+    clip = write_clip(tmp_path / "clip.avi", range(4), codec="zmbv", pix_fmt="bgr0")
+    with pytest.raises(VideoError, match="codec zmbv, which is not read"):
+        next(read_frames(clip))
+
+
+def test_an_animated_webp_is_named(tmp_path):
+    path = tmp_path / "clip.webp"
+    header = b"RIFF\x24\x00\x00\x00WEBPVP8X\x0a\x00\x00\x00\x02" + bytes(9)
+    path.write_bytes(header + b"ANIM\x06\x00\x00\x00" + bytes(6))
+    with pytest.raises(VideoError, match="an animated WebP"):
+        next(read_frames(path))
+
+
+def test_a_pipe_that_nobody_writes_into_is_refused_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("statekv.video.address._WRITER_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "pipe.ts")
+    with pytest.raises(VideoError, match="nothing has been written"):
+        probe(tmp_path / "pipe.ts")
 
 
 def test_a_fragmented_mp4_is_whole(tmp_path):

@@ -77,3 +77,25 @@ def test_all_eight_orientations(entries, seen):
 
 def test_no_matrix_is_upright():
     assert Orientation.from_matrix(None) == Orientation(mirrored=False, rotation_degrees=0)
+
+
+def test_a_numpy_picture_is_taken():
+    pixels = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    assert torch.equal(Frame(pixels, 0.0).data, torch.from_numpy(pixels))  # type: ignore[arg-type]
+    turned = Frame(pixels.transpose(0, 2, 1)[:, ::-1], 0.0).data  # type: ignore[arg-type]
+    assert turned.tolist() == pixels.transpose(0, 2, 1)[:, ::-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "told"),
+    [
+        (np.zeros((3, 4, 5), np.float32), "float32, must be"),
+        (np.zeros((3, 4, 5), np.uint16), "uint16, must be"),
+        (np.zeros((4, 5, 3), np.uint8), "channels first"),
+        ([[0]], "a list, must be a tensor or a numpy array"),
+    ],
+    ids=["float", "wide", "channels last", "list"],
+)
+def test_other_pictures_are_refused(pixels, told):
+    with pytest.raises(VideoError, match=told):
+        Frame(pixels, 0.0)

@@ -23,16 +23,14 @@ from statekv.config import (
     Config,
     Setting,
     bytes_of,
-    check_name,
     check_source,
-    load_named,
     schema,
-    spell,
     told,
 )
+from statekv.config.spelling import check_name, load_named, spell
 from statekv.errors import ConfigError
 
-HERE = "tests.test_config"
+HERE = "tests.config.test_config"
 
 
 class Whatever(Policy):
@@ -195,7 +193,9 @@ def test_dials_of_attention_need_it(carry: Any) -> None:
 
 def test_a_policy_that_is_not_known_is_asked_once_it_is_loaded() -> None:
     config = Config(carry=f"{HERE}:Whatever", kernel="naive")
-    with pytest.raises(ConfigError, match=r"kernel is 'naive' with carry 'tests.test_config:Whatever', but means"):
+    with pytest.raises(
+        ConfigError, match=r"kernel is 'naive' with carry 'tests.config.test_config:Whatever', but means"
+    ):
         policy_of(config)
     assert policy_of(Config(carry=f"{HERE}:Whatever")).needs_attention is False
 

@@ -6,16 +6,13 @@ change derive from the fields of `Config`.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from importlib import import_module
-from operator import attrgetter
 from typing import Any, NamedTuple
 
-from statekv.errors import ConfigError, StateKVError
+from statekv.config.spelling import check_name, read_named, spell
+from statekv.errors import ConfigError
 
 # Where each policy lives; beside them there is "all", which carries every key. Strings, so that torch is not imported.
 CARRIES: Mapping[str, str] = {
@@ -181,6 +178,10 @@ BOUNDED = Needs("carry", lambda values: values["carry"] != "all", "a `carry` tha
 # Two recalls go by the budget too, whatever is carried.
 BUDGETED = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] in WINDOWS)
 SINKING = BOUNDED._replace(met=lambda values: BOUNDED.met(values) or values["recall"] == "sink_recent")
+
+
+# Frames that are spread over the whole video are as far apart as that takes.
+SPACED = Needs("uniform", lambda values: not values["uniform"], "no `uniform`", "leave `uniform` out")
 
 
 def _recalled(recall: str) -> Needs:
@@ -418,9 +419,17 @@ class Config:
         "Prompt",
         OF_THE_STREAM,
     )
-    fps: float | None = _setting(1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM, sources=_READ)
+    fps: float | None = _setting(
+        1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM, needs=SPACED, sources=_READ
+    )
     max_frames: int | None = _setting(
         None, "Frames at most, spread over the video.", _whole(1), "Source", OF_THE_STREAM, sources=_READ
+    )
+    max_pixels: int = _setting(
+        50_000_000, "Pixels of a picture at most; 8K has 33 million.", _whole(1), "Source", FREE, sources=_READ
+    )
+    max_decoded: int = _setting(
+        10_000_000, "Frames of a file that are decoded at most, kept or not.", _whole(1), "Source", FREE, sources=_READ
     )
     horizon: int | None = _setting(
         None,
@@ -745,12 +754,6 @@ def _name_of(values: Mapping[str, Any], made_with: str) -> str:
     return max(found, key=lambda method: len(METHODS[method]), default=f"{carry}+{values['recall']}")
 
 
-def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:
-    """Raise a ConfigError that lists the known names unless `value` is one of them."""
-    if value not in known:
-        raise ConfigError(f"unknown {what} {value!r}", f"known: {', '.join(known)}")
-
-
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
@@ -781,120 +784,3 @@ def told(count: int) -> str:
         if count >= _UNITS[unit]:
             return f"{count / _UNITS[unit]:.1f} {unit}"
     return f"{count} B"
-
-
-_SPELLING = re.compile(r"\s*(?P<name>\w+|[\w.]+:[\w.<>]+)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
-_HOW_TO_SPELL = "write name, name(parameter=value) or package.module:Class(parameter=value)"
-
-
-def read_named(spelling: str, table: Mapping[str, Any], what: str) -> tuple[str, dict[str, Any]]:
-    """Name and parameters of a method as a setting spells it; nothing is imported.
-
-    Args:
-        spelling: a name of the table or `package.module:Class`, with `(parameter=literal, …)` behind it or without.
-        table: known names.
-        what: the setting, for the error.
-
-    Raises:
-        ConfigError: it cannot be read, or the name is unknown.
-    """
-    found = _SPELLING.fullmatch(spelling)
-    try:
-        if found is None:
-            raise ValueError
-        call = ast.parse(f"_{found['call'] or '()'}", mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
-            raise ValueError
-        parameters = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (ValueError, SyntaxError):
-        raise ConfigError(f"{what} is {spelling!r}, which cannot be read", _HOW_TO_SPELL) from None
-    if ":" not in found["name"]:
-        check_name(what, found["name"], [*table, "package.module:Class"])
-    return found["name"], parameters
-
-
-def load_named(spelling: object, table: Mapping[str, str | type[Any]], what: str, kind: type[Any]) -> Any:
-    """An instance of the method that a setting spells, or the object that it holds.
-
-    Only subclasses of `kind` are called, so that a spelling from a file cannot call anything else.
-
-    Args:
-        spelling: see `read_named`; an instance of `kind` is returned as it is.
-        table: classes by name, or where they are: `package.module:Class`.
-        what: the setting, for the error.
-        kind: what it must be an instance of.
-
-    Raises:
-        ConfigError: it cannot be read or found, is no `kind`, or does not take such parameters.
-    """
-    if not isinstance(spelling, str):
-        if not isinstance(spelling, kind):
-            rule = f"{what} is {_one_line(repr(spelling))}, but must be a {kind.__name__}"
-            raise ConfigError(rule, f"give an instance of a subclass of {kind.__module__}.{kind.__name__}, or its name")
-        return spelling
-    name, parameters = read_named(spelling, table, what)
-    found = _class_at(table.get(name, name), f"{what} is {spelling!r}")
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        rule = f"{what} is {spelling!r}, which is no {kind.__name__}"
-        raise ConfigError(rule, f"derive it from {kind.__module__}.{kind.__name__}")
-    try:
-        inspect.signature(found).bind(**parameters)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(found).parameters) or "it has none"
-        raise ConfigError(f"{what} is {spelling!r}: {error}", f"parameters: {known}") from None
-    try:
-        return found(**parameters)
-    except StateKVError:
-        raise
-    except Exception as error:
-        why = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
-        rule = f"{what} is {spelling!r}, which {found.__name__} refuses: {why}{_one_line(str(error))}"
-        raise ConfigError(rule, "give it other parameters") from error
-
-
-def spell(method: object, table: Mapping[str, str | type[Any]]) -> str:
-    """What `load_named` makes an equal instance of; parameters are attributes of their own names.
-
-    Raises:
-        ConfigError: a parameter that the instance does not keep, or that is no literal; an instance without a hash.
-    """
-    kind = type(method)
-    try:
-        hash(method)
-    except TypeError as error:
-        rule = f"{kind.__name__} has no hash, so that streams cannot be told apart by it: {_one_line(str(error))}"
-        raise ConfigError(rule, "make its class a frozen dataclass, its parameters tuples in place of lists") from None
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    name = next((name for name, known in table.items() if known in (kind, place)), place)
-    parameters = []
-    for parameter in inspect.signature(kind).parameters:
-        try:
-            value = getattr(method, parameter)
-            if ast.literal_eval(repr(value)) != value:
-                raise ValueError
-        except (AttributeError, ValueError, SyntaxError):
-            rule = f"{kind.__name__} does not keep its parameter {parameter!r} as a number, string, list or the like"
-            raise ConfigError(rule, "keep it in an attribute of the same name, so that a save can note it") from None
-        parameters.append(f"{parameter}={value!r}")
-    return f"{name}({', '.join(parameters)})"
-
-
-def _class_at(place: str | type[Any], told: str) -> Any:
-    if not isinstance(place, str):
-        return place
-    module, name = place.split(":")
-    try:
-        return attrgetter(name)(import_module(module))
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{told}, but {module} needs {error.name}", "install it") from None
-        raise ConfigError(f"{told}, but there is no module {error.name}", "install it, or set PYTHONPATH") from None
-    except AttributeError:
-        raise ConfigError(f"{told}, but {module} has no {name}", "look into the module") from None
-    except Exception as error:
-        rule = f"{told}, but {module} cannot be imported: {type(error).__name__}: {_one_line(str(error))}"
-        raise ConfigError(rule, "mend the module") from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
