@@ -25,7 +25,6 @@ MANY_LINES_OF_A_FILE = 500
 LONG = {
     "statekv/config/__init__.py": 800,  # every setting, declared once
     "tests/config/test_config.py": 580,
-    "tests/cache/test_folder.py": 520,
 }
 
 # Tests of what several files of a room do together. The folders of tests without a room are named as they like.

@@ -47,7 +47,7 @@ def load_model(
         ConfigError: an unknown dtype, or a device that is not there.
         ModelError: not found, of an unsupported architecture, or not loadable, with the way out.
     """
-    source = str(DEMO) if name_or_path == "demo" else name_or_path
+    source = str(DEMO if name_or_path == "demo" else name_or_path)
     revision = _revision_of_own_code(name_or_path, revision, trust_remote_code)
     away = why_hub_is_away() if _is_hub_id(source) and not Path(source).exists() else ""
     hub: dict[str, Any] = {"revision": revision} if revision else {}
@@ -66,7 +66,20 @@ def load_model(
     elif getattr(config, "quantization_config", None) is not None:
         weights["device_map"] = {"": place}  # packed weights are made where they stay
     model = _read_weights(source, name_or_path, weights, config if own_code else None)
+    _check_finite(model, str(name_or_path))
     return family(model if "device_map" in weights else model.to(place), texts)
+
+
+@torch.inference_mode()
+def _check_finite(model: Any, name: str) -> None:
+    """Raise a ModelError for weights that are no numbers: the model would answer nothing, or anything."""
+    for place, weight in model.named_parameters():
+        if weight.is_meta or not weight.numel() or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            continue
+        least, most = weight.aminmax()
+        if not (least.isfinite() and most.isfinite()):
+            rule = f"the weights of {name} are not all finite: {place} holds NaN or infinity"
+            raise ModelError(rule, "copy or download it again, or load it with another `dtype`")
 
 
 def wrap_model(model: Any) -> VideoModel:

@@ -72,6 +72,8 @@ class Prompt:
         self.tokens = tokens
         self.layout = layout
         self._tokenizer = tokenizer
+        # In a question they would end its turn, and forge another.
+        self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._chat_template = chat_template
         self._head = tokens.opens if layout == "release" else self._render(_ANY_QUESTION)[0]
 
@@ -95,7 +97,7 @@ class Prompt:
         """What comes after the last step: the question, and the header of the answer.
 
         Raises:
-            ConfigError: an empty question, or one that holds a vision token.
+            ConfigError: an empty question, or one that holds a special token.
         """
         self._check(question)
         return self._encode(self._render(question)[1])
@@ -103,7 +105,7 @@ class Prompt:
     def _check(self, question: str) -> None:
         if not question.strip():
             raise ConfigError("the question is empty", "ask something about the video")
-        for token in self.tokens.reserved:
+        for token in (*self.tokens.reserved, *self._special):
             if token in question:
                 rule = f"the question holds the special token {token}"
                 raise ConfigError(rule, "leave it out or write it otherwise")

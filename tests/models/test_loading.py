@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import statekv
 from statekv.errors import ConfigError, ModelError
@@ -159,6 +161,18 @@ def test_damaged_weights_are_told_as_such(folder: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelError, match="weights"):
         load_model(str(copy))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_told_by_name(folder: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(folder, tmp_path / "broken")
+    path = next((tmp_path / "broken").glob("*.safetensors"))
+    weights = load_file(path)
+    name = sorted(name for name, weight in weights.items() if weight.is_floating_point())[3]
+    weights[name].view(-1)[-1] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not all finite: .* holds NaN or infinity"):
+        load_model(tmp_path / "broken")
 
 
 def test_weights_of_another_size_are_told_as_such(folder: Path, tmp_path: Path) -> None:
