@@ -33,7 +33,7 @@ OF_A_ROOM = {
     "engine": {"fork", "live", "threads"},
     "models": {"demo_model", "tiny"},
     "models/families": {"public_sizes"},
-    ".": {"house", "package"},
+    ".": {"house", "package", "wrong_inputs"},
 }
 
 

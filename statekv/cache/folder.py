@@ -107,7 +107,7 @@ def write_folder(
         SaveError: the folder cannot be written, holds something else, or another process is writing it for long; a
             former save in it is intact.
     """
-    target, made = Path(folder), False
+    target, made = _place(folder), False
     try:
         check_target(target)
         made = not target.exists()
@@ -191,9 +191,23 @@ def _taken(lock: int) -> bool:
     return True
 
 
+def _place(folder: str | os.PathLike[str]) -> Path:
+    """Raise a SaveError for what cannot be the path of a folder."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise SaveError(f"the folder is {folder!r}, but must be a path", "name a folder")
+    try:
+        os.stat(path := Path(folder))
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, TypeError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise SaveError(f"{str(folder)[:80]!r} cannot be the path of a folder: {told}", "name another one") from None
+    return path
+
+
 def check_target(folder: str | os.PathLike[str]) -> None:
     """Raise the SaveError that writing to a folder would raise because of what is there: nothing of it is ours."""
-    target = Path(folder)
+    target = _place(folder)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file, not a folder", "name another one")
     found = list(target.iterdir()) if target.exists() else []
@@ -208,7 +222,7 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
     Raises:
         SaveError: there is no such folder, or no save in it, or one that is damaged or of another format.
     """
-    source = Path(folder)
+    source = _place(folder)
     if not (source / FACTS).is_file():
         found = "is not a folder" if source.exists() else "does not exist"
         problem = "holds no saved session" if source.is_dir() else found

@@ -6,6 +6,7 @@ change derive from the fields of `Config`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -75,6 +76,9 @@ def _one_of(*known: str) -> Kind:
 
 def _some_of(known: tuple[str, ...]) -> Kind:
     def read(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            rule = f"`{name}` is {value!r}, but must be names with commas between"
+            raise ConfigError(rule, f"known: {', '.join(known)}")
         for part in value.split(","):
             check_name(name.removesuffix("s"), part, known)
         return value
@@ -132,8 +136,14 @@ def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
 
 
 def _bits(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or value not in (8, 4, 2):
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (8, 4, 2):
         raise ConfigError(f"`{name}` is {value!r}, but must be 8, 4 or 2", "leave it out to quantise nothing")
+    return value
+
+
+def _path(name: str, value: Any) -> Any:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"`{name}` is {value!r}, but must be a path", "leave it out for the default")
     return value
 
 
@@ -142,7 +152,7 @@ RATE = _number("above 0", {"exclusiveMinimum": 0}, lambda value: 0 < value < flo
 SECONDS = _number("of at least 0", {"minimum": 0}, lambda value: 0 <= value < float("inf"))
 BYTES = Kind(str, {"type": ["integer", "string"]}, lambda name, value: bytes_of(f"`{name}`", value))
 BITS = Kind(int, {"enum": (8, 4, 2)}, _bits)
-TEXT = Kind(str, {"type": "string"}, lambda _, value: value)
+TEXT = Kind(str, {"type": "string"}, _path)
 
 
 class Needs(NamedTuple):

@@ -96,7 +96,11 @@ def spell(method: object, table: Mapping[str, str | type[Any]]) -> str:
     place = f"{kind.__module__}:{kind.__qualname__}"
     name = next((name for name, known in table.items() if known in (kind, place)), place)
     parameters = []
-    for parameter in inspect.signature(kind).parameters:
+    try:
+        expected = inspect.signature(kind).parameters
+    except ValueError:
+        raise ConfigError(f"{method!r} is no method by a class of its own", f"known: {', '.join(table)}") from None
+    for parameter in expected:
         try:
             value = getattr(method, parameter)
             if ast.literal_eval(repr(value)) != value:
@@ -131,5 +135,5 @@ def _one_line(text: str) -> str:
 
 def check_name(what: str, value: object, known: tuple[str, ...] | list[str]) -> None:
     """Raise a ConfigError that lists the known names unless `value` is one of them."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"unknown {what} {value!r}", f"known: {', '.join(known)}")

@@ -164,8 +164,12 @@ class Engine:
             if error is not None:
                 failed[session] = error
 
+        if not isinstance(sessions, Iterable):
+            raise ConfigError(f"a {type(sessions).__name__} cannot be watched", "give a list of sessions")
         rounds = self.scheduler(on_step, note)
         for number, session in enumerate(sessions, 1):
+            if not isinstance(session, Session):
+                raise ConfigError(f"a {type(session).__name__} cannot be watched", "give sessions of this engine")
             rounds.add(session)
             if len(rounds) < number:
                 raise ConfigError("one session is named twice", "name it once, or watch a fork of it")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event, get_ident
+from types import NoneType
 from typing import Any, NoReturn
 
 import torch
@@ -176,6 +177,10 @@ class Session(Awaitable):
         if seen is not None and self.sampler.newest is None:
             with self.lock:
                 self.queue.ahead.offer(seen)
+        if not isinstance(frames, Iterable):
+            raise ConfigError(
+                f"a {type(frames).__name__} was pushed", "push a list of statekv.Frame(data, pts_seconds)"
+            )
         for frame in frames:
             with self._turn():
                 self.queue.check()
@@ -374,9 +379,11 @@ def answering(
         ConfigError: no room for a token, a parameter that cannot be followed, or one that means nothing.
     """
     model, longest = runner.model.generator, state.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
-        rule = f"max_new_tokens is {longest!r}, but must be a whole number of at least 1"
-        raise ConfigError(rule, "give 1 or more, or leave it out")
+    if isinstance(longest, bool) or not isinstance(longest, int) or not 1 <= longest < 2**31:
+        rule = f"max_new_tokens is {longest!r}, but must be a whole number of at least 1 and below 2^31"
+        raise ConfigError(rule, "give such a number, or leave it out")
+    if not isinstance(generation.get("do_sample"), (bool, NoneType)):
+        raise ConfigError(f"do_sample is {generation['do_sample']!r}, but must be True or False", "or leave it out")
     for name in ("max_length", "min_length"):
         if generation.get(name) is not None:
             told = name.replace("length", "new_tokens")
@@ -388,7 +395,8 @@ def answering(
             rule = f"{name} is {generation[name]!r}, but means something only where tokens are drawn"
             raise ConfigError(rule, f"pass do_sample=True, or leave {name} out")
     found = sampling_params(runner.model, settings, longest, seed)
-    return found, (*_strings(stop), *_strings(settings.stop_strings or ()))
+    strings = () if settings.stop_strings is None else _strings(settings.stop_strings)
+    return found, (*_strings(stop), *strings)
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:

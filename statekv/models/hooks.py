@@ -257,8 +257,11 @@ def logits_processors(
     Raises:
         ConfigError: a value outside its range.
     """
+    if isinstance(settings.top_k, bool):
+        raise ConfigError(f"top_k is {settings.top_k}, but must be a whole number", "leave top_k out")
     for name in _SHARES:
-        if (share := getattr(settings, name, None)) is not None and not 0 <= share <= 1:
+        share = getattr(settings, name, None)
+        if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
             raise ConfigError(f"{name} is {share!r}, but must be a number from 0 to 1", f"leave {name} out")
     with _refused():
         settings.max_length = prompt.shape[1] + longest
@@ -276,5 +279,5 @@ def logits_processors(
 def _refused() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
         raise ConfigError(" ".join(str(error).split()), "see transformers.GenerationConfig for its range") from None

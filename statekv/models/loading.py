@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -47,7 +48,14 @@ def load_model(
         ConfigError: an unknown dtype, or a device that is not there.
         ModelError: not found, of an unsupported architecture, or not loadable, with the way out.
     """
-    source = str(DEMO if name_or_path == "demo" else name_or_path)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ModelError(f"the model is {name_or_path!r}, but must be a name or a folder", "give demo, or a hub id")
+    name_or_path = os.fspath(name_or_path)
+    source = str(DEMO) if name_or_path == "demo" else name_or_path
+    try:
+        Path(source).exists()
+    except (OSError, ValueError) as error:
+        raise _unknown(source[:80], "", getattr(error, "strerror", None) or str(error)) from None
     revision = _revision_of_own_code(name_or_path, revision, trust_remote_code)
     away = why_hub_is_away() if _is_hub_id(source) and not Path(source).exists() else ""
     hub: dict[str, Any] = {"revision": revision} if revision else {}
@@ -191,9 +199,9 @@ def read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     Raises:
         ConfigError: an unknown one.
     """
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype == "auto"):
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}", f"known: auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
@@ -204,6 +212,8 @@ def read_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: it is not there.
     """
+    if not isinstance(device, (str, torch.device)):
+        raise ConfigError(f"device is {device!r}, but must be a name", "use auto, cpu or cuda:0")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

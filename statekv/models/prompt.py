@@ -103,6 +103,10 @@ class Prompt:
         return self._encode(self._render(question)[1])
 
     def _check(self, question: str) -> None:
+        if not isinstance(question, str):
+            raise ConfigError(f"the question is a {type(question).__name__}, but must be a text", "give a string")
+        if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise ConfigError(f"the question {question!r} holds half a character", "decode its bytes as UTF-8")
         if not question.strip():
             raise ConfigError("the question is empty", "ask something about the video")
         for token in (*self.tokens.reserved, *self._special):

@@ -140,17 +140,35 @@ def sampling_params(model: VideoModel, settings: GenerationConfig, longest: int,
         ConfigError: a value outside its range, or one that is not followed.
     """
     refuse_unfollowed(settings)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"seed is {seed!r}, but must be a whole number", "leave it out for torch's own generator")
+    check_number("seed", seed, int)
+    check_number("max_time", settings.max_time, float)
     ends = settings.eos_token_id
     if ends is None:
         ends = settings.eos_token_id = sorted(model.end_tokens) or None
-    tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
+    tokens = _ends(ends)
     deadline = float("inf") if settings.max_time is None else time.monotonic() + settings.max_time
     logits_processors(
         model.generator, settings, torch.zeros(1, 1, dtype=torch.int64), longest
     )  # raises what the prompt would
     return SamplingParams(longest, tokens, settings, seed, deadline)
+
+
+def check_number(name: str, value: Any, kind: type[int] | type[float]) -> None:
+    """Raise a ConfigError unless a value is None or a number that 64 bits hold."""
+    allowed = (int,) if kind is int else (int, float)
+    if value is None or (isinstance(value, allowed) and not isinstance(value, bool) and abs(value) < 2**63):
+        return
+    told = "a whole number" if kind is int else "a number"
+    raise ConfigError(f"{name} is {value!r}, but must be {told}", f"leave {name} out, or give one below 2^63")
+
+
+def _ends(ends: Any) -> frozenset[int]:
+    found = [ends] if isinstance(ends, int) else ends
+    if found is not None and not (
+        isinstance(found, (list, tuple, set)) and all(isinstance(token, int) for token in found)
+    ):
+        raise ConfigError(f"eos_token_id is {ends!r}, but must be tokens", "give a whole number, or a list of them")
+    return frozenset(found or ())
 
 
 class Detokenizer:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import url2pathname
 
 from statekv.errors import VideoError
@@ -31,8 +31,15 @@ def local_path(source: PathOrUrl) -> Path | None:
     return None
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise VideoError(f"{url} is no address: {error}", "check its spelling") from None
+
+
 def _path_of(url: str) -> Path:
-    parts = urlsplit(url)
+    parts = _split(url)
     if parts.netloc not in ("", "localhost"):
         raise VideoError(f"{url} is a file on the machine {parts.netloc!r}", "give its path on this one, or its URL")
     return Path(url2pathname(parts.path))
@@ -64,7 +71,7 @@ def display_name(source: PathOrUrl) -> str:
     path = local_path(source)
     if path is not None:
         return path.name or str(path)
-    parts = urlsplit(os.fspath(source))
+    parts = _split(os.fspath(source))
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts.netloc else os.fspath(source)
 
 
@@ -80,6 +87,11 @@ def check_camera(source: PathOrUrl) -> None:
 def check_file(path: Path) -> None:
     """Raise VideoError if no file with content lies there."""
     name = display_name(path)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise VideoError(f"{name[:80]!r} cannot be the name of a file: {told}", "check the spelling") from None
     if path.is_dir():
         raise VideoError(f"{name} is a folder, not a video", "name one file inside it")
     if not path.exists():

@@ -45,6 +45,9 @@ class Frame:
             raise VideoError(f"frame data has shape {shape}, must be [3, H, W]", _channel_hint(shape))
         if self.data.dtype != torch.uint8:
             raise VideoError(f"frame data is {self.data.dtype}, must be torch.uint8", "scale to 0..255, cast")
+        for name in ("pts_seconds", "duration_seconds", "gap_seconds"):
+            if not isinstance(value := getattr(self, name), (int, float)):
+                raise VideoError(f"{name} is {value!r}, must be a number of seconds", "give the frame a time")
         if not math.isfinite(self.pts_seconds):
             raise VideoError(f"pts_seconds is {self.pts_seconds}, must be finite", "give the frame a time")
         for name in ("duration_seconds", "gap_seconds"):

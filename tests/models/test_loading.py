@@ -171,7 +171,7 @@ def test_weights_that_are_no_numbers_are_told_by_name(folder: Path, tmp_path: Pa
     name = sorted(name for name, weight in weights.items() if weight.is_floating_point())[3]
     weights[name].view(-1)[-1] = value
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="not all finite: .* holds NaN or infinity"):
+    with pytest.raises(ModelError, match=r"not all finite: .* holds NaN or infinity"):
         load_model(tmp_path / "broken")
 
 

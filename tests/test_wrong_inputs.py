@@ -1,0 +1,134 @@
+"""What a caller may hand over by mistake: each is refused in one line, or works; nothing else comes out.
+
+`python -m tests.test_wrong_inputs` tries all of them and prints a line for each kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import statekv
+from statekv.config import SETTINGS
+from statekv.errors import StateKVError
+from tests.talk import shared_engine, some_frames
+
+SEED, SAMPLE = 0, 200
+ODD: list[Any] = [
+    *(None, 3, -1, 1.5, float("nan"), float("inf"), 10**30, True, "", "x", b"x", [], {}, ("a",)),
+    *(object(), torch.zeros(2), np.zeros(2)),
+]
+PATHS = [
+    *("a\0b.mp4", "x" * 300 + ".mp4", "\udcff.mp4", "", " ", ".", "..", "/", "C:\\x.mp4", "~", "-x", "nothing:"),
+    *("http://[::1/x", "file://", "http://", "rtsp://", "http:///x", "http://a:b:c/x", "file:///a\0b"),
+    *("/dev/video999", "/dev/null", "http://127.0.0.1:99999/x.mp4", "http://\udcff/x"),
+]
+QUESTIONS = ["\udcff", "a\0b", "x" * 20_000, "\u202e", "{{ 1/0 }}", "{% raw %}", " ", "<|im_end|>"]
+ANSWERING = (
+    *("max_new_tokens", "stop", "seed", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_time"),
+    *("repetition_penalty", "eos_token_id", "bad_words_ids", "stop_strings", "suppress_tokens"),
+)
+PICTURE = torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+
+class Try(NamedTuple):
+    """One call."""
+
+    kind: str
+    value: Any
+    call: Callable[[], object]
+
+
+def tries(folder: Path) -> Iterator[Try]:
+    """All calls, each with one thing wrong; saves go to the folder."""
+    engine = shared_engine("internvl")
+    session = engine.open()
+    session.push(some_frames(4))
+    session.save(folder / "saved")
+
+    def answer(name: str, value: Any) -> object:
+        drawing = {"do_sample": True} if name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed") else {}
+        return session.ask("What?", **{"max_new_tokens": 1, **drawing, name: value})
+
+    for path in PATHS:
+        yield Try("open a path", path, lambda path=path: engine.open(path))  # type: ignore[misc]
+        yield Try("restore a path", path, lambda path=path: engine.restore(path))  # type: ignore[misc]
+        yield Try("load a path", path, lambda path=path: statekv.load(path))  # type: ignore[misc]
+        yield Try("save to a path", path, lambda path=path: session.save(f"{folder}/{path}"))  # type: ignore[misc]
+    for question in QUESTIONS:
+        yield Try("ask", question, lambda text=question: session.ask(text, max_new_tokens=1))  # type: ignore[misc]
+    doors: dict[str, Callable[[Any], object]] = {
+        "open": engine.open,
+        "open with a method": lambda value: engine.open(None, value),
+        "open a stream": lambda value: engine.open(folder / "no.mp4", stream=value),
+        "push": session.push,
+        "push a frame": lambda value: session.push([value]),
+        "ask": session.ask,
+        "logits": session.logits,
+        "restore": engine.restore,
+        "restore a source": lambda value: engine.restore(folder / "saved", value),
+        "save": lambda value: session.save(value) if not isinstance(value, str) else None,
+        "watch_all": engine.watch_all,
+        "load": statekv.load,
+        "load a dtype": lambda value: statekv.load("demo", dtype=value),
+        "load on a device": lambda value: statekv.load("demo", device=value),
+        "generate": statekv.generate,
+        "generate from ids": lambda value: statekv.generate(engine.model.model, input_ids=value),
+        "frame": lambda value: statekv.Frame(value, 0.0),
+        "frame at a time": lambda value: statekv.Frame(PICTURE, value),
+        "frame for a time": lambda value: statekv.Frame(PICTURE, 0.0, value),
+    }
+    for value, (kind, door) in itertools.product(ODD, doors.items()):
+        yield Try(kind, value, lambda door=door, value=value: door(value))  # type: ignore[misc]
+    for value, name in itertools.product(ODD, ANSWERING):
+        yield Try(f"ask, {name}", value, lambda name=name, value=value: answer(name, value))  # type: ignore[misc]
+    for value, name in itertools.product(ODD, SETTINGS):
+        yield Try(f"setting {name}", value, lambda name=name, value=value: statekv.Config(**{name: value}))  # type: ignore[misc]
+
+
+def outcome(one: Try) -> str:
+    """works, refused, or what else came out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one.call()
+    except StateKVError as error:
+        return "refused" if "\n" not in str(error) else f"several lines: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def wrong(some: list[Try]) -> list[tuple[str, str, str]]:
+    """Those that end badly."""
+    found = [(one, outcome(one)) for one in some]
+    return [(one.kind, repr(one.value)[:40], end) for one, end in found if end not in ("works", "refused")]
+
+
+def test_a_sample_of_wrong_calls_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not wrong(random.Random(SEED).sample(list(tries(tmp_path)), SAMPLE))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        everything = list(tries(Path(folder)))
+        bad = wrong(everything)
+    tried, badly = Counter(one.kind for one in everything), Counter(kind for kind, _, _ in bad)
+    lines = [f"{kind}: {count} tried, {badly[kind]} end badly" for kind, count in tried.items()]
+    lines += [f"  {kind} {value}: {end}" for kind, value, end in bad]
+    Path("/dev/stdout").write_text("\n".join([*lines, f"all: {len(everything)} tried, {len(bad)} end badly", ""]))
+
+
+if __name__ == "__main__":
+    main()
