@@ -389,11 +389,11 @@ def _never(*_: Any, **__: Any) -> NoReturn:
 def test_an_interrupt_while_watching(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, frames = FrameQueue.put, 0
 
-    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
+    def put(queue: FrameQueue, frame: Frame, lent: bool = False) -> PendingStep | Progress | None:
         nonlocal frames
         if (frames := frames + 1) == 5:
             raise KeyboardInterrupt
-        return original(queue, frame)
+        return original(queue, frame, lent)
 
     monkeypatch.setattr(FrameQueue, "put", put)
     assert complaint(command("ask", film, COUNT), 130) == "statekv: interrupted after 4 frames"

@@ -46,11 +46,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, error: BaseException, *argument
     """A command that fails at the fifth frame."""
     original, frames = FrameQueue.put, 0
 
-    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
+    def put(queue: FrameQueue, frame: Frame, lent: bool = False) -> PendingStep | Progress | None:
         nonlocal frames
         if (frames := frames + 1) == 5:
             raise error
-        return original(queue, frame)
+        return original(queue, frame, lent)
 
     with monkeypatch.context() as patch:
         patch.setattr(FrameQueue, "put", put)

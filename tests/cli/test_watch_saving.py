@@ -70,11 +70,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> N
     """A step that fails, in the stead of the frame with this number."""
     original, count = FrameQueue.put, 0
 
-    def put(queue: FrameQueue, frame: Frame) -> PendingStep | Progress | None:
+    def put(queue: FrameQueue, frame: Frame, lent: bool = False) -> PendingStep | Progress | None:
         nonlocal count
         if (count := count + 1) == at:
             raise error
-        return original(queue, frame)
+        return original(queue, frame, lent)
 
     monkeypatch.setattr(FrameQueue, "put", put)
 
