@@ -58,6 +58,10 @@ class SaveError(StateKVError):
     """A session that cannot be written, or a folder that cannot be read as one."""
 
 
+class OutputError(StateKVError):
+    """Standard output, or a file beside it, that cannot be written."""
+
+
 class StorageError(StateKVError):
     """A file or folder of the tier on disk that cannot be written or read."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, OutputError
 from statekv.models.loading import read_device, read_dtype
 
 Setting = dict[str, str | int | float]
@@ -92,15 +92,19 @@ def append(path: Path, rows: Iterable[Row], circumstances: Circumstances) -> Non
 
     Raises:
         ConfigError: the file has other columns.
+        OutputError: it cannot be written.
     """
     check_columns(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(_HEADER)
-        for row in rows:
-            writer.writerow(_cells(row, circumstances))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if path.stat().st_size == 0:
+                writer.writerow(_HEADER)
+            for row in rows:
+                writer.writerow(_cells(row, circumstances))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "make room, or name another file") from None
 
 
 def check_columns(path: Path) -> None:

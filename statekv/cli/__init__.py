@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 import statekv
 from statekv.cli import analyze, ask, bench, demo, evals, models, watch
-from statekv.cli.console import complain, show_warning, speak
+from statekv.cli.console import complain, guard_standard_streams, show_warning, speak
 from statekv.cli.defaults import FILE, offered, read_defaults
 from statekv.cli.options import variable
 from statekv.engine.interrupts import endings_interrupt
@@ -102,6 +102,25 @@ app.add_typer(evals.app)
 
 def main() -> None:
     """Entry point of the `statekv` command."""
+    try:
+        guard_standard_streams()
+        _settle()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+    except StateKVError as error:
+        complain(str(error))
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except OSError as error:  # a full disk, a file that is gone: not ours to mend
+        where = f"{error.filename}: " if error.filename is not None else ""
+        complain(f"{where}{(error.strerror or str(error)).lower()}")
+        raise SystemExit(1) from None
+
+
+def _settle() -> None:
     # Loading bars of transformers would end up between an answer and its reader.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -112,11 +131,6 @@ def main() -> None:
         sys.path.append("")  # --carry my_policy:MyPolicy is found in the current folder; last, so that it hides nothing
     keep_freed_memory()
     wait_briefly()
-    try:
-        app()
-    except StateKVError as error:
-        complain(str(error))
-        raise SystemExit(1) from None
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_… of glibc's malloc.h

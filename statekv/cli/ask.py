@@ -97,14 +97,24 @@ def _read(given: Iterable[str], file: Path | None, stdin_is_video: bool) -> list
     return found
 
 
-def _lines_of(source: Path | TextIO) -> list[str]:
+_LONGEST = 1 << 20  # characters of all questions together
+
+
+def _lines_of(source: Path | TextIO | None) -> list[str]:
+    """Lines of a file; None is standard input that is closed."""
     name = str(source) if isinstance(source, Path) else "standard input"
     try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.read()
+        if isinstance(source, Path):
+            with source.open(encoding="utf-8") as file:
+                text = file.read(_LONGEST)
+        else:
+            text = "" if source is None else source.read(_LONGEST)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {(error.strerror or '').lower()}", "name another file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is not UTF-8 text", "write a question a line") from None
+    if len(text) == _LONGEST:
+        raise ConfigError(f"{name} has {_LONGEST:,} characters or more", "ask less at once")
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise ConfigError(f"{name} holds no question", "write one a line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import statekv
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,63 @@ notes = Console(stderr=True, highlight=False)  # progress and remarks: --quiet k
 complaints = Console(stderr=True, highlight=False)  # what must not be missed
 
 SECONDS_OF_SILENCE = 10.0  # between two lines about work that goes on, where there is no terminal
+
+
+class _Standard(io.FileIO):
+    """Standard output or standard error. What cannot be written is told once, as ours; the rest goes nowhere.
+
+    Args:
+        descriptor: which one.
+        told: whether a failure is: that of standard error is nowhere to be told.
+    """
+
+    def __init__(self, descriptor: int, told: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._told, self._failed = told, False
+
+    def write(self, data: Any) -> int:
+        """As of any file, but that nothing is kept to be tried again."""
+        if not self._failed:
+            try:
+                return super().write(data) or 0
+            except BrokenPipeError:
+                self._failed = True
+                if self._told:
+                    raise  # a reader who has enough: no words
+            except OSError as error:
+                self._failed = True
+                if self._told:
+                    rule = f"standard output cannot be written: {(error.strerror or '').lower()}"
+                    raise OutputError(rule, "make room, or send it elsewhere") from None
+        return memoryview(data).nbytes
+
+
+def guard_standard_streams() -> None:
+    """For the rest of the process: see to standard output and standard error, which may be closed, full or gone.
+
+    Raises:
+        OutputError: standard output is closed.
+    """
+    with suppress(OSError):
+        while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would be one of them
+            pass
+        os.close(free)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OutputError("standard output is closed", "send it somewhere, if need be to /dev/null")
+    if sys.platform == "win32":  # whose console is no file
+        return
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _guarded(sys.stdout, told=True)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _guarded(sys.stderr, told=False)
+
+
+def _guarded(stream: Any, told: bool) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Standard(stream.fileno(), told))
+    lines = stream.line_buffering
+    return io.TextIOWrapper(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines)
 
 
 def out() -> Console:

@@ -329,8 +329,26 @@ def _keys(terminal: int, line: Line, questions: Questions, stopped: threading.Ev
         questions.quit = questions.quit or line.ended
 
 
+_LONGEST_LINE = 1 << 16  # bytes
+
+
 def _lines(questions: Questions, source: Any) -> None:
-    with contextlib.suppress(OSError, ValueError):  # closed while we read
-        for line in source:
-            questions.add(line)
-    questions.closed = True
+    try:
+        _read_lines(questions, getattr(source, "buffer", source))
+    except (OSError, ValueError):
+        pass  # closed while we read
+    finally:
+        questions.closed = True
+
+
+def _read_lines(questions: Questions, source: Any) -> None:
+    while source is not None and (line := source.readline(_LONGEST_LINE)):
+        if len(line) == _LONGEST_LINE:
+            console.complain("standard input has a line without end, and is read no further")
+            return
+        try:
+            questions.add(line.decode() if isinstance(line, bytes) else line)
+        except UnicodeDecodeError:
+            console.complain(
+                f"a line of standard input is not UTF-8 text, and is left out: {line.decode(errors='replace').strip()}"
+            )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from statekv.cli.console import load, remark, to_json
 from statekv.cli.options import as_option, clock, seconds_of
 from statekv.cli.terminal import Facts, Line, Plain, Questions, Screen, find_terminal, piped, typed_keys
 from statekv.config import Config
-from statekv.errors import ConfigError, MemoryLimitError, SaveError, StateKVError
+from statekv.errors import ConfigError, MemoryLimitError, OutputError, SaveError, StateKVError
 from statekv.video.address import display_name
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def watch(
     check_target(save)
     restored = _restored(save, restore)
     with ExitStack() as stack:
-        answers = stack.enter_context(closing(_open_log(log))) if log is not None else None
+        answers = stack.enter_context(closing(AnswerLog(log))) if log is not None else None
         if restored is None:
             engine = load(**loading, method=method, **settings)
         else:
@@ -86,8 +86,7 @@ def watch(
         facts, questions = Facts(session, display_name(source)), Questions()
         view = _view(stack, facts, questions, source == "-", as_json)
         keeper = Keeper(session, save, every_seconds, view.say, restored is not None and restored == save)
-        records = [file for file in (answers, sys.stdout if as_json else None) if file is not None]
-        watching = Watching(session, facts, questions, view, standing, records, keeper)
+        watching = Watching(session, facts, questions, view, standing, answers, as_json, keeper)
         code = watching.run()
         summary = watching.summary()
     remark(summary)
@@ -131,11 +130,48 @@ def _every_seconds(save: Path | None, autosave: str | None) -> float | None:
     return seconds_of(autosave, "--autosave")
 
 
-def _open_log(path: Path) -> TextIO:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {(error.strerror or '').lower()}", "name another file") from None
+class AnswerLog:
+    """Answers in a file, a line each.
+
+    One that cannot be written is told once, not each time that it fails again; the stream goes on.
+
+    Args:
+        path: appended to.
+
+    Attributes:
+        failed: whether a line is missing.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.failed = path, False
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {(error.strerror or '').lower()}", "name another file"
+            ) from None
+
+    def write(self, line: str, say: Callable[[str], None]) -> None:
+        """Append a line, or nothing of it; a failure is said."""
+        left, written = f"{line}\n".encode(errors="backslashreplace"), 0
+        try:
+            while left:
+                done = self._file.write(left) or 0
+                left, written = left[done:], written + done
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._file.tell() - written)
+            if not self.failed:
+                say(f"{self._path} cannot be written: {(error.strerror or '').lower()}; this answer is not in it")
+            self.failed = True
+
+    def close(self) -> None:
+        """The end of it."""
+        with suppress(OSError):
+            self._file.close()
 
 
 _WAIT_SECONDS = 0.1
@@ -169,7 +205,8 @@ class Watching:
         questions: where they come in.
         view: where answers go.
         standing: a question that comes back.
-        records: files in which answers are written down.
+        log: where answers are written down.
+        as_json: whether they are on standard output too.
         keeper: saves the stream.
     """
 
@@ -180,11 +217,13 @@ class Watching:
         questions: Questions,
         view: Screen | Plain,
         standing: StandingQuestion | None,
-        records: Sequence[TextIO],
+        log: AnswerLog | None,
+        as_json: bool,
         keeper: Keeper,
     ) -> None:
         self._session, self._facts, self._questions, self._view = session, facts, questions, view
-        self._standing, self._records, self._keeper = standing, records, keeper
+        self._standing, self._keeper = standing, keeper
+        self._log, self._as_json = log, as_json
         self._standing_due = False
         self._answers = 0
 
@@ -206,7 +245,7 @@ class Watching:
             self._facts.ended = self._facts.ended or "interrupted"
         finally:
             self._save()
-        return code or int(self._keeper.failed)
+        return code or int(self._keeper.failed or (self._log is not None and self._log.failed))
 
     def summary(self) -> str:
         """The last line."""
@@ -269,6 +308,8 @@ class Watching:
                 for piece in pieces:
                     text += piece
                     self._view.piece(piece)
+        except OutputError:
+            raise  # nobody to answer to
         except StateKVError as error:
             self._view.say(str(error.spelled(as_option)))
             return
@@ -276,9 +317,10 @@ class Watching:
             self._view.answered()
         self._answers += 1
         line = to_json(self._record(question, text, standing, before))
-        for file in self._records:
-            file.write(line + "\n")
-            file.flush()
+        if self._log is not None:
+            self._log.write(line, self._view.say)
+        if self._as_json:
+            typer.echo(line)
 
     def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:
         live = self._session.live

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from statekv.errors import ConfigError
 
@@ -179,12 +179,23 @@ class ResultFile:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each whole line of a file, and the bytes up to its end."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is not a file of results", "name a file, or a folder of them")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            yield from _lines_of(path, file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+
+
+_LONGEST_LINE = 16 << 20  # bytes
+
+
+def _lines_of(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     end = 0
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        if len(line) == _LONGEST_LINE:
+            raise ConfigError(f"line {number} of {path} has no end", "name another file or folder")
         if not line.endswith(b"\n"):
             return  # the end of a line that was being written
         end += len(line)

@@ -30,7 +30,7 @@ from statekv.bench.harness import (
     turns_within,
     wait,
 )
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, OutputError
 
 ROW = Row("attention", "blocked", {"model": "a, b", "budget": 256}, "ms", (4.0, 1.0, 2.0, 3.0, 5.0), 1.5, 2.0)
 LEFT_OUT = Row("attention", "naive", {"budget": 16384}, "ms", (), 1.5, 2.0, "left out: too large")
@@ -89,6 +89,13 @@ def test_somebody_elses_file_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"prices\.csv does not begin"):
             use()
     assert path.read_text() == "fruit,price\napple,3\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_rows_that_find_no_room_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"rows\.csv cannot be written: No space"):
+        append(tmp_path / "rows.csv", [ROW], HERE)
 
 
 def test_circumstances_of_this_machine() -> None:

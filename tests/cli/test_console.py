@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import pytest
@@ -20,9 +22,11 @@ from statekv import cli
 from statekv.cli import console
 from statekv.cli.console import progress, to_json
 from statekv.config import SETTINGS
+from statekv.errors import OutputError
 from tests.cli.test_cli import command, succeed
 from tests.cli.test_errors import complaint
 
+FULL = Path("/dev/full")
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = ("torch", "transformers", "av", "numpy", "matplotlib")
 PROGRAM = """
@@ -148,3 +152,55 @@ def test_garbage_is_left_while_things_are_loaded() -> None:
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+
+
+# Standard output and standard error
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """The command as a shell starts it, with what the shell makes of its streams."""
+    line = f"{sys.executable} -m statekv {line}"
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("streams", "told"),
+    [
+        (">/dev/full", "standard output cannot be written: no space left on device"),
+        ("1</dev/null", "standard output cannot be written: bad file descriptor"),
+        (">&-", "standard output is closed"),
+    ],
+)
+def test_standard_output_that_cannot_be_written_is_one_line(streams: str, told: str) -> None:
+    done = shell(f"--version {streams}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith(f"statekv: {told} (")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-", "<&-"])
+def test_standard_error_is_missed_by_nobody(streams: str) -> None:
+    done = shell(f"--version {streams}")
+    assert (done.returncode, done.stdout) == (0, f"statekv {version('statekv')}\n")
+    assert shell(f"ask no.mp4 what? {streams}").returncode == 1
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+def test_a_failure_of_standard_output_is_told_once() -> None:
+    with FULL.open("w", encoding="utf-8") as full:
+        stream = console._guarded(full, told=True)
+        stream.write("an answer")
+        with pytest.raises(OutputError, match="no space left"):
+            stream.flush()
+        stream.write("another one")
+        stream.close()
+
+
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "film.mp4")
+
+    monkeypatch.setattr("statekv.evals.cards.write_film", full)
+    assert complaint(command("film", tmp_path / "film.mp4")) == "statekv: film.mp4: no space left on device"

@@ -13,17 +13,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import statekv
 from statekv.cli import console
 from statekv.cli.options import clock, seconds_of
-from statekv.cli.terminal import Facts, Line, Plain, Questions
-from statekv.cli.watch import StandingQuestion
-from statekv.errors import ConfigError
+from statekv.cli.terminal import Facts, Line, Plain, Questions, _lines
+from statekv.cli.watch import AnswerLog, StandingQuestion
+from statekv.errors import ConfigError, OutputError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
+from tests.cache.test_folder import files_of_at_most
 from tests.cli.test_cli import COLOR, COUNT, Result, command
 from tests.cli.test_errors import refused
 
@@ -104,6 +106,63 @@ def test_a_question_that_cannot_be_asked_is_one_line_and_the_stream_goes_on(
     assert found.code == 0
     assert "<img>" in found.err.splitlines()[0]
     assert f"{FRAMES} frames" in found.err.splitlines()[-1]
+
+
+def test_standard_input_that_is_closed_asks_nothing(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    found = command("watch", film)
+    assert (found.code, found.out) == (0, "")
+
+
+def test_a_line_that_is_not_utf8_is_told_and_the_others_are_asked(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(f"{COUNT}\n".encode() + b"wie viele K\xe4fer?\n" + COLOR.encode()))
+    monkeypatch.setattr(sys, "stdin", lines)
+    found = command("watch", film)
+    assert found.code == 0
+    assert [line.partition("] ")[2] for line in found.out.splitlines()[::2]] == [COUNT, COLOR]
+    assert "not UTF-8 text, and is left out: wie viele K\ufffdfer?" in found.err.splitlines()[0]
+
+
+def test_a_line_without_end_is_read_no_further(capsys: pytest.CaptureFixture[str]) -> None:
+    questions = Questions()
+    with Path("/dev/zero").open("rb") as endless:
+        _lines(questions, endless)
+    assert questions.closed
+    assert not questions
+    assert "a line without end" in capsys.readouterr().err
+
+
+def test_a_log_that_is_full_is_told_once_and_the_stream_goes_on(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = watch(monkeypatch, f"{COUNT}\n{COLOR}\n", film, "--log", "/dev/full")
+    assert found.code == 1
+    assert len(found.out.splitlines()) == 4
+    told, summary = found.err.splitlines()
+    assert told == "statekv: /dev/full cannot be written: no space left on device; this answer is not in it"
+    assert summary.endswith("2 answers")
+
+
+def test_a_line_of_a_log_is_whole_or_not_there(tmp_path: Path) -> None:
+    log, told = AnswerLog(tmp_path / "answers.jsonl"), list[str]()
+    log.write("first", told.append)
+    with files_of_at_most(8):
+        log.write("second", told.append)
+        log.write("third", told.append)
+    log.write("fourth", told.append)
+    assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8") == "first\nfourth\n"
+    assert len(told) == 1
+
+
+def test_standard_output_that_is_full_ends_it_and_it_is_saved(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OutputError("standard output cannot be written: no space left on device", "make room")
+
+    monkeypatch.setattr(Plain, "piece", full)
+    found = watch(monkeypatch, f"{COUNT}\n", film, "--save", tmp_path / "kept")
+    assert found.code == 1
+    assert found.err.splitlines()[-1].startswith("statekv: standard output cannot be written")
+    assert (tmp_path / "kept").is_dir()
 
 
 def test_the_horizon_ends_the_stream_with_one_line(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from statekv.errors import ConfigError
+from statekv.evals import results
 from statekv.evals.results import ResultFile, Shard, read, versions
 from tests.evals.small import header, lines
 
@@ -96,6 +97,19 @@ def test_what_is_no_result_file(tmp_path: Path, content: bytes, told: str) -> No
         with pytest.raises(ConfigError, match=told):
             attempt()
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null"])
+def test_what_is_no_file_is_not_read(place: str) -> None:
+    with pytest.raises(ConfigError, match=f"{place} is not a file of results"):
+        read(Path(place))
+
+
+def test_a_line_without_end_is_not_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_LONGEST_LINE", 1000)
+    (tmp_path / "x.jsonl").write_bytes(bytes(5000))
+    with pytest.raises(ConfigError, match=r"line 1 of .*x\.jsonl has no end"):
+        read(tmp_path / "x.jsonl")
 
 
 def test_a_line_that_is_broken_in_the_middle_is_told(path: Path) -> None:
