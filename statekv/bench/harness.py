@@ -111,9 +111,10 @@ def check_columns(path: Path) -> None:
     """Raise a ConfigError if a file is there and is not a benchmark's."""
     if not path.exists():
         return
+    header = ",".join(_HEADER)
     with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline().rstrip("\n")
-    if first and first != ",".join(_HEADER):
+        first = file.readline(len(header) + 1).rstrip("\n")  # no more: it may have no end
+    if first and first != header:
         raise ConfigError(f"{path} does not begin with the columns of a benchmark", "give another file")
 
 
