@@ -61,7 +61,7 @@ _CODECS = (
     *("flv", "wmv1", "wmv2", "wmv3", "vc1", "theora", "mjpeg", "mjpegb", "jpegls", "jpeg2000", "libopenjpeg"),
     *("png", "apng", "gif", "bmp", "tiff", "webp", "ppm", "pgm", "libjxl", "prores", "dnxhd", "ffv1", "ffvhuff"),
     *("huffyuv", "utvideo", "magicyuv", "rawvideo", "v210", "dvvideo", "svq1", "svq3", "cinepak", "rv30", "rv40"),
-    *("qtrle", "rpza", "msvideo1", "cfhd", "wrapped_avframe", "msmpeg4v3", "libx264", "mss2"),
+    *("qtrle", "rpza", "msvideo1", "cfhd", "wrapped_avframe", "msmpeg4v3", "mss2"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Frame:
         if self.data.dtype != torch.uint8:
             raise VideoError(f"frame data is {self.data.dtype}, must be torch.uint8", "scale to 0..255, cast")
         for name in ("pts_seconds", "duration_seconds", "gap_seconds"):
-            if not isinstance(value := getattr(self, name), (int, float)):
+            if not isinstance(value := getattr(self, name), Real):
                 raise VideoError(f"{name} is {value!r}, must be a number of seconds", "give the frame a time")
         if not math.isfinite(self.pts_seconds):
             raise VideoError(f"pts_seconds is {self.pts_seconds}, must be finite", "give the frame a time")

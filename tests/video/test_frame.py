@@ -99,3 +99,8 @@ def test_a_numpy_picture_is_taken():
 def test_other_pictures_are_refused(pixels, told):
     with pytest.raises(VideoError, match=told):
         Frame(pixels, 0.0)
+
+
+@pytest.mark.parametrize("seconds", [1, np.float32(1), np.int64(1), np.float64(1)], ids=lambda one: type(one).__name__)
+def test_a_time_is_any_real_number(seconds):
+    assert Frame(torch.zeros(3, 4, 5, dtype=torch.uint8), seconds).pts_seconds == 1
