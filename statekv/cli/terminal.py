@@ -334,9 +334,8 @@ _LONGEST_LINE = 1 << 16  # bytes
 
 def _lines(questions: Questions, source: Any) -> None:
     try:
-        _read_lines(questions, getattr(source, "buffer", source))
-    except (OSError, ValueError):
-        pass  # closed while we read
+        with contextlib.suppress(OSError, ValueError):  # closed while we read
+            _read_lines(questions, getattr(source, "buffer", source))
     finally:
         questions.closed = True
 

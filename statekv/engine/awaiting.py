@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Awaitable:
+class Awaitable(ABC):
     """Twins of the methods that take their time. Cancelling one ends its work before the cancellation goes on.
 
     Tasks take turns as threads do. One in the middle of an answer would wait for itself, and gets a ConfigError.
@@ -27,10 +28,11 @@ class Awaitable:
 
     _reader: asyncio.Task[Any] | None = None  # who is in the middle of an answer
 
+    @abstractmethod
     def stream(self, question: str, **how: Any) -> Generator[str, None, None]:
         """An answer piece by piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(
         self,
         until_seconds: float | None = None,
@@ -38,7 +40,6 @@ class Awaitable:
         pause: Callable[[], bool] | None = None,
     ) -> None:
         """Prefill the source's frames."""
-        raise NotImplementedError
 
     async def aask(self, question: str, **how: Any) -> str:
         """As `ask`, which says what may be given; cancelled, the answer ends with the token that is being made."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import select
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,27 +94,11 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{name} is a folder, not a video", "name one file inside it")
     if not path.exists():
         raise VideoError(f"{name} does not exist", "check the spelling and the folder")
-    if path.is_fifo():
-        _wait_for_writer(path)
+    if path.is_fifo():  # what is read to know it is gone, and whoever writes ends with the first reader
+        rule = f"{name} is a named pipe, which cannot be opened twice"
+        raise VideoError(rule, f"read it as standard input, as with: statekv watch - < {name}")
     if path.is_file() and path.stat().st_size == 0:
         raise VideoError(f"{name} is empty (0 bytes)", "record or download it again")
-
-
-_WRITER_SECONDS = 10.0  # that a named pipe waits for somebody who writes into it
-
-
-def _wait_for_writer(path: Path) -> None:
-    """Raise VideoError if nobody opens a named pipe for writing in time."""
-    ends = time.monotonic() + _WRITER_SECONDS
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        while not select.select([reader], [], [], 0.0)[0]:
-            if time.monotonic() > ends:
-                rule = f"{path.name} is a pipe into which nothing has been written for {_WRITER_SECONDS:g} s"
-                raise VideoError(rule, "start what writes into it")
-            time.sleep(0.05)
-    finally:
-        os.close(reader)
 
 
 def check_there(source: PathOrUrl) -> None:

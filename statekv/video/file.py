@@ -66,7 +66,7 @@ def probe(source: PathOrUrl, stream: int | None = None, max_pixels: int | None =
         width, height = size if turn.rotation_degrees % 180 == 0 else size[::-1]
         return VideoInfo(
             start_seconds=track.start_seconds,
-            duration_seconds=_length(source, stream) or track.about_seconds,
+            duration_seconds=_length(source, stream, max_pixels) or track.about_seconds,
             width=width,
             height=height,
             frame_rate=float(track.video.average_rate) if track.video.average_rate else None,
@@ -146,7 +146,7 @@ def _read(
     max_pixels: int | None,
     max_decoded: int | None,
 ) -> Generator[Frame | VideoWarning, None, None]:
-    length = _length(source, stream) if max_frames is not None else None
+    length = _length(source, stream, max_pixels) if max_frames is not None else None
     with open_track(source, stream, max_pixels=max_pixels) as track:
         sampler, clock, damage = track.sampler(fps, max_frames, until_seconds, length), track.clock(), Damage()
         for number, picture in enumerate(every_picture(track, source, stream, damage, max_pixels)):
@@ -173,11 +173,11 @@ def _read(
             yield VideoWarning(display_name(source) + complaint)
 
 
-def _length(source: PathOrUrl, stream: int | None) -> float | None:
+def _length(source: PathOrUrl, stream: int | None, max_pixels: int | None) -> float | None:
     """Seconds of a local file whose header does not tell, by its packets."""
     if local_path(source) is None:
         return None
-    with open_track(source, stream) as track:
+    with open_track(source, stream, max_pixels=max_pixels) as track:
         if track.duration_seconds is not None:
             return None
         end = max((pts + duration for pts, duration in track.times()), default=track.start_seconds)
