@@ -34,7 +34,6 @@ class LayerShares:
     """One layer's means over heads and steps; a tuple has an entry for each of BUDGETS.
 
     Attributes:
-        layer: index of the layer.
         captured, recall, retention: as above.
         best: captured by as many keys as the carried cache holds, had they been chosen best.
         carried: captured by the keys that the carried cache did hold.
@@ -57,9 +56,6 @@ class Concentration:
     """Adds up the shares of a stream, step by step, without ever keeping a matrix of queries and keys.
 
     From one step to the next it keeps the order of the best 2^14 tokens for each layer and head, and nothing else.
-
-    Args:
-        layers: indices of the layers to look at.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -120,7 +116,6 @@ def captured(best: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
     Args:
         best: [kv_heads, m] scores, the highest first.
-        total: [kv_heads] attention to the whole history.
 
     Returns:
         [budgets] float64.
@@ -148,10 +143,8 @@ def persistence(best: torch.Tensor, ranks: torch.Tensor, fresh: torch.Tensor, hi
     """Weighted recall in the candidate pool, and retention, means over heads.
 
     Args:
-        best: [kv_heads, m] scores, the highest first.
         ranks: [kv_heads, m] as `ranks_before`.
         fresh: [kv_heads, m] bool, whether a token came with the step before.
-        history_before: tokens that the step before had behind it.
 
     Returns:
         [2, budgets] float64: recall and retention.

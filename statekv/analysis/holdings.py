@@ -30,11 +30,9 @@ Shares = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A step's first frame, and which of the stream's tokens stand for its patches.
+    """A step's first frame, reduced, and which of the stream's tokens stand for its patches.
 
     Attributes:
-        step: number of the step, from 0.
-        pts_seconds: time of the frame.
         tokens: [rows, columns] int64; the patches cover the whole frame, row by row; -1: left out by a reducer.
         pixels: [H, W, 3] uint8, reduced.
     """
@@ -47,11 +45,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Moment:
-    """What the carried cache held after a step; a share is of all layers and KV heads that were looked at.
+    """What the carried cache held after a step, by its number from 0; a share is of all layers and KV heads that were
+    looked at.
 
     Attributes:
-        step: number of the step, from 0.
-        pts_seconds: its time.
         patches: for each step so far, [rows, columns].
         text: share of the cache that holds text: prompt, timestamps, marks around frames.
     """
@@ -72,10 +69,6 @@ class Holdings:
 
     Moments are thinned out evenly to about MOST_MOMENTS. For each step there stays a small picture, and for each moment
     half a float for each patch seen so far: 50 MB in all for 1,024 frames of 256 patches.
-
-    Args:
-        layers: indices of the layers to look at.
-        expected: steps of the stream, at most.
     """
 
     def __init__(self, layers: Sequence[int], expected: int) -> None:
@@ -85,14 +78,8 @@ class Holdings:
         self._every_moment = -(-expected // MOST_MOMENTS)
 
     def enter(self, seen: EncodedStep, segment: Segment, first_token: int, placeholder: int) -> None:
-        """Note a step that has entered.
-
-        Args:
-            seen: its pictures.
-            segment: the step.
-            first_token: of the segment in the stream.
-            placeholder: the id that stands for a patch.
-
+        """Note a step that has entered: its pictures, its segment, the number of its first token, and the id that
+        stands for a patch.
         """
         entered = (segment.ids[0] == placeholder).nonzero()[:, 0].cpu().numpy() + first_token
         tokens = np.full(seen.total, -1, np.int64)
@@ -102,12 +89,7 @@ class Holdings:
         self.pictures.append(Picture(len(self.pictures), frame.pts_seconds, tokens, reduced(frame.data)))
 
     def look(self, carried: CarriedCache, tokens: int) -> None:
-        """Note what is held after the newest step, if this is one of the moments.
-
-        Args:
-            carried: the cache.
-            tokens: of the stream so far.
-        """
+        """Note what is held after the newest step, if this is one of the moments."""
         if (len(self.pictures) - 1) % self._every_moment == 0:
             self._note(carried, tokens)
 
@@ -148,12 +130,10 @@ def reduced(pixels: torch.Tensor) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found.
+    """What was found in a stream of so many frames, steps and tokens.
 
     Attributes:
-        budget: of the carried cache.
         frames, steps, tokens: of the stream.
-        kv_heads: of each layer.
         shares: a row for each layer.
         pictures: one for each step.
         moments: the carried cache as time goes by; the last one is the end.
@@ -199,7 +179,6 @@ def analyse(
 
     Args:
         engine: a loaded model; its settings say how the carried cache is chosen.
-        video: path or URL.
         max_frames: frames at most, spread over the video.
         layers: indices of the layers to look at; None: all.
         on_step: called after each step with the frames seen.

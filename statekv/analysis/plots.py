@@ -17,16 +17,7 @@ _LAYER_COLORS = "viridis"
 
 
 def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:
-    """Write concentration.png, recall.png and churn.png (the paper's figures 6, 7, 8), and held-map.png.
-
-    Args:
-        found: the analysis.
-        name: of the model, for titles.
-        folder: where the files go.
-
-    Returns:
-        The files.
-    """
+    """Write concentration.png, recall.png and churn.png (the paper's figures 6, 7, 8), and held-map.png."""
     pictures = {
         "concentration.png": _by_layer(found, name, "captured", "historical attention captured by the best B keys"),
         "recall.png": _by_layer(found, name, "recall", "weighted recall in the candidate pool"),
@@ -172,11 +163,7 @@ def lit(pixels: Pixels, shares: Shares) -> Pixels:
 
 
 def write_strip(found: Analysis, name: str, path: Path) -> Path:
-    """Write a PNG: a row for each moment, a column for the frame that was held most of each stretch of the stream.
-
-    Returns:
-        The file.
-    """
+    """Write a PNG: a row for each moment, a column for the frame that was held most of each stretch of the stream."""
     shown = most_held(found, _ACROSS)
     moments = _latest(found.moments, _DOWN)
     width, height = _cell_size(shown[0])
@@ -198,11 +185,7 @@ def write_strip(found: Analysis, name: str, path: Path) -> Path:
 
 
 def write_film(found: Analysis, name: str, path: Path) -> Path:
-    """Write an animated WebP: the frames that were held most, and below them what is held of every frame.
-
-    Returns:
-        The file.
-    """
+    """Write an animated WebP: the frames that were held most, and below them what is held of every frame."""
     first, *others = _film_pages(found, name)
     durations = [_FRAME_MS] * len(others) + [_LAST_MS]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=70, method=4)

@@ -16,9 +16,6 @@ def write_tables(found: Analysis, folder: Path) -> list[Path]:
 
     concentration.csv has a row for each layer and budget, as the figures 6 to 8; layers.csv what the carried cache
     captured in each layer; held.csv, for each moment, how much of each frame the carried cache held.
-
-    Returns:
-        The files.
     """
     curves = [
         (row.layer, budget, *values)

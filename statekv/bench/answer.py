@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from statekv.bench.floor import Machine, answer_bytes, head_flops, segment_flops
-from statekv.bench.harness import Panel, Row, Setting, wait
-from statekv.bench.models import build, fill, stand
+from statekv.bench.harness import Panel, Row, Setting, milliseconds, wait
+from statekv.bench.models import build, fill, setting_of, stand
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment
@@ -24,15 +24,8 @@ FIRST, EACH = "first token", "each further token"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure on one model.
-
-    Attributes:
-        size: of the language model.
-        steps: lengths of the stream.
-        tokens: of a step.
-        question: tokens of the question.
-        answer: tokens of the answer, 2 at least; greedy.
-        runs: answers at each length.
+    """What to measure on one model: greedy answers of 2 tokens or more, `runs` at each length of the stream in `steps`
+    of so many tokens.
     """
 
     size: Size
@@ -48,12 +41,7 @@ class Plan:
 
 
 def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, machine: Machine) -> list[Row]:
-    """Ask at every length of the stream, in turns.
-
-    Args:
-        plan: see `Plan`.
-        device, dtype: of weights and cache.
-        machine: rates for the floor.
+    """Ask at every length of the stream, in turns; the machine's rates make the floors.
 
     Returns:
         Two rows per length, in ms, one sample per answer; where the cache does not fit in memory they have none and a
@@ -71,9 +59,10 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype, machine: Ma
     rows = []
     for kind in (FIRST, EACH):
         for steps in plan.steps:
-            samples = tuple(1000 * second for second in seconds.get((kind, steps), []))
+            samples = milliseconds(seconds.get((kind, steps), []))
             floor = 1000 * _floor(plan, kind, steps, dtype, machine)
-            setting = _setting(plan, steps, dtype)
+            asked: Setting = {"question": plan.question, "answer": plan.answer, "steps": steps}
+            setting = setting_of(plan.size, dtype, plan.tokens) | asked
             rows.append(Row("answer", kind, setting, "ms", samples, floor, remark=remarks[steps]))
     return rows
 
@@ -131,9 +120,3 @@ def _floor(plan: Plan, kind: str, steps: int, dtype: torch.dtype, machine: Machi
         past += plan.question + plan.answer // 2
     flops = segment_flops(plan.size, tokens, past) + head_flops(plan.size)
     return machine.seconds(flops, answer_bytes(plan.size, past, dtype))
-
-
-def _setting(plan: Plan, steps: int, dtype: torch.dtype) -> Setting:
-    kind = str(dtype).removeprefix("torch.")
-    model: Setting = {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind}
-    return {**model, "tokens": plan.tokens, "question": plan.question, "answer": plan.answer, "steps": steps}

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from statekv.bench.harness import Panel, Row, Setting, alternate
+from statekv.bench.harness import Panel, Row, Setting, alternate, milliseconds
 from statekv.bench.models import size_of
 from statekv.errors import ConfigError, StateKVError
 from statekv.ops import IMPLEMENTATIONS, attention_with_key_scores
@@ -68,13 +68,10 @@ def shapes(models: Iterable[str], budgets: Iterable[int], queries: int) -> list[
 def measure(
     shape: Shape, *, device: torch.device, dtype: torch.dtype, runs: int, rate: float, peer: Attention | None = None
 ) -> list[Row]:
-    """Time all candidates at one shape, in turns.
+    """Time all candidates at one shape, in turns, on random queries, keys and values.
 
     Args:
-        shape: what to attend to.
-        device, dtype: of random queries, keys and values.
-        runs: timed calls of each candidate.
-        rate: the machine's FLOP/s in this dtype.
+        rate: FLOP/s of the machine in this dtype.
         peer: see `load_peer`; it is timed as it is, without the sum over a group's heads that the others make.
 
     Returns:
@@ -95,11 +92,11 @@ def measure(
         if not remarks[name]:
             calls[name] = call
     seconds = alternate(calls, runs=runs, device=device)
-    stock = min(median(_milliseconds(seconds[name])) for name in (STOCK, _FLASH) if name in seconds)
+    stock = min(median(milliseconds(seconds[name])) for name in (STOCK, _FLASH) if name in seconds)
     setting = shape.setting | {"dtype": str(dtype).removeprefix("torch.")}
     floor = 1000 * shape.flops / rate
     return [
-        Row("attention", name, setting, "ms", _milliseconds(seconds.get(name, [])), floor, stock, remark)
+        Row("attention", name, setting, "ms", milliseconds(seconds.get(name, [])), floor, stock, remark)
         for name, remark in remarks.items()
     ]
 
@@ -165,10 +162,6 @@ def _first_call(call: Call, expected: torch.Tensor) -> str:
     return f"left out: its values are {away:.2g} of the largest away from {STOCK}'s" if not away <= allowed else ""
 
 
-def _milliseconds(seconds: Iterable[float]) -> tuple[float, ...]:
-    return tuple(1000 * second for second in seconds)
-
-
 FUNCTION = "flash_attn_with_key_scores"
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -179,9 +172,6 @@ def load_peer(path: Path) -> Attention:
     The function is called as the public release of StateKV defines it: `(q, k, v, sm_scale=, causal=, cache_len=)` with
     q [B, heads, Q, D], k and v [B, kv_heads, cache_len + Q, D]; it returns [B, heads, Q, D] and key scores
     [B, heads, K], a row for each query head.
-
-    Returns:
-        A function of query, key, value and scale.
 
     Raises:
         ConfigError: no such file, a file that does not run, or one without the function.

@@ -23,12 +23,7 @@ _READ_BYTES = 1 << 29  # larger than any processor cache
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of the machine in the same run.
-
-    Attributes:
-        flops: per second, in products with a large weight.
-        read: bytes per second out of memory.
-    """
+    """What was measured in the same run: FLOP/s in products with a large weight, bytes per second out of memory."""
 
     flops: float
     read: float
@@ -83,13 +78,8 @@ def counting() -> Iterator[FlopCounterMode]:
 
 
 def check(name: str, budget: int | None, steps: Sequence[int], layers: int | None = 2) -> Row:
-    """Run the first steps of a model in its real width, shapes alone, and compare torch's count with the formula.
-
-    Args:
-        name: of a size.
-        budget: None for `full`.
-        steps: tokens of each step.
-        layers: the model's first ones; None: all.
+    """Run the first steps, of so many tokens each, of a model in its real width, shapes alone, and compare torch's
+    count with the formula. Without a budget that is `full`; layers None: all of them.
 
     Returns:
         A row whose floor is the formula: its distance must be 1.

@@ -127,18 +127,9 @@ _HEADER = (
 def _cells(row: Row, at: Circumstances) -> list[str | int]:
     figures = [_figure(row.quantile(share) if row.samples else None) for share in (0.2, 0.5, 0.8)]
     limits = [_figure(found) for found in (row.floor, row.distance, row.ratio)]
-    setting = json.dumps(dict(row.setting))
-    measured: list[str | int] = [
-        row.bench,
-        row.subject,
-        setting,
-        row.unit,
-        *figures,
-        len(row.samples),
-        *limits,
-        row.remark,
-    ]
-    return [*measured, at.device, at.threads, at.versions, at.commit, at.date, at.command]
+    measured: list[str | int] = [row.bench, row.subject, json.dumps(row.setting), row.unit, *figures, len(row.samples)]
+    told: list[str | int] = [at.device, at.threads, at.versions, at.commit, at.date, at.command]
+    return [*measured, *limits, row.remark, *told]
 
 
 def _figure(value: float | None) -> str:
@@ -181,13 +172,11 @@ def _commit() -> str:
 def alternate(
     candidates: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device, warm: int = 2
 ) -> dict[str, list[float]]:
-    """Time candidates in turn, so that a slow moment of the machine falls on all of them alike.
+    """Time `runs` calls of each candidate in turn, after `warm` untimed ones, so that a slow moment of the machine
+    falls on all of them alike; what they return is thrown away.
 
     Args:
-        candidates: what to call, by name; results are thrown away.
-        runs: timed calls of each.
         device: waited for before and after each call.
-        warm: calls of each before the first timed one.
 
     Returns:
         Seconds of each timed call, by name, in order.
@@ -204,6 +193,11 @@ def alternate(
             wait(device)
             found[name].append(time.perf_counter() - began)
     return found
+
+
+def milliseconds(seconds: Iterable[float]) -> tuple[float, ...]:
+    """Samples of a row."""
+    return tuple(1000 * second for second in seconds)
 
 
 def wait(device: torch.device) -> None:
@@ -240,13 +234,7 @@ def alternate_within(
     """As `alternate`, with a limit to the time that one candidate takes in all.
 
     Args:
-        candidates: what to call, by name.
-        runs: timed calls of each that is quick enough.
         seconds: a candidate whose runs would take longer than this gets fewer, one at least, spread over the rounds.
-        device: waited for before and after each call.
-
-    Returns:
-        Seconds of each timed call, by name.
     """
     # The first call may compile and record: where there is time, a second one says how long it really takes.
     took = alternate(candidates, runs=1, device=device, warm=0)
@@ -293,11 +281,9 @@ _INCHES = (3.6, 3.0)  # of a panel
 
 @dataclass(frozen=True)
 class Panel:
-    """One system of axes.
+    """One system of axes with a title, and x and y named with their units.
 
     Attributes:
-        title: above it.
-        x, y: what the axes are, with units.
         lines: points (x, y) by name; the same name has the same colour in all panels.
         log_x, log_y: logarithmic axes; a linear one starts at 0.
     """

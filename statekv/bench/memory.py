@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -178,44 +177,22 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return held.peak
 
 
-class _Watch(TorchDispatchMode, ABC):
-    """Sees the result of every operation on tensors inside a `with`."""
+class HeldBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and still exist: `now`, and at most so far (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.see(func.overloadpacket, args, found)
-        return found
-
-    @abstractmethod
-    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
-        """Called after each operation."""
-
-
-class HeldBytes(_Watch):
-    """Bytes of the tensors that were made inside and still exist.
-
-    Attributes:
-        now: at this moment.
-        peak: at most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
-        old = {_storage(tensor) for tensor in tree_leaves(inputs) if isinstance(tensor, torch.Tensor)}
-        for tensor in tree_leaves(result):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        old = {_storage(tensor) for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and _storage(tensor) not in old | self._known:
                 self._take(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
+        return found
 
     def _take(self, storage: torch.UntypedStorage) -> None:
         address, taken = storage._cdata, storage.nbytes()
@@ -229,20 +206,18 @@ class HeldBytes(_Watch):
         finalize(storage, give_back)
 
 
-class CopiedBytes(_Watch):
-    """Counts the bytes that tensors copy from one another inside; shapes alone are enough for that.
-
-    Attributes:
-        total: bytes written by copies and concatenations so far.
-    """
+class CopiedBytes(TorchDispatchMode):
+    """Counts the bytes (`total`) that copies and concatenations write inside; shapes alone are enough for that."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
-    def see(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
-        if operation in (torch.ops.aten.copy_, torch.ops.aten.cat):
-            self.total += result.nbytes
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.cat):
+            self.total += found.nbytes
+        return found
 
 
 def _storage(tensor: torch.Tensor) -> int:

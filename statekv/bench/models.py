@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
+from statekv.bench.harness import Setting
 from statekv.cache.carried import CarriedCache
 from statekv.cache.detailed import DetailedCache
 from statekv.cache.spec import Span
@@ -26,9 +27,7 @@ def build(size: Size, device: torch.device, dtype: torch.dtype, layers: int | No
     """A model of this size as the stepper takes it; its vision tower is a stub, its texts are missing.
 
     Args:
-        size: of the language model.
         device: where it lives; `meta` gives shapes alone.
-        dtype: of all weights.
         layers: the first so many decoder layers; None: all.
 
     Raises:
@@ -62,6 +61,11 @@ def size_of(name: str, layers: int | None = None) -> Size:
     if name not in SIZES:
         raise ConfigError(f"unknown model {name!r}", f"known: {', '.join(SIZES)}")
     return SIZES[name].with_layers(layers)
+
+
+def setting_of(size: Size, dtype: torch.dtype, tokens: int) -> Setting:
+    """What rows about steps of so many tokens of a model have in common."""
+    return {"model": size.name, "layers": size.layers, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
 
 
 @torch.inference_mode()
@@ -101,8 +105,6 @@ def fill(state: StreamState, tokens: int, step: int) -> None:
 
     Args:
         state: it is left standing behind those tokens, at position `tokens`.
-        tokens: how many the detailed cache is to hold.
-        step: tokens of one step.
     """
     fill_detailed(state.detailed, tokens, step)
     if isinstance(state.carried, CarriedCache):
@@ -145,8 +147,6 @@ def stand(state: StreamState, tokens: int, position: int, step: int) -> None:
     Args:
         state: counts of what it saw are cleared, and all spans but those of the newest steps.
         tokens: at most as many as were filled in.
-        position: of the next token.
-        step: tokens of one step.
     """
     assert tokens <= state.detailed.capacity
     _hold(state.detailed, tokens)

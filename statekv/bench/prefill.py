@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
-from statekv.bench.models import build, fill_carried, fill_detailed, products_alone, random_step, stand
+from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product, milliseconds
+from statekv.bench.models import build, fill_carried, fill_detailed, products_alone, random_step, setting_of, stand
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
@@ -24,14 +24,9 @@ _VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure on one model.
+    """What to measure on one model: steps by their numbers, from 1, for `full` and for `statekv` at each budget.
 
     Attributes:
-        size: of the language model.
-        steps: step numbers, from 1.
-        budgets: of `statekv`; `full` is always there.
-        tokens: of a step.
-        runs: timed steps of each method at each number.
         seconds: what one method may take at one number in all; slower ones get fewer runs.
         plain: also step `statekv` without CUDA graphs.
     """
@@ -65,10 +60,6 @@ class Plan:
 def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """Time every method at every step number, all in turns.
 
-    Args:
-        plan: see `Plan`.
-        device, dtype: of weights and caches.
-
     Returns:
         A row of the large product whose best rate all floors are made of; a row of a step's products with weights
         alone, for comparison; then a row per step number and method, in ms. Remarks hold medians against the product's
@@ -93,12 +84,15 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
     rate = best_rate(seconds[LARGE], plan.tokens)
     usual = min(seconds[LARGE]) / statistics.median(seconds[LARGE])
     floors = {LARGE: min(seconds[LARGE]), PRODUCTS: 2 * plan.size.parameters * plan.tokens / rate}
-    rows = [_products_row(plan, name, seconds[name], dtype, floor) for name, floor in floors.items()]
+    alike = setting_of(plan.size, dtype, plan.tokens)
+    rows = [
+        Row("prefill", name, alike, "ms", milliseconds(seconds[name]), 1000 * floor) for name, floor in floors.items()
+    ]
     for step in plan.steps:
         reference = None
         for method in plan.methods:
-            samples = tuple(1000 * second for second in seconds.get(_name(method, step), []))
-            setting = _setting(plan, dtype) | _moment(method, step)
+            samples = milliseconds(seconds.get(_name(method, step), []))
+            setting = alike | _moment(method, step)
             floor = 1000 * segment_flops(plan.size, plan.tokens, plan.seen(method, step)) / rate
             row = Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step])
             if row.distance is not None:
@@ -149,16 +143,6 @@ def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Ca
 
 def _name(method: Config, step: int) -> str:
     return f"{method.method} {method.budget} {method.graph} {step}"
-
-
-def _products_row(plan: Plan, name: str, seconds: Iterable[float], dtype: torch.dtype, floor: float) -> Row:
-    samples = tuple(1000 * second for second in seconds)
-    return Row("prefill", name, _setting(plan, dtype), "ms", samples, 1000 * floor)
-
-
-def _setting(plan: Plan, dtype: torch.dtype) -> Setting:
-    kind = str(dtype).removeprefix("torch.")
-    return {"model": plan.size.name, "layers": plan.size.layers, "dtype": kind, "tokens": plan.tokens}
 
 
 def _moment(method: Config, step: int) -> Setting:

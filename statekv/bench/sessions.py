@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product
-from statekv.bench.models import build, fill, random_step, size_of, stand
+from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product, milliseconds
+from statekv.bench.models import build, fill, random_step, setting_of, size_of, stand
 from statekv.cache.stream import StreamState, room_for_answers
 from statekv.config import Config
 from statekv.models.adapter import Segment, VideoModel
@@ -29,11 +29,8 @@ class Plan:
 
     Attributes:
         name: of a size, whose weights are random; or demo, with its own.
-        sessions: how many are stepped.
         budget: carried tokens; every session has reached it.
         tokens: of a step; None: the model's own.
-        layers: the first so many; None: all.
-        runs: timed calls of each way.
         seconds: what one way may take in all; slower ones get fewer runs.
     """
 
@@ -56,10 +53,6 @@ class Plan:
 
 def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """Step every number of sessions in both ways, all in turns.
-
-    Args:
-        plan: see `Plan`.
-        device, dtype: of weights and caches.
 
     Returns:
         A row of the large product whose best rate the floors are made of, then one per number and way, in ms per step
@@ -86,14 +79,12 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
             calls[f"{way} {count}"] = _together(own, anew)
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
     floor = 1000 * segment_flops(size, tokens, plan.budget) / best_rate(seconds[LARGE])
-    kind = str(dtype).removeprefix("torch.")
-    setting: Setting = {"model": plan.name, "layers": size.layers, "dtype": kind, "tokens": tokens}
-    large = tuple(1000 * second for second in seconds[LARGE])
+    setting, large = setting_of(size, dtype, tokens), milliseconds(seconds[LARGE])
     rows = [Row("sessions", LARGE, setting, "ms", large, min(large))]
     for count in plan.sessions:
         reference = None
         for way in (IN_TURN, TOGETHER, ANEW):
-            samples = tuple(1000 * second / count for second in seconds.get(f"{way} {count}", []))
+            samples = milliseconds(second / count for second in seconds.get(f"{way} {count}", []))
             if samples:
                 here = {**setting, "budget": plan.budget, "sessions": count}
                 row = Row("sessions", way, here, "ms", samples, floor, reference)

@@ -46,7 +46,6 @@ class Watch:
         total: from the first frame asked for to the last one in memory.
         parts: decode, vision, prefill, waiting. In line, the model waits as long as decoding takes, which then is
             not called waiting; overlapped, decoding runs beside the others and only `waiting` holds them up.
-        frames: how many entered.
         course: (seconds of work, seconds of video) behind each step.
     """
 
@@ -65,11 +64,6 @@ class Watch:
 
 def measure(engine: Engine, file: Path, runs: int) -> tuple[list[Row], list[Panel]]:
     """Watch a file in line and overlapped, in turns.
-
-    Args:
-        engine: model, rate of frames and the rest.
-        file: a video.
-        runs: passes of each kind; one more of each goes first, untimed.
 
     Returns:
         Rows: seconds of video per second, then ms per frame in all and of each part. The floor is the longer of
@@ -101,8 +95,6 @@ def watch(engine: Engine, file: Path, *, overlapped: bool) -> Watch:
     """One pass over a video.
 
     Args:
-        engine: model and settings.
-        file: a video.
         overlapped: decode ahead on a thread, as `Engine.open` does; otherwise in line, frame by frame.
 
     Raises:

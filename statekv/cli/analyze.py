@@ -36,6 +36,7 @@ def analyze(
     settings: options.Settings,
 ) -> None:
     """Show where attention goes in VIDEO, how long it stays there, and which patches are carried on."""
+    from statekv.evals.data import make_folder
     from statekv.video.address import check_file, local_path
 
     Config.of(method, **settings)
@@ -43,7 +44,9 @@ def analyze(
     path = local_path(video)
     if path is not None:
         check_file(path)
-    _make(folder)
+    make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} cannot be written to", "name another")
     engine = load(**loading, method=method, **settings)
     from statekv.analysis.holdings import analyse
 
@@ -101,12 +104,3 @@ def _numbers(text: str) -> list[int]:
         return [int(piece) for piece in text.split(",")]
     except ValueError:
         raise ConfigError(f"layers is {text!r}, must be numbers with commas", "for example 0,5,11") from None
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be a folder: {error.strerror}", "name another") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder} cannot be written to", "name another")

@@ -201,8 +201,6 @@ def check_place(source: str, settings: Mapping[str, Any], realtime: bool = False
     """Complain of a source that is not there, or of a setting that means nothing with it, before the model is loaded.
 
     Args:
-        source: as it was typed.
-        settings: those that were.
         realtime: whether a file is shown as if it were live.
     """
     from statekv.video.address import check_scheme, check_there, local_path, locate
@@ -219,7 +217,6 @@ def load_again(folder: Path, loading: Mapping[str, Any], **staying: Any) -> tupl
     """The model that a folder names, with what was typed in place of it.
 
     Args:
-        folder: a saved session.
         loading: what was typed of `statekv.load`'s arguments.
         staying: options that a session has once and for all; None where they were not typed.
 

@@ -129,7 +129,7 @@ Layers = Annotated[int | None, typer.Option(help="Measure the first so many laye
 
 def prefill(
     models: options.Sizes = None,
-    budgets: options.Budgets = "256,1024,4096,16384",
+    budgets: options.Budgets = _BUDGETS,
     steps: Annotated[str, typer.Option(help="Step numbers, with commas.")] = "1,4,16,64,256,1024,3600",
     tokens: StepTokens = 256,
     layers: Layers = None,

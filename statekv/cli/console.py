@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +212,6 @@ class Report:
     """Where one run's rows and picture go; checked before the minutes of work.
 
     Args:
-        bench: the sub-command.
         csv: file to append to; None: benchmarks/results/ where there is such a folder, else statekv-bench/.
         picture: PNG to write; None: beside the CSV.
 
@@ -251,7 +250,6 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     shared = [f"{key} {rows[0].setting[key]}" for key in keys if key not in varying]
     if len({row.unit for row in rows}) == 1:
         shared.append(f"in {rows[0].unit}")
-    found = Table(title=", ".join([title, *shared]), title_justify="left", box=None, pad_edge=False)
     columns = {"": [row.subject for row in rows]}
     columns |= {key: [str(row.setting.get(key, "")) for row in rows] for key in varying}
     columns |= {"unit": [row.unit for row in rows] if len({row.unit for row in rows}) > 1 else []}
@@ -265,11 +263,16 @@ def table(title: str, rows: Sequence[Row]) -> Table:
         "× stock": [_figure(row.ratio) for row in rows],
         "remark": [row.remark for row in rows],
     }
-    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
-    for heading in columns:
-        words = heading in ("", "unit", "remark", *varying)
-        found.add_column(heading, justify="left" if words else "right", overflow="fold")
-    for cells in zip(*columns.values(), strict=True):
+    return columned(", ".join([title, *shared]), columns, ("", "unit", "remark", *varying))
+
+
+def columned(title: str, columns: Mapping[str, Sequence[str]], words: Container[str]) -> Table:
+    """Columns by their headings, those of `words` on the left; what no row has is left out."""
+    found = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
+    for heading in shown:
+        found.add_column(heading, justify="left" if heading in words else "right", overflow="fold")
+    for cells in zip(*shown.values(), strict=True):
         found.add_row(*cells)
     return found
 

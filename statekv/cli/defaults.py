@@ -23,10 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_defaults(path: Path | None) -> dict[str, Any]:
-    """What the file says, checked.
-
-    Args:
-        path: of the file; None: that of the current folder, if there is one.
+    """What the user's file says, checked: the one named, or that of the current folder if there is one.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is unknown or out of its range.

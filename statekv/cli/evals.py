@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from statekv.cli import options
 from statekv.cli.bench import numbers
-from statekv.cli.console import complain, load, notes, out, progress, rounded, to_json
+from statekv.cli.console import columned, complain, load, notes, out, progress, rounded, to_json
 from statekv.config import METHODS, SETTINGS, Config
 from statekv.config.spelling import check_name
 from statekv.errors import ConfigError
@@ -240,7 +239,7 @@ def _show(runs: Sequence[Figures]) -> None:
     columns = {
         "method": [run.method for run in runs],
         "budget": ["" if run.budget is None else str(run.budget) for run in runs],
-        f"{headline}, %": [_percent(_first(run)) for run in runs],
+        f"{headline}, %": [_percent(run.headline) for run in runs],
         "95 %": [_range(run.low, run.high) for run in runs],
         "− full": [_percent(run.difference, sign=True) for run in runs],
         " 95 % ": [_range(run.difference_low, run.difference_high, sign=True) for run in runs],
@@ -250,13 +249,13 @@ def _show(runs: Sequence[Figures]) -> None:
         "paper, %": [_percent(run.paper, digits=2) for run in runs],
         "failed": [str(len(run.failed) or "") for run in runs],
     }
-    table = _table(f"{place}: {_asked(runs)}; guessing gets {_percent(runs[0].chance)} %", columns)
+    title = f"{place}: {_asked(runs)}; guessing gets {_percent(runs[0].chance)} %"
     others = [name for name in runs[0].headlines if name != headline]
     parts = {"method": columns["method"], "budget": columns["budget"]}
     parts |= {name: [_percent(run.headlines.get(name)) for run in runs] for name in others}
-    out().print(table)
+    out().print(columned(title, columns, ("method",)))
     if others:
-        out().print(_table("parts, %", parts))
+        out().print(columned("parts, %", parts, ("method",)))
     _tell_figures(runs)
 
 
@@ -278,20 +277,6 @@ def _asked(runs: Sequence[Figures]) -> str:
     questions, videos = max(counts)
     told = f"{questions} questions on {videos} videos"
     return told if len(counts) == 1 else f"{told}, fewer for some methods"
-
-
-def _table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
-    for heading in shown:
-        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
-    for cells in zip(*shown.values(), strict=True):
-        table.add_row(*cells)
-    return table
-
-
-def _first(run: Figures) -> float:
-    return next(iter(run.headlines.values()))
 
 
 def _percent(share: float | None, sign: bool = False, digits: int = 1) -> str:

@@ -66,11 +66,8 @@ LOADING: Mapping[str, tuple[Any, Any, str]] = {
 
 
 class Default(NamedTuple):
-    """What a setting is with one command where nothing was typed; None: what the command makes of that.
-
-    Attributes:
-        value: of the setting.
-        told: what is to be said of it besides the setting's help.
+    """What a setting is with one command where nothing was typed (None: what the command makes of that), and what is to
+    be said of it besides its help.
     """
 
     value: Any

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from statistics import median
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -39,8 +38,6 @@ class Facts:
     """What is known of a stream, in words.
 
     Attributes:
-        session: the stream.
-        name: of its source.
         ended: why nothing more enters; empty while it goes on.
         saved: when it was saved last; empty where it was not.
     """
@@ -106,12 +103,7 @@ def _share(used: int, reserved: int) -> str:
 
 
 class Screen:
-    """State on top, the answer that is being given below it, then the prompt; what was answered scrolls away above.
-
-    Args:
-        facts: shown anew several times a second.
-        line: what is being typed.
-    """
+    """State on top, the answer that is being given below it, then the prompt; what was answered scrolls away above."""
 
     def __init__(self, facts: Facts, line: Line) -> None:
         self._facts = facts
@@ -129,9 +121,7 @@ class Screen:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._line.text = ""
         self._live.stop()
 
@@ -171,7 +161,6 @@ class Plain:
     """Questions and answers as lines on standard output, the stream's state now and then on standard error.
 
     Args:
-        facts: told now and then.
         records: whether answers are written there by whoever has them whole, as JSON.
     """
 
@@ -179,14 +168,6 @@ class Plain:
         self._facts = facts
         self._records = records
         self._told_at = time.monotonic()
-
-    def __enter__(self) -> Plain:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def tick(self) -> None:
         """Time goes on, with steps or without."""

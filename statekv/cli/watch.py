@@ -104,7 +104,7 @@ def _view(stack: ExitStack, facts: Facts, questions: Questions, stdin_is_video: 
         questions.closed = True
     else:
         piped(questions, sys.stdin)
-    return stack.enter_context(Plain(facts, as_json))
+    return Plain(facts, as_json)
 
 
 def _again(engine: Engine, folder: Path, source: str, settings: dict[str, Any], realtime: bool) -> Session:
@@ -131,15 +131,9 @@ def _every_seconds(save: Path | None, autosave: str | None) -> float | None:
 
 
 class AnswerLog:
-    """Answers in a file, a line each.
+    """Answers in a file, appended a line each; `failed` says whether one is missing.
 
     One that cannot be written is told once, not each time that it fails again; the stream goes on.
-
-    Args:
-        path: appended to.
-
-    Attributes:
-        failed: whether a line is missing.
 
     Raises:
         ConfigError: the file cannot be opened.
@@ -197,18 +191,7 @@ class StandingQuestion:
 
 
 class Watching:
-    """A stream that goes on between its questions.
-
-    Args:
-        session: the stream.
-        facts: what is shown of it.
-        questions: where they come in.
-        view: where answers go.
-        standing: a question that comes back.
-        log: where answers are written down.
-        as_json: whether they are on standard output too.
-        keeper: saves the stream.
-    """
+    """A stream that goes on between its questions."""
 
     def __init__(
         self,
@@ -344,10 +327,8 @@ class Keeper:
     is intact then.
 
     Args:
-        session: what is watched.
         folder: where it is kept; None: nowhere.
         every_seconds: between two saves; None: at the end alone.
-        say: how a failure is told.
         restored: whether the session was restored from that folder, which holds it as it is.
 
     Attributes:
@@ -377,11 +358,7 @@ class Keeper:
         return self._something_new()
 
     def save(self, pts_seconds: float) -> None:
-        """Save what is new, if anything is.
-
-        Args:
-            pts_seconds: time of the newest step.
-        """
+        """Save what is new, if anything is; `pts_seconds` is the time of the newest step."""
         if self._folder is None or not self._something_new():
             return
         frames = self._session.frames

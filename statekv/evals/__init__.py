@@ -21,12 +21,8 @@ TASKS: Mapping[str, str] = {
 
 
 def open_task(name: str, folder: Path | None = None, **options: Any) -> Task:
-    """A benchmark by its name.
-
-    Args:
-        name: of the table.
-        folder: where its data lie; None: its default place.
-        options: further arguments of its class.
+    """A benchmark by its name, with the folder of its data (None: its default place) and further arguments of its
+    class.
 
     Raises:
         ConfigError: an unknown name; the known ones are listed.

@@ -16,12 +16,8 @@ _KINDS: Mapping[type, str] = {str: "text", list: "a list of texts", int: "a whol
 
 @dataclass(frozen=True)
 class Record:
-    """One record.
-
-    Attributes:
-        where: file and line, or number in the file.
-        number: in the data set, from 0.
-        fields: its values by name.
+    """One record: where it stands (file and line, or number in the file), its number in the data set from 0, its values
+    by name.
     """
 
     where: str
@@ -168,14 +164,23 @@ def _parquet(file: Path) -> list[Any]:
     return found
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder: {error.strerror}", "name another") from None
+
+
 _SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov"}
 
 
 class VideoFiles:
-    """All video files under a folder.
-
-    Args:
-        folder: of the data set, or of its videos alone.
+    """All video files under a folder of a data set, or of its videos alone.
 
     Raises:
         ConfigError: there is none.
@@ -208,8 +213,6 @@ class VideoFiles:
         """A video with its questions; one whose file is missing fails when it is watched, as one that is damaged.
 
         Args:
-            name: of the file, as for `find`.
-            questions: in the order in which they are asked.
             id: of the video; "": its name.
             until_seconds: where it ends.
         """
@@ -225,13 +228,8 @@ class VideoFiles:
 def gathered(
     folder: Path, records: Iterable[Record | Broken], name: str, question_of: Callable[[Record], EvalQuestion | Broken]
 ) -> Iterator[EvalVideo | Broken]:
-    """Records by their video, in order of its first record; before those, what cannot be used.
-
-    Args:
-        folder: of the data set.
-        records: of one question each.
-        name: field with the video's name.
-        question_of: what a record asks.
+    """Records of one question each by the video that a field names, in order of its first record; before those, what
+    cannot be used.
 
     Raises:
         ConfigError: no videos lie in the folder.

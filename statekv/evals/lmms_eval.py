@@ -16,13 +16,7 @@ _DRAWING = ("temperature", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class VideoQuestion:
-    """A question about a whole video.
-
-    Attributes:
-        video: path or URL.
-        prompt: what the model is asked.
-        answering: further arguments of `Session.ask`.
-    """
+    """A question about a whole video (path or URL), with further arguments of `Session.ask`."""
 
     video: str
     prompt: str
@@ -33,10 +27,8 @@ def question_of(prompt: str, wanted: Mapping[str, Any], visuals: Any, task: str)
     """A request as a question.
 
     Args:
-        prompt: the task's text.
         wanted: the task's `generation_kwargs`; those that do not concern decoding are left aside.
         visuals: what the task's `doc_to_visual` returns.
-        task: its name, for messages.
 
     Raises:
         ConfigError: not exactly one video, or beam search.
@@ -65,8 +57,6 @@ def answer_all(
     """Watch each video once and ask all questions about it.
 
     Args:
-        engine: a loaded model, with the settings to watch with.
-        questions: in any order.
         on_answer: called after each answer, with the question's number and the text.
 
     Returns:

@@ -81,7 +81,6 @@ class Figures:
 
     Attributes:
         task, variant, model, method, budget: what was run; no budget where all tokens are carried.
-        questions, videos: how many.
         failed: why further videos, which are not in the figures, failed.
         headlines: the benchmark's figures by name, the first being the one that is talked about.
         low, high: 95 % interval of the first.
@@ -115,6 +114,11 @@ class Figures:
     flops: float
     paper: float | None
     notes: tuple[str, ...]
+
+    @property
+    def headline(self) -> float:
+        """The figure that is talked about."""
+        return next(iter(self.headlines.values()))
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
@@ -267,11 +271,9 @@ _SEED = 0  # the same videos are drawn for every method
 def interval(
     rows: Mapping[str, Rows], figure: Callable[[Rows], float], other: Mapping[str, Rows] | None = None
 ) -> tuple[float, float]:
-    """95 % of the resampled figures, or of its differences to another's, lie between these two.
+    """95 % of the resampled figures, or of their differences to another's, lie between these two.
 
     Args:
-        rows: of each video.
-        figure: of rows.
         other: of the same videos; their figure is subtracted, video by video the same ones drawn.
 
     Returns:
@@ -329,10 +331,10 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
 
 def _draw_method(axes: Any, method: str, figures: Sequence[Figures], color: str) -> None:
     runs = sorted((run for run in figures if run.method == method), key=lambda run: run.flops)
-    costs, values = [_aside(run, figures) for run in runs], [100 * _first(run) for run in runs]
+    costs, values = [_aside(run, figures) for run in runs], [100 * run.headline for run in runs]
     # A figure may lie outside of its resampled ones where videos are few.
-    below = [max(0.0, 100 * (_first(run) - run.low)) for run in runs]
-    above = [max(0.0, 100 * (run.high - _first(run))) for run in runs]
+    below = [max(0.0, 100 * (run.headline - run.low)) for run in runs]
+    above = [max(0.0, 100 * (run.high - run.headline)) for run in runs]
     marker, size = ("*", 11) if method == REFERENCE else ("o", 6)
     width = 2.5 if method == _PAPER else 1.2
     looks = {"marker": marker, "markersize": size, "linewidth": width, "capsize": 2, "elinewidth": 0.8, "color": color}
@@ -348,10 +350,6 @@ def _aside(run: Figures, figures: Sequence[Figures]) -> float:
     """Its cost in GFLOP, moved a little behind those that cost the same and come before it."""
     before = figures[: figures.index(run)]
     return run.flops / _GIGA * _APART ** sum(abs(other.flops / run.flops - 1) < _APART - 1 for other in before)
-
-
-def _first(run: Figures) -> float:
-    return next(iter(run.headlines.values()))
 
 
 def _title(figures: Sequence[Figures]) -> str:
@@ -383,7 +381,6 @@ def paper_share(task: str, model: str, config: Config) -> float | None:
     """What the paper reports, as a share of 1; None where it does not.
 
     Args:
-        task: as the command line has it.
         model: a hub id or a folder, whose last part names the checkpoint.
         config: how it was run; full attention, or one of the paper's methods at its budget.
     """

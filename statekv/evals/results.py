@@ -38,15 +38,8 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything that tells one result file from another.
-
-    Attributes:
-        task, variant: which benchmark.
-        model, revision: the checkpoint.
-        dtype, device: where and how it ran.
-        config: every setting.
-        shard: `0/2`.
-        versions: of the packages, when the file was begun.
+    """Everything that tells one result file from another; the versions are those of when it was begun, a shard is as in
+    `0/2`.
     """
 
     task: str
@@ -71,8 +64,6 @@ class Results:
     """A result file, read.
 
     Attributes:
-        path: where it lies.
-        header: its first line.
         questions: rows of complete videos.
         videos: closing lines of complete videos, by the video's id.
         failed: why a video failed, by its id; those that a later try completed are not among them.
@@ -131,10 +122,6 @@ class ResultFile:
     Args:
         path: made with the header where it is not there; otherwise gone on with.
         header: what the file must be about.
-
-    Attributes:
-        done: ids of complete videos.
-        failed: why others failed.
 
     Raises:
         ConfigError: a file of another configuration, unreadable, or a place that cannot be written to.

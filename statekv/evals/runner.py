@@ -37,10 +37,7 @@ def evaluate(
     All configurations go through a video side by side. A video whose results are complete is not watched again.
 
     Args:
-        engine: a loaded model.
-        task: the benchmark.
         configs: by name; the one named "full" is what the others are compared with.
-        out: folder of the result files.
         model, revision: how the checkpoint was named.
         shard: which videos; None: all.
         most: so many of the task's first videos; None: all.
@@ -203,9 +200,6 @@ class Stream:
     """One configuration on one video.
 
     Args:
-        engine: the loaded model.
-        path: the video's file.
-        config: how it is watched.
         until_seconds: the video ends here; None: whole.
 
     Attributes:
@@ -215,7 +209,7 @@ class Stream:
         flops: of the prefills so far, by formula; complete once the stream is closed.
 
     Raises:
-        StateKVError: as `Engine.open`.
+        StateKVError: as `Engine.open`; its methods, as those of `Session`.
     """
 
     def __init__(self, engine: Engine, path: Path, config: Config, until_seconds: float | None = None) -> None:
@@ -233,30 +227,18 @@ class Stream:
             self.failure = str(error)
 
     def show(self, frame: Frame, seen: EncodedStep | None) -> None:
-        """The video's next frame; `seen` where it ends a step that has been looked at.
-
-        Raises:
-            StateKVError: as `Session.push`.
-        """
+        """The video's next frame; `seen` where it ends a step that has been looked at."""
         self.session.push([frame], seen=seen)
 
     def arrive(self, at_seconds: float | None) -> None:
-        """Be ready for questions at a time that frames have been shown up to; None: the video's end.
-
-        Raises:
-            StateKVError: as `Engine.open` and `Session.watch`.
-        """
+        """Be ready for questions at a time that frames have been shown up to; None: the video's end."""
         if self.session.sampler.uniform:  # frames spread over what has been shown until then
             self.close()
             self.session = self.engine.open(self.path, until_seconds=self._cut(at_seconds), **self.config.opening)
             self.session.watch()
 
     def ask(self, question: str) -> str:
-        """The answer.
-
-        Raises:
-            StateKVError: as `Session.ask`.
-        """
+        """The answer to a question."""
         answer = self.session.ask(question, do_sample=False).strip()
         self.tokens = self.session.state.tokens
         if self.session.sampler.newest is not None:
@@ -266,11 +248,7 @@ class Stream:
         return answer
 
     def first_token(self, question: str) -> torch.Tensor:
-        """[vocabulary] float32 log-probabilities of the answer's first token.
-
-        Raises:
-            StateKVError: as `Session.logits`.
-        """
+        """[vocabulary] float32 log-probabilities of the answer's first token."""
         return self.session.logits(question)[0].log_softmax(-1)
 
     def close(self) -> None:
@@ -286,11 +264,7 @@ class Stream:
 
 
 class FrameQueue:
-    """Frames of one video for streams that sample it alike; none of them uniform.
-
-    Args:
-        streams: at least one.
-    """
+    """Frames of one video for streams that sample it alike; none of them uniform."""
 
     def __init__(self, streams: Sequence[Stream]) -> None:
         self.streams = streams

@@ -20,18 +20,11 @@ _LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "Th
 
 
 def chosen_letter(answered: str, letters: str = "ABCD") -> str:
-    """The reading of lmms-eval since 0.7.2 (`extract_mcq_answer`), for Video-MME and MLVU.
+    """The reading of lmms-eval since 0.7.2 (`extract_mcq_answer`), for Video-MME and MLVU; "" where there is no letter.
 
-    Punctuation at both ends is dropped. Then the first of these that finds a letter decides: an answer that begins
-    with a letter standing alone; that ends with one; letters behind a phrase such as "the answer is"; `(A)`; `A.`;
-    `A:`; `A)`; a letter before a space; any letter. Where one form finds several letters, the last in the text counts.
-
-    Args:
-        answered: what the model said.
-        letters: those that options have.
-
-    Returns:
-        The letter; "" where there is none.
+    Punctuation at both ends is dropped. Then the first of these that finds a letter decides: an answer that begins with
+    a letter standing alone; that ends with one; letters behind a phrase such as "the answer is"; `(A)`; `A.`; `A:`;
+    `A)`; a letter before a space; any letter. Where one form finds several letters, the last in the text counts.
     """
     text = answered.strip()
     for mark in ",.!?;:'\"":

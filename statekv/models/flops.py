@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-
-class Stack(Protocol):
-    """What the formula needs to know of a language model: equal decoder layers, grouped query heads, a gated MLP."""
-
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def intermediate(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+from statekv.models.size import Size
 
 
 @dataclass(frozen=True)
 class Widths:
-    """A `Stack` read off a checkpoint's configuration."""
+    """What the formula needs to know of a language model: equal decoder layers, grouped query heads, a gated MLP."""
 
     hidden: int
     intermediate: int
@@ -44,6 +29,9 @@ class Widths:
             *(c.hidden_size, c.intermediate_size, c.num_hidden_layers),
             *(c.num_attention_heads, c.num_key_value_heads, head_dim),
         )
+
+
+Stack = Widths | Size
 
 
 def matrix_weights(stack: Stack) -> int:

@@ -14,9 +14,9 @@ from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
-from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, Question, questions, write_story
+from statekv.evals.data import make_folder
 from statekv.video.file import read_frames
 
 REFERENCE = "full"
@@ -96,18 +96,10 @@ def compare(
     vision tower runs once for all of them.
 
     Args:
-        engine: a loaded model whose world this is.
-        folder: where the videos are written and kept.
         videos, frames: how many videos, of how many frames at one frame per second.
-        budget: tokens carried per layer and head.
         per_kind: questions of each kind and video, as far as the story allows.
-        first_seed: of the first video.
-        on_video: called after each video with its number.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be a folder: {error.strerror}", "name another") from None
+    make_folder(folder)
     results = [MethodResult(method) for method in METHODS]
     for number in range(videos):
         story = write_story(first_seed + number, float(frames))

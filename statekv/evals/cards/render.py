@@ -24,12 +24,10 @@ Pixels = NDArray[np.float32]
 
 
 def render(story: Story, times: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """Frames of a story.
+    """Frames of a story, `size` pixels high and wide.
 
     Args:
-        story: what to show.
         times: [F] seconds from the start of the video.
-        size: width and height in pixels.
 
     Returns:
         [F, size, size, 3] uint8 RGB.
@@ -103,11 +101,7 @@ _PIECE = 256  # frames rendered at once
 
 
 def write_film(story: Story, path: str | os.PathLike[str]) -> None:
-    """Write a story as an MP4 file.
-
-    Args:
-        story: what to show.
-        path: the file; one that is there is replaced.
+    """Write a story as an MP4 file; one that is there is replaced.
 
     Raises:
         VideoError: the file cannot be written.

@@ -27,7 +27,6 @@ class Card:
     """One coloured shape on screen.
 
     Attributes:
-        color, shape: names out of COLORS and SHAPES.
         start_seconds, duration_seconds: when it is on screen.
         x, y: centre, as shares of the picture's width and height.
         radius: half its size, as a share of the picture's height.
@@ -111,8 +110,6 @@ def questions(story: Story, rng: np.random.Generator, per_kind: int = 1, fps: fl
     """Questions about a story, up to `per_kind` of every kind that it allows.
 
     Args:
-        story: the video's story.
-        rng: chooses the cards and the wording.
         per_kind: how many of each kind; a story with one card allows no question of order.
         fps: sampling rate that the answers of kind "when" (a frame's number) refer to.
     """

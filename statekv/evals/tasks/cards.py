@@ -13,6 +13,7 @@ import numpy as np
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Card, Question, Story, questions, write_story
+from statekv.evals.data import make_folder
 from statekv.evals.task import EvalQuestion, EvalVideo, Rows, share, shares
 
 # Apart from the films of `statekv demo` and of `python -m training.evaluate`.
@@ -35,7 +36,6 @@ class Cards:
     Args:
         folder: where films are written, and found again; None: statekv-eval/films.
         frames: length of the films, at one frame a second.
-        films: how many.
 
     Raises:
         ConfigError: a length outside 128 … 4,096 frames, or no films.
@@ -68,10 +68,7 @@ class Cards:
         """
         if video.path.exists():
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.folder} cannot be a folder: {error.strerror}", "name another") from None
+        make_folder(self.folder)
         write_film(self._story(int(video.id.rsplit("-", 1)[1])), video.path)
 
     def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:

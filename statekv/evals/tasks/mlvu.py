@@ -25,9 +25,6 @@ class MLVU:
 
     Records have no id; a question is known by the number of its record. Verdicts: "score" is lmms-eval's reading since
     0.7.2, "letter" the strict one, "early" lmms-eval's up to 0.7.1, which takes "A." for no letter.
-
-    Args:
-        folder: of records and videos; None: statekv-eval/mlvu.
     """
 
     name = "mlvu"

@@ -36,23 +36,19 @@ class OVOBench:
     named by the questions' ids), each is a stream of its own. From source videos, questions share a stream as far
     as a cut would be sampled at the same frames, and are asked while it goes on. Pictures and positions may then be
     sized for the whole stream, not for the cut.
-
-    Args:
-        name: as the command line has it.
-        part: folder of its records in the Hugging Face data set.
-        tasks: its sub-tasks.
-        folder: of records and videos; None: statekv-eval/ovo.
     """
 
+    name: str
+    part: str  # folder of its records in the Hugging Face data set
+    tasks: tuple[str, ...]  # its sub-tasks
     variant = ""
     settings: Mapping[str, Any] = {"fps": _FPS, "max_frames": _MOST_FRAMES, "max_new_tokens": 128}
 
-    def __init__(self, name: str, part: str, tasks: tuple[str, ...], folder: Path | None) -> None:
-        self.name, self.tasks = name, tasks
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path("statekv-eval", "ovo")
         self._data = DataSet(
             repository="kcz358/OVOBench",
-            patterns=(f"{part}/*.parquet", f"{part}/*.jsonl", f"{part}/*.json", "ovo_bench_new.json"),
+            patterns=(*(f"{self.part}/*.{kind}" for kind in ("parquet", "jsonl", "json")), "ovo_bench_new.json"),
             needed={"id": int, "task": str, "video": str},
         )
 
@@ -82,15 +78,13 @@ class OVOBench:
 class OVORealtime(OVOBench):
     """Real-time visual perception."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        super().__init__("ovo_realtime", "realtime", REALTIME, folder)
+    name, part, tasks = "ovo_realtime", "realtime", REALTIME
 
 
 class OVOBackward(OVOBench):
     """Backward tracing."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        super().__init__("ovo_backward", "backward", BACKWARD, folder)
+    name, part, tasks = "ovo_backward", "backward", BACKWARD
 
 
 def _question(record: Record, tasks: tuple[str, ...]) -> EvalQuestion | Broken | None:

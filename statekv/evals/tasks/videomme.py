@@ -31,9 +31,6 @@ class VideoMME:
     """Accuracy over all questions; kinds are the six domains, groups the length classes short, medium and long.
 
     Verdicts: "score" is lmms-eval's reading since 0.7.2, "letter" the strict one, "early" lmms-eval's up to 0.7.1.
-
-    Args:
-        folder: of records and videos; None: statekv-eval/videomme.
     """
 
     name = "videomme"
