@@ -9,15 +9,15 @@ import griffe
 
 
 class SettingsHelp(griffe.Extension):
-    """Turns `budget: int = _setting(4096, "Tokens carried …")` into a default and a docstring."""
+    """Turns `budget: int = _About("Tokens carried …")(4096, …)` into a default and a docstring."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Called for each attribute that is found."""
         text = str(attr.value or "")
-        if not text.startswith("_setting("):
+        if not text.startswith("_About("):
             return
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call)
-        default, told = call.args[:2]
-        attr.value = ast.unparse(default)
-        attr.docstring = griffe.Docstring(ast.literal_eval(told), parent=attr)
+        assert isinstance(call.func, ast.Call)
+        attr.value = ast.unparse(call.args[0])
+        attr.docstring = griffe.Docstring(ast.literal_eval(call.func.args[0]), parent=attr)

@@ -23,7 +23,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_MOST_FUNCTIONS = 60, 20
 # A file is as long as its idea; from here on it is looked at, and what was found to be one idea stands below.
 MANY_LINES_OF_A_FILE = 500
 LONG = {
-    "statekv/config/__init__.py": 800,  # every setting, declared once
+    "statekv/config/__init__.py": 700,  # every setting, declared once
     "tests/config/test_config.py": 580,
 }
 

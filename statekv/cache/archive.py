@@ -40,16 +40,14 @@ def save_stream(
     beside: Mapping[str, Any] | None = None,
     pieces: Iterable[Piece] = (),
 ) -> None:
-    """Write a stream to a folder, whose former save is replaced once this one is whole.
+    """Write a stream to a folder, made where there is none, with facts (`beside`) and tensors (`pieces`) of the
+    caller's; a former save there is replaced once this one is whole.
 
     Of the detailed cache only the parts are written that the former save does not have as they are now.
 
     Args:
         state: the stream; it is left as it is, but for steps on disk that turn out to be damaged: they are forgotten,
             with a warning, so that the rest can be saved.
-        folder: made where there is none.
-        beside: facts that are saved with it, under names of their own.
-        pieces: tensors that are saved with it.
 
     Raises:
         SaveError: the folder cannot be written, or holds something else; a former save in it is intact.
@@ -77,8 +75,6 @@ def load_stream(
     """Read a stream for a model whose keys have this geometry.
 
     Args:
-        source: its folder.
-        spec: sizes of the model's keys.
         change: makes the configuration to go on with of the saved one; None: that stays.
         rotary: of the model; None: nothing will be turned, asked or indexed.
 

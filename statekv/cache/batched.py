@@ -124,15 +124,12 @@ class BatchedCarriedCache(CarriedCache):
 
 
 class StaticCarriedCache(Cache):
-    """What `CarriedCache` does in a step, with the tokens' places read from the device instead of known to the host.
+    """What `CarriedCache` does in a step of so many tokens once it holds its budget, with the tokens' places read from
+    the device instead of known to the host.
 
     The carried keys fill the slots below the layer's budget, own keys come behind them, and evicted slots are replaced
     in place. Where the new keys go in the detailed cache is a tensor, so that the same recorded commands write to
     another place at every step.
-
-    Args:
-        carried: a cache that holds its budget.
-        tokens: of one step.
     """
 
     def __init__(self, carried: CarriedCache, tokens: int) -> None:

@@ -28,10 +28,7 @@ class CarriedCache(Cache):
     the keys, and a step sees all of them.
 
     Args:
-        spec: sizes of the model's keys.
         budget: keys kept per layer and head, the mean of all layers.
-        policy: decides who stays.
-        detailed: receives every key and value too.
 
     Attributes:
         shares: keys that a head of each layer keeps on average.
@@ -168,7 +165,6 @@ class CarriedCache(Cache):
         """Have the policy judge a layer that was just attended, and shrink it to its budget.
 
         Args:
-            layer: index of the layer.
             attention: [streams, kv_heads, length] float32 key scores; None for policies that ignore them.
         """
         self.lengths[layer] = self.shrink(layer, attention, self.lengths[layer], self._first_own)
@@ -202,12 +198,7 @@ class CarriedCache(Cache):
         return stay
 
     def rotate(self, moves: PositionShift, angles: Angles) -> None:
-        """Rotate carried keys further, in float32 and in place.
-
-        Args:
-            moves: how far each token of the stream moves.
-            angles: of such distances.
-        """
+        """Rotate carried keys by the angles of how far each token of the stream moves, in float32 and in place."""
         for layer, length in enumerate(self.lengths):
             token_ids = self.token_ids[layer][..., :length]
             moved = moves.of(token_ids)  # [streams, kv_heads, length]
@@ -216,11 +207,8 @@ class CarriedCache(Cache):
             keys.copy_(rotate(keys.float(), cos, sin))
 
     def importance(self, starts: Sequence[int]) -> dict[int, tuple[float, int]]:
-        """Segments of which something is carried, by start: the attention that their keys were last judged by, and how
-        many they are.
-
-        Args:
-            starts: number of each segment's first token, ascending; each ends where the next begins.
+        """Segments of which something is carried, by the number of their first token: the attention that their keys
+        were last judged by, and how many they are. Starts ascend; each segment ends where the next begins.
         """
         first = torch.tensor(starts, dtype=torch.int64)
         scores, counts = torch.zeros(2, len(starts) + 1, dtype=torch.float64)
@@ -292,12 +280,8 @@ class CarriedCache(Cache):
 def one_block(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> list[torch.Tensor]:
-    """Uninitialised tensors, one for each shape, which lie one behind another in a single block of their device.
-
-    Args:
-        shapes: of each layer's tensor.
-        dtype: of all.
-        devices: of each layer.
+    """Uninitialised tensors, one for each layer's shape, which lie one behind another in a single block of their
+    device.
     """
     sizes = [math.prod(shape) for shape in shapes]
     blocks = {

@@ -31,7 +31,6 @@ def policy_of(config: Config, pinned: int = 0) -> Policy:
     """The policy of a stream, with everything that the configuration puts around it.
 
     Args:
-        config: carry, and the dials that apply to every policy.
         pinned: tokens of the prefix that stay.
 
     Raises:
@@ -63,9 +62,6 @@ def policy_of(config: Config, pinned: int = 0) -> Policy:
 
 class Checked(Wrapper):
     """A policy of the user's own: what it answers is looked at, and once in each layer whether it changed its inputs.
-
-    Args:
-        inner: the policy.
 
     Raises:
         PolicyError: what it declares is not what it does, or cannot be kept; in a step: it fails, answers something
@@ -149,8 +145,6 @@ def tried(policy: Policy, budget: int, layers: int, keys: torch.Tensor) -> None:
 
     Args:
         policy: with whatever is put around it; ours are trusted.
-        budget: of the stream.
-        layers: of the model.
         keys: [any, kv_heads, any, head_dim], one of the model's tensors, of whose kind the keys are.
 
     Raises:

@@ -37,7 +37,6 @@ class Compaction:
 
         Args:
             newest: uncompacted position of the newest step, which keeps its distances in any case.
-            first: positions that never move.
             reach: one past the last position that steps may take.
         """
         quarter = max(1, (reach - first) // 4)

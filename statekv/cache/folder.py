@@ -35,7 +35,6 @@ class Piece:
     """What becomes one file.
 
     Attributes:
-        name: of the piece.
         tensors: contiguous; asked for when the file is to be written.
         digest: SHA-256 of a file that holds just these tensors; None: there may be none.
     """
@@ -47,13 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds, its tensors still on disk.
-
-    Attributes:
-        folder: where.
-        facts: all that is no tensor.
-        files: name, SHA-256 and bytes of each piece's file.
-    """
+    """What a folder holds: facts, and name, SHA-256 and bytes of each piece's file; the tensors are still on disk."""
 
     folder: Path
     facts: dict[str, Any]
@@ -88,7 +81,8 @@ def write_folder(
     facts: Mapping[str, Any],
     pieces: Iterable[Piece],
 ) -> dict[str, str]:
-    """Write a save; one that the folder holds already is replaced once this one is whole.
+    """Write a save, into a folder that is made where there is none; one that it holds already is replaced once this one
+    is whole.
 
     New files come beside those of the former save; a piece that one of those holds already is not written again.
     Replacing `session.json`, which names the files that count, is one operation of the file system: whenever the
@@ -96,8 +90,6 @@ def write_folder(
     next write. Who writes has a lock meanwhile; another one waits some seconds for it.
 
     Args:
-        folder: made where there is none.
-        facts: all that is no tensor.
         pieces: taken one by one, so that the tensors of no more than one have to be in memory.
 
     Returns:
@@ -140,10 +132,8 @@ def _write(target: Path, facts: Mapping[str, Any], pieces: Iterable[Piece]) -> d
 
 @contextmanager
 def _held(target: Path) -> Iterator[None]:
-    """Have the folder's lock, which the system lets go of where a process is killed.
-
-    Raises:
-        SaveError: somebody else has it, and keeps it.
+    """Have the folder's lock, which the system lets go of where a process is killed; a SaveError where somebody else
+    keeps it.
     """
     if os.name != "posix":
         yield
@@ -330,12 +320,7 @@ PART_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive tokens of a cache, in every layer.
-
-    Attributes:
-        first, stop: which ones.
-        tensors: read when they are needed.
-    """
+    """Consecutive tokens of a cache, in every layer; the tensors are read when they are needed."""
 
     first: int
     stop: int

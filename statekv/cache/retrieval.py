@@ -24,11 +24,9 @@ _MOVED_AT_ONCE = 512  # blocks
 
 @dataclass(frozen=True)
 class StepIndexEntry:
-    """One step in the detailed cache.
+    """One step in the detailed cache: its tokens, and how many positions it takes.
 
     Attributes:
-        start, stop: its tokens.
-        positions: how many it takes.
         lost: positions in front of it that forgotten steps have taken. Text between these and the block would move as
             if it came before them; streams have text only in front of the first step and behind the last.
     """
@@ -51,7 +49,6 @@ class StepIndex:
     rotation the score is about content alone, and choosing is the same whichever positions retrieved keys get.
 
     Args:
-        spec: sizes of the model's keys.
         most: blocks there will ever be at once; None: no limit.
     """
 
@@ -86,8 +83,6 @@ class StepIndex:
         """Take note of a step that all layers have just processed.
 
         Args:
-            detailed: holds its keys.
-            block: where.
             cos, sin: [streams, T, head_dim] float32, what its keys were turned by.
         """
         for layer, device in enumerate(self.spec.devices):
@@ -100,7 +95,6 @@ class StepIndex:
         """Product of a mean query with every block's mean key, heads of a group and all groups together.
 
         Args:
-            layer: index of the layer.
             query: [streams, heads, head_dim] float32, before rotation.
 
         Returns:
@@ -197,11 +191,8 @@ class RetrievedView(Cache):
     with the chat template around it only prefilled afterwards; and retrieved keys always get new positions.
 
     Args:
-        detailed: every key; the question and the answer enter it too.
         blocks: representatives of its steps; more than are shown.
         carried: what steps see, where an answer sees it too.
-        config: how many blocks, and at which positions.
-        angles: of the model's RoPE.
         positions: of the question's tokens, [streams, T] or [3, streams, T].
     """
 
@@ -244,7 +235,6 @@ class RetrievedView(Cache):
         """Choose, where that has not been done, now that the queries are known.
 
         Args:
-            layer: index of the layer.
             query: [1, heads, T, head_dim], rotated.
             key, value: [1, kv_heads, K, head_dim], as `update` has handed them out.
 

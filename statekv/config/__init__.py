@@ -98,25 +98,27 @@ def _whole(least: int, bits: int | None = None) -> Kind:
     return Kind(int, {"type": "integer", "minimum": least} | ({} if bits is None else {"maximum": 2**bits - 1}), read)
 
 
-def _number(told: str, schema: Mapping[str, Any], fine: Callable[[float], bool]) -> Kind:
+def _checked(
+    option: type, schema: Mapping[str, Any], told: str, fine: Callable[[Any], bool], way_out: str = "for the default"
+) -> Kind:
     def read(name: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fine(value):
-            rule = f"`{name}` is {value!r}, but must be a number {told}"
-            raise ConfigError(rule, "leave it out for the default")
+        if not fine(value):
+            raise ConfigError(f"`{name}` is {value!r}, but must be {told}", f"leave it out {way_out}")
         return value
 
-    return Kind(float, {"type": "number", **schema}, read)
+    return Kind(option, schema, read)
+
+
+def _number(told: str, schema: Mapping[str, Any], fine: Callable[[float], bool]) -> Kind:
+    def is_fine(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and fine(value)
+
+    return _checked(float, {"type": "number", **schema}, f"a number {told}", is_fine)
 
 
 def _share(least: int, most: int) -> Kind:
     told, schema = f"from {least} to {most}", {"minimum": least, "maximum": most}
     return _number(told, schema, lambda value: least <= value <= most)
-
-
-def _switch(name: str, value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ConfigError(f"`{name}` is {value!r}, but must be True or False", "leave it out for the default")
-    return value
 
 
 def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
@@ -135,24 +137,18 @@ def _named(table: Mapping[str, str], listed: bool = False) -> Kind:
     return Kind(str, {"type": "string"}, read, tuple(table) if listed else ())
 
 
-def _bits(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (8, 4, 2):
-        raise ConfigError(f"`{name}` is {value!r}, but must be 8, 4 or 2", "leave it out to quantise nothing")
-    return value
-
-
-def _path(name: str, value: Any) -> Any:
-    if not isinstance(value, (str, os.PathLike)):
-        raise ConfigError(f"`{name}` is {value!r}, but must be a path", "leave it out for the default")
-    return value
-
-
-SWITCH = Kind(bool, {"type": "boolean"}, _switch)
+SWITCH = _checked(bool, {"type": "boolean"}, "True or False", lambda value: isinstance(value, bool))
 RATE = _number("above 0", {"exclusiveMinimum": 0}, lambda value: 0 < value < float("inf"))
 SECONDS = _number("of at least 0", {"minimum": 0}, lambda value: 0 <= value < float("inf"))
 BYTES = Kind(str, {"type": ["integer", "string"]}, lambda name, value: bytes_of(f"`{name}`", value))
-BITS = Kind(int, {"enum": (8, 4, 2)}, _bits)
-TEXT = Kind(str, {"type": "string"}, _path)
+BITS = _checked(
+    int,
+    {"enum": (8, 4, 2)},
+    "8, 4 or 2",
+    lambda value: type(value) is int and value in (8, 4, 2),
+    "to quantise nothing",
+)
+TEXT = _checked(str, {"type": "string"}, "a path", lambda value: isinstance(value, (str, os.PathLike)))
 
 
 class Needs(NamedTuple):
@@ -277,17 +273,22 @@ class Setting(NamedTuple):
         return self.scope.on_restore and not (capped and self.scope.planned)
 
 
-def _setting(
-    default: Any,
-    help: str,
-    kind: Kind,
-    panel: str,
-    scope: Scope = OF_THE_STEP,
-    needs: Needs | None = None,
-    sources: tuple[str, ...] = tuple(SOURCES),
-) -> Any:
-    known = {"help": help, "kind": kind, "panel": panel, "needs": needs, "scope": scope, "sources": sources}
-    return field(default=default, metadata=known)
+class _About(NamedTuple):
+    """A field of `Config` by its help, behind which all else that is known of it stands."""
+
+    help: str
+
+    def __call__(
+        self,
+        default: Any,
+        kind: Kind,
+        panel: str,
+        scope: Scope = OF_THE_STEP,
+        needs: Needs | None = None,
+        sources: tuple[str, ...] = tuple(SOURCES),
+    ) -> Any:
+        known = {"help": self.help, "kind": kind, "panel": panel, "needs": needs, "scope": scope, "sources": sources}
+        return field(default=default, metadata=known)
 
 
 @dataclass(frozen=True, repr=False)
@@ -298,251 +299,125 @@ class Config:
         ConfigError: a value outside its range, an unknown name, or settings that do not go together.
     """
 
-    budget: int = _setting(
-        4096, "Tokens carried per layer and KV head: the paper's B.", _whole(1), "Method", needs=BUDGETED
+    budget: int = _About("Tokens carried per layer and KV head: the paper's B.")(
+        4096, _whole(1), "Method", needs=BUDGETED
     )
-    carry: Any = _setting(  # noqa: RUF009 (`field`, as for the others)
-        "attention",
+    carry: Any = _About(  # noqa: RUF009 (`field`, as for the others)
         "Which keys go on to the next step: a name, a class of your own as package.module:Class, either of them with "
-        "(parameter=value) behind it, or in Python an object.",
-        _named({**CARRIES, "all": ""}, listed=True),
-        "Method",
-    )
-    recall: str = _setting(
-        "all",
+        "(parameter=value) behind it, or in Python an object."
+    )("attention", _named({**CARRIES, "all": ""}, listed=True), "Method")
+    recall: str = _About(
         "Which keys an answer sees: all, the newest of the budget with or without sinks, the steps that match the "
-        "question best, or those of the newest frames alone.",
-        _one_of(*RECALLS),
-        "Method",
-        OF_THE_STREAM,
-    )
-    sinks: int | None = _setting(
-        None,
+        "question best, or those of the newest frames alone."
+    )("all", _one_of(*RECALLS), "Method", OF_THE_STREAM)
+    sinks: int | None = _About(
         "First tokens of the stream that stay carried, and that recall sink_recent shows; they count towards the "
-        "budget. By default what the carry says: 4 for sink_recent and random, else 0.",
-        _whole(0),
-        "Method",
-        needs=SINKING,
+        "budget. By default what the carry says: 4 for sink_recent and random, else 0."
+    )(None, _whole(0), "Method", needs=SINKING)
+    pin_prefix: bool = _About(
+        "Carry the prompt's prefix whatever its scores; it counts towards the budget. Some methods do."
+    )(False, SWITCH, "Method", needs=BOUNDED)
+    decay: float = _About(
+        "What the score that a carried key had before counts beside its score in a new step: 0 forgets it, 1 adds up."
+    )(0.0, _share(0, 1), "Method", needs=ATTENTION)
+    value_norms: bool = _About("Multiply a key's score by the length (L2) of its value.")(
+        False, SWITCH, "Method", needs=BOUNDED
     )
-    pin_prefix: bool = _setting(
-        False,
-        "Carry the prompt's prefix whatever its scores; it counts towards the budget. Some methods do.",
-        SWITCH,
-        "Method",
-        needs=BOUNDED,
-    )
-    decay: float = _setting(
-        0.0,
-        "What the score that a carried key had before counts beside its score in a new step: 0 forgets it, 1 adds up.",
-        _share(0, 1),
-        "Method",
-        needs=ATTENTION,
-    )
-    value_norms: bool = _setting(
-        False, "Multiply a key's score by the length (L2) of its value.", SWITCH, "Method", needs=BOUNDED
-    )
-    layer_slope: float = _setting(
-        0.0,
+    layer_slope: float = _About(
         "Share by which the first layer's budget is above the mean and the last one's below it; those between lie on a "
-        "line.",
-        _share(-1, 1),
-        "Method",
-        needs=BOUNDED,
-    )
-    pin_newest: int = _setting(
-        0,
-        "Newest steps whose keys stay carried whatever their scores; they count towards the budget.",
-        _whole(0),
-        "Method",
-        needs=BOUNDED,
-    )
-    coverage: float = _setting(
-        0.0,
-        "Share of the budget, without a pinned prefix, that goes to a random sample of the whole stream.",
-        _share(0, 1),
-        "Method",
-        needs=BOUNDED,
-    )
-    reduce: str | object | None = _setting(
-        None,
+        "line."
+    )(0.0, _share(-1, 1), "Method", needs=BOUNDED)
+    pin_newest: int = _About(
+        "Newest steps whose keys stay carried whatever their scores; they count towards the budget."
+    )(0, _whole(0), "Method", needs=BOUNDED)
+    coverage: float = _About(
+        "Share of the budget, without a pinned prefix, that goes to a random sample of the whole stream."
+    )(0.0, _share(0, 1), "Method", needs=BOUNDED)
+    reduce: str | object | None = _About(
         "Which tokens of a step go on to the language model: static, static(threshold=0.1), package.module:Class, or a "
-        "statekv.reduce.base.Reducer; by default all.",
-        _named(REDUCERS),
-        "Method",
-        OF_THE_STREAM,
+        "statekv.reduce.base.Reducer; by default all."
+    )(None, _named(REDUCERS), "Method", OF_THE_STREAM)
+    retrieve: int = _About(
+        "Steps that recall retrieve shows to an answer, chosen in each layer, besides the text around the frames."
+    )(64, _whole(1), "Answers", FREE._replace(planned=True), needs=RETRIEVING)
+    retrieve_newest: int = _About("Newest steps that recall retrieve shows besides those, whatever the question.")(
+        0, _whole(0), "Answers", FREE._replace(planned=True), needs=RETRIEVING
     )
-    retrieve: int = _setting(
-        64,
-        "Steps that recall retrieve shows to an answer, chosen in each layer, besides the text around the frames.",
-        _whole(1),
-        "Answers",
-        FREE._replace(planned=True),
-        needs=RETRIEVING,
+    retrieve_carried: bool = _About("Let recall retrieve show the carried keys too.")(
+        False, SWITCH, "Answers", OF_THE_STREAM, needs=RETRIEVING
     )
-    retrieve_newest: int = _setting(
-        0,
-        "Newest steps that recall retrieve shows besides those, whatever the question.",
-        _whole(0),
-        "Answers",
-        FREE._replace(planned=True),
-        needs=RETRIEVING,
-    )
-    retrieve_carried: bool = _setting(
-        False, "Let recall retrieve show the carried keys too.", SWITCH, "Answers", OF_THE_STREAM, needs=RETRIEVING
-    )
-    retrieve_positions: str = _setting(
-        "keep",
+    retrieve_positions: str = _About(
         "Positions of retrieved keys: where they were seen, with gaps between them, or moved up to the question, as if "
-        "the steps that are left out had never been.",
-        _one_of("keep", "reindex"),
-        "Answers",
-        OF_THE_STREAM,
-        needs=RETRIEVING,
+        "the steps that are left out had never been."
+    )("keep", _one_of("keep", "reindex"), "Answers", OF_THE_STREAM, needs=RETRIEVING)
+    last_frames: int = _About(
+        "Newest frames that recall last_frames shows, encoded anew for each question; no frame enters the stream."
+    )(4, _whole(1), "Answers", OF_THE_STREAM, needs=_recalled("last_frames"))
+    uniform: bool = _About("Spread max_frames over the whole video, and refuse a source whose length is unknown.")(
+        False, SWITCH, "Source", OF_THE_STREAM
     )
-    last_frames: int = _setting(
-        4,
-        "Newest frames that recall last_frames shows, encoded anew for each question; no frame enters the stream.",
-        _whole(1),
-        "Answers",
-        OF_THE_STREAM,
-        needs=_recalled("last_frames"),
+    gate: str | object | None = _About(
+        "Which frames are worth encoding: package.module:Class, or a statekv.video.FrameGate; by default all."
+    )(None, _named(GATES), "Source", OF_THE_STREAM, sources=(*_READ, "pushed"))
+    layout: str = _About("Prompt around the frames: the checkpoint's processor's, or that of the public StateKV code.")(
+        "hf", _one_of("hf", "release"), "Prompt", OF_THE_STREAM
     )
-    uniform: bool = _setting(
-        False,
-        "Spread max_frames over the whole video, and refuse a source whose length is unknown.",
-        SWITCH,
-        "Source",
-        OF_THE_STREAM,
+    fps: float | None = _About("Frames per second at most.")(
+        1.0, RATE, "Source", OF_THE_STREAM, needs=SPACED, sources=_READ
     )
-    gate: str | object | None = _setting(
-        None,
-        "Which frames are worth encoding: package.module:Class, or a statekv.video.FrameGate; by default all.",
-        _named(GATES),
-        "Source",
-        OF_THE_STREAM,
-        sources=(*_READ, "pushed"),
+    max_frames: int | None = _About("Frames at most, spread over the video.")(
+        None, _whole(1), "Source", OF_THE_STREAM, sources=_READ
     )
-    layout: str = _setting(
-        "hf",
-        "Prompt around the frames: the checkpoint's processor's, or that of the public StateKV code.",
-        _one_of("hf", "release"),
-        "Prompt",
-        OF_THE_STREAM,
+    max_pixels: int = _About("Pixels of a picture at most; 8K has 33 million.")(
+        50_000_000, _whole(1), "Source", FREE, sources=_READ
     )
-    fps: float | None = _setting(
-        1.0, "Frames per second at most.", RATE, "Source", OF_THE_STREAM, needs=SPACED, sources=_READ
+    max_decoded: int = _About("Frames of a file that are decoded at most, kept or not.")(
+        10_000_000, _whole(1), "Source", FREE, sources=_READ
     )
-    max_frames: int | None = _setting(
-        None, "Frames at most, spread over the video.", _whole(1), "Source", OF_THE_STREAM, sources=_READ
-    )
-    max_pixels: int = _setting(
-        50_000_000, "Pixels of a picture at most; 8K has 33 million.", _whole(1), "Source", FREE, sources=_READ
-    )
-    max_decoded: int = _setting(
-        10_000_000, "Frames of a file that are decoded at most, kept or not.", _whole(1), "Source", FREE, sources=_READ
-    )
-    horizon: int | None = _setting(
-        None,
-        "Positions that RoPE is scaled for; by default the video's length where it is known, else the trained length.",
-        _whole(1),
-        "Prompt",
-        OF_THE_STREAM,
-    )
-    on_horizon: str | None = _setting(
-        None,
+    horizon: int | None = _About(
+        "Positions that RoPE is scaled for; by default the video's length where it is known, else the trained length."
+    )(None, _whole(1), "Prompt", OF_THE_STREAM)
+    on_horizon: str | None = _About(
         "When the next step would pass the horizon: stop, or move older steps closer together and go on; by default "
-        "compact, but error for a file whose horizon is given.",
-        _one_of("error", "compact"),
-        "Prompt",
-        OF_THE_STREAM,
+        "compact, but error for a file whose horizon is given."
+    )(None, _one_of("error", "compact"), "Prompt", OF_THE_STREAM)
+    memory: int | str | None = _About(
+        "Most that one stream may take on the model's device, in bytes or as 8GiB, 500MB; by default there is no cap."
+    )(None, BYTES, "Memory", OF_THE_STREAM)
+    host_memory: int | str | None = _About("Most that moves from there to the host's memory; nothing if left out.")(
+        None, BYTES, "Memory", OF_THE_STREAM, _given("memory")
     )
-    memory: int | str | None = _setting(
-        None,
-        "Most that one stream may take on the model's device, in bytes or as 8GiB, 500MB; by default there is no cap.",
-        BYTES,
-        "Memory",
-        OF_THE_STREAM,
+    disk: int | str | None = _About("Most that moves from there to files; nothing if left out.")(
+        None, BYTES, "Memory", OF_THE_STREAM, _given("memory")
     )
-    host_memory: int | str | None = _setting(
-        None,
-        "Most that moves from there to the host's memory; nothing if left out.",
-        BYTES,
-        "Memory",
-        OF_THE_STREAM,
-        _given("memory"),
+    disk_folder: str | None = _About("Where these files lie; by default among the system's temporary files.")(
+        None, TEXT, "Memory", FREE, _given("disk")
     )
-    disk: int | str | None = _setting(
-        None,
-        "Most that moves from there to files; nothing if left out.",
-        BYTES,
-        "Memory",
-        OF_THE_STREAM,
-        _given("memory"),
+    bits: int | None = _About("Quantise what leaves the newest part of the device's memory: 8, 4 or 2.")(
+        None, BITS, "Memory", OF_THE_STREAM, _given("memory")
     )
-    disk_folder: str | None = _setting(
-        None,
-        "Where these files lie; by default among the system's temporary files.",
-        TEXT,
-        "Memory",
-        FREE,
-        _given("disk"),
+    max_new_tokens: int = _About("Longest answer, in tokens.")(128, _whole(1), "Answers", FREE)
+    kernel: str = _About("Implementation of attention with key scores.")(
+        "auto", _one_of("auto", "naive", "blocked", "triton"), "Speed", Scope(on_restore=True), needs=ATTENTION
     )
-    bits: int | None = _setting(
-        None,
-        "Quantise what leaves the newest part of the device's memory: 8, 4 or 2.",
-        BITS,
-        "Memory",
-        OF_THE_STREAM,
-        _given("memory"),
+    score_every: int = _About(
+        "Score keys with every n-th query of a step, counted from its last; 1, all, is the method."
+    )(1, _whole(1), "Method", needs=ATTENTION)
+    seed: int = _About("Of what is drawn: carry random, coverage, sampled answers.")(0, _whole(0, bits=63), "Method")
+    prefetch: int = _About("Frames decoded ahead of the model.")(8, _whole(1), "Speed", FREE, sources=_READ)
+    schemes: str = _About("Protocols of sources that may be opened, with commas.")(
+        ",".join(SCHEMES), _some_of(SCHEMES), "Source", FREE, sources=_READ
     )
-    max_new_tokens: int = _setting(128, "Longest answer, in tokens.", _whole(1), "Answers", FREE)
-    kernel: str = _setting(
-        "auto",
-        "Implementation of attention with key scores.",
-        _one_of("auto", "naive", "blocked", "triton"),
-        "Speed",
-        Scope(on_restore=True),
-        needs=ATTENTION,
+    max_lag_seconds: float = _About("Seconds that a frame of a live source waits before newer ones push it out.")(
+        2.0, SECONDS, "Source", FREE, sources=("live",)
     )
-    score_every: int = _setting(
-        1,
-        "Score keys with every n-th query of a step, counted from its last; 1, all, is the method.",
-        _whole(1),
-        "Method",
-        needs=ATTENTION,
+    reconnect_seconds: float = _About(
+        "Seconds that a live source that went away is waited for; 0: its end is the end."
+    )(300.0, SECONDS, "Source", FREE, sources=("live",))
+    vision_batch: int = _About("Steps whose pictures pass the vision tower together while a source is watched.")(
+        8, _whole(1), "Speed", FREE
     )
-    seed: int = _setting(0, "Of what is drawn: carry random, coverage, sampled answers.", _whole(0, bits=63), "Method")
-    prefetch: int = _setting(8, "Frames decoded ahead of the model.", _whole(1), "Speed", FREE, sources=_READ)
-    schemes: str = _setting(
-        ",".join(SCHEMES),
-        "Protocols of sources that may be opened, with commas.",
-        _some_of(SCHEMES),
-        "Source",
-        FREE,
-        sources=_READ,
-    )
-    max_lag_seconds: float = _setting(
-        2.0,
-        "Seconds that a frame of a live source waits before newer ones push it out.",
-        SECONDS,
-        "Source",
-        FREE,
-        sources=("live",),
-    )
-    reconnect_seconds: float = _setting(
-        300.0,
-        "Seconds that a live source that went away is waited for; 0: its end is the end.",
-        SECONDS,
-        "Source",
-        FREE,
-        sources=("live",),
-    )
-    vision_batch: int = _setting(
-        8, "Steps whose pictures pass the vision tower together while a source is watched.", _whole(1), "Speed", FREE
-    )
-    graph: bool = _setting(
-        True, "On CUDA, replay recorded steps once the carried cache is full.", SWITCH, "Speed", FREE
-    )
+    graph: bool = _About("On CUDA, replay recorded steps once the carried cache is full.")(True, SWITCH, "Speed", FREE)
     _method: str = field(default="", compare=False)  # the name that it was made with; `replace` hands it on
 
     def __post_init__(self) -> None:
@@ -653,15 +528,9 @@ class Config:
     @property
     def facts(self) -> dict[str, Any]:
         """The method and every setting, for JSON; a policy, a reducer and a gate are spelled."""
-        spelled = {
-            name: spell(value, table)
-            for name, value, table in (
-                ("carry", self.carry, CARRIES),
-                ("reduce", self.reduce, REDUCERS),
-                ("gate", self.gate, GATES),
-            )
-            if value is not None and not isinstance(value, str)
-        }
+        tables = {"carry": CARRIES, "reduce": REDUCERS, "gate": GATES}
+        given = {name: value for name in tables if not isinstance(value := getattr(self, name), str | None)}
+        spelled = {name: spell(value, tables[name]) for name, value in given.items()}
         return {"method": self.method, **self.settings, **spelled}
 
     @property

@@ -21,8 +21,6 @@ def read_named(spelling: str, table: Mapping[str, Any], what: str) -> tuple[str,
 
     Args:
         spelling: a name of the table or `package.module:Class`, with `(parameter=literal, …)` behind it or without.
-        table: known names.
-        what: the setting, for the error.
 
     Raises:
         ConfigError: it cannot be read, or the name is unknown.
@@ -50,8 +48,6 @@ def load_named(spelling: object, table: Mapping[str, str | type[Any]], what: str
     Args:
         spelling: see `read_named`; an instance of `kind` is returned as it is.
         table: classes by name, or where they are: `package.module:Class`.
-        what: the setting, for the error.
-        kind: what it must be an instance of.
 
     Raises:
         ConfigError: it cannot be read or found, is no `kind`, or does not take such parameters.

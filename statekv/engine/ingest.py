@@ -29,16 +29,12 @@ class FrameQueue:
     """What a session holds besides its stream. One thread at a time.
 
     Args:
-        runner: the loaded model.
-        state: the stream.
         source: frames to draw; None where all are pushed.
         snapshot: where another session stood, which this one goes on from.
 
     Attributes:
         sampler: which frames are seen.
         ahead: frames read, and looked at, before their turn.
-        seconds: where the time went.
-        steps: that have entered.
         ended: whether the source's end has been seen.
     """
 
@@ -198,9 +194,7 @@ class VisionPrefetch:
     On CUDA the tower works on a stream of its own, a batch ahead of the language model.
 
     Args:
-        runner: of the model whose tower it is.
         state: the stream that the frames will enter; it is not changed.
-        seconds: where the time is noted.
 
     Attributes:
         ended: whether the source's end was seen when a frame was drawn last.
@@ -221,11 +215,8 @@ class VisionPrefetch:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait(self, source: Source, pause: Callable[[], bool] | None = None) -> bool:
-        """Wait until the source has a frame, or has ended; False where `pause` says so before.
-
-        Args:
-            source: where frames come from.
-            pause: asked first, and several times a second meanwhile.
+        """Wait until the source has a frame, or has ended; False where `pause`, asked first and several times a second,
+        says so before.
         """
         while pause is None or not pause():
             if self.ready(source, _POLL_SECONDS):
@@ -237,13 +228,13 @@ class VisionPrefetch:
         return bool(self._frames) or source.ready(timeout_seconds)
 
     def draw(self, source: Source, waiting: Sequence[Frame], look: bool = True) -> Frame | None:
-        """The source's next frame; None behind its last one, or where the gate lets none through of those read now.
+        """The source's next frame, which makes a step with those that wait; None behind its last one, or where the gate
+        lets none through of those read now.
 
-        A live source is read frame by frame: a batch would keep its first frames waiting for its last.
+        A live source is read frame by frame: a batch would keep its first frames waiting for its last. The source's
+        exception is raised behind the frames before it.
 
         Args:
-            source: where frames come from; its exception is raised behind the frames before it.
-            waiting: frames that the next one makes a step with.
             look: whether the tower looks at a live source's frames at once; `take` makes up for it.
 
         Raises:
@@ -392,13 +383,9 @@ class PendingStep:
     """The frames of one step: `enter`, then `prefill` alone or with others; `undo` where either failed.
 
     Args:
-        runner: the loaded model.
-        state: the stream.
         ahead: what may have looked at the frames already.
-        frames: of the step.
 
     Attributes:
-        segments: what enters.
         vision_seconds, prefill_seconds: what it took, in a batch its share.
     """
 

@@ -44,10 +44,7 @@ def pairs_flops(stack: Stack, tokens: int, pairs: tuple[int, int], scored_produc
     """FLOPs of all steps of a stream, as the sum of `step_flops`.
 
     Args:
-        stack: the language model.
-        tokens: of all steps.
         pairs: of queries and keys in steps that do not evict, and in those that do.
-        scored_products: as for `step_flops`.
     """
     plain, evicting = pairs
     attention = 2 * stack.layers * stack.heads * stack.head_dim * (2 * plain + scored_products * evicting)
@@ -62,8 +59,6 @@ def step_flops(
     As in `torch.utils.flop_counter`, masked pairs count and everything but products is free.
 
     Args:
-        stack: the language model.
-        steps: tokens of each step, in order.
         budget: carried keys at most; None carries all of them, as the stock model does.
         scored_products: products between queries and keys' side in a step that makes key scores: queries with keys,
             probabilities with values, and in two passes queries with keys once more. Other steps make two.

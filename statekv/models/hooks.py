@@ -113,10 +113,6 @@ class RopeScope:
     rotated before and after do not match. Here the length is chosen once. Other kinds of RoPE do not depend on the
     length and are left alone.
 
-    Args:
-        rotary: the language model's `rotary_emb`.
-        config: the language model's configuration.
-
     Raises:
         ModelError: a kind of RoPE that switches frequencies with the length and is not supported.
     """
@@ -199,11 +195,6 @@ def generation_settings(
 ) -> GenerationConfig:
     """What stock `generate` goes by: what is chosen, else given, else the checkpoint's, else transformers' defaults.
 
-    Args:
-        model: that decodes.
-        chosen: generation parameters by name.
-        given: a configuration of the caller's.
-
     Raises:
         ConfigError: transformers does not know such a parameter, or refuses a value.
     """
@@ -226,13 +217,10 @@ def longest_answer(
     prompt: int,
     known: int,
 ) -> int:
-    """Tokens that stock `generate` would answer with at most.
+    """Tokens that stock `generate` would answer with at most behind a prompt of so many; `settings` are what
+    `generation_settings` made of `chosen` and `given`.
 
     Args:
-        model: that decodes.
-        settings: what `generation_settings` made of the next two.
-        chosen, given: as there.
-        prompt: its tokens.
         known: those that the loop of `generate` knows of: 0 where it is handed embeddings alone.
     """
     said = [chosen.get("max_length"), getattr(given, "max_length", None), model.generation_config.max_length]
@@ -246,13 +234,11 @@ def longest_answer(
 def logits_processors(
     model: Any, settings: GenerationConfig, prompt: torch.Tensor, longest: int
 ) -> LogitsProcessorList:
-    """What stock `generate` does to the logits of each token before it chooses.
+    """What stock `generate` does to the logits of each token before it chooses, in an answer of `longest` tokens at
+    most.
 
     Args:
-        model: that decodes.
-        settings: see `generation_settings`.
         prompt: [streams, T] tokens in front of the answer.
-        longest: answer, in tokens.
 
     Raises:
         ConfigError: a value outside its range.

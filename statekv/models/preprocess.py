@@ -82,14 +82,12 @@ def common_of(values: Mapping[str, Any], stock_class: str, default: PixelRecipe)
 
 
 def resize_and_normalise(frames: torch.Tensor, height: int, width: int, recipe: PixelRecipe) -> torch.Tensor:
-    """Bring frames to a size and to the numbers that the vision tower was trained on.
+    """Bring frames to a size in pixels and to the numbers that the vision tower was trained on.
 
     Frames do not see each other: any split of a video into calls gives the same bits.
 
     Args:
         frames: uint8 [N, 3, H, W], RGB.
-        height, width: the size wanted, in pixels.
-        recipe: how to resample and normalise.
 
     Returns:
         float32 [N, 3, height, width].

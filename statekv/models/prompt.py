@@ -49,12 +49,6 @@ class Prompt:
 
     `head_ids + first_step_ids + step_ids + … + tail_ids` is the stock processor's `input_ids` (layout `hf`).
 
-    Args:
-        tokenizer: a fast tokenizer.
-        chat_template: Jinja, see `load_chat_template`.
-        tokens: the family's vision tokens.
-        layout: `hf` or `release`.
-
     Raises:
         ModelError: a slow tokenizer, or a template that does not write the placeholder exactly once.
     """
@@ -150,11 +144,6 @@ def load_chat_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase, **
 
     In stock order: processor_config.json, chat_template.json (which no tokenizer reads), chat_template.jinja;
     then the tokenizer's own.
-
-    Args:
-        name_or_path: a hub id or a folder.
-        tokenizer: of the same checkpoint.
-        hub_kwargs: as for `transformers.utils.cached_file`.
 
     Raises:
         ModelError: no template anywhere.

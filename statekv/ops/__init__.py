@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import warnings
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -58,22 +58,7 @@ def attention_with_key_scores(
     return _named(name)(query, key, value, scale=scale, lengths=lengths, causal=causal, every=every, bias=bias)
 
 
-class _Implementation(Protocol):
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        lengths: torch.Tensor | None,
-        causal: bool,
-        every: int,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def _named(name: str) -> _Implementation:
+def _named(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     if name == "triton":
         from statekv.ops import triton
 
@@ -140,7 +125,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
     if device.type != "cuda" and not triton.INTERPRETED:
         return f"it is for GPUs and the tensors are on {device.type}", "set TRITON_INTERPRET=1 to interpret it, slowly"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < triton.OLDEST_GPU:
-        return f"it needs an NVIDIA GPU of generation {_dotted(triton.OLDEST_GPU)}", "use a newer GPU"
+        oldest = ".".join(map(str, triton.OLDEST_GPU))
+        return f"it needs an NVIDIA GPU of generation {oldest}", "use a newer GPU"
     if device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler, which it launches kernels with", "install gcc, or set CC"
     if dtype not in triton.DTYPES:
@@ -149,7 +135,3 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
     if head_dim > triton.LARGEST_HEAD:
         return f"it takes heads of up to {triton.LARGEST_HEAD}, not {head_dim}", "use another model"
     return None
-
-
-def _dotted(generation: tuple[int, int]) -> str:
-    return ".".join(map(str, generation))

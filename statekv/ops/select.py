@@ -6,11 +6,7 @@ import torch
 
 
 def best(scores: torch.Tensor, budget: int) -> torch.Tensor:
-    """Which keys have the `budget` highest scores, each head for itself.
-
-    Args:
-        scores: [streams, kv_heads, K] float.
-        budget: keys to keep, at most K.
+    """Which keys have the `budget` highest scores [streams, kv_heads, K], each head for itself.
 
     Returns:
         [streams, kv_heads, K] bool with `budget` True in every row.
@@ -20,14 +16,8 @@ def best(scores: torch.Tensor, budget: int) -> torch.Tensor:
 
 
 def earliest_best(scores: torch.Tensor, number: int) -> torch.Tensor:
-    """Which ones have the highest scores, of equal ones the first: several times as fast as sorting all of them.
-
-    Args:
-        scores: [n] float, no NaN.
-        number: how many, all of them where there are no more.
-
-    Returns:
-        [n] bool.
+    """Which of [n] scores without NaN are the `number` highest, or all: [n] bool. Of equal ones the first count;
+    several times as fast as sorting.
     """
     number = min(number, len(scores))
     if not number:

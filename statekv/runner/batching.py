@@ -18,11 +18,8 @@ _OF_A_STEP = [name for name, setting in SETTINGS.items() if not setting.scope.of
 
 
 def stream_key(model: VideoModel, state: StreamState) -> Hashable:
-    """Streams whose kinships are equal may step together, if their steps are alike; None: this one steps alone.
-
-    Args:
-        model: of all of them.
-        state: the stream; its first step brings a prefix along, and goes alone.
+    """Streams whose kinships are equal may step together, if their steps are alike; None: this one steps alone, as with
+    its first step, which brings a prefix along.
     """
     carried = state.bounded
     if not state.frames or carried is None:
@@ -33,13 +30,7 @@ def stream_key(model: VideoModel, state: StreamState) -> Hashable:
 
 
 def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
-    """Steps whose likenesses are equal can be run as one; None: this one goes alone.
-
-    Args:
-        model: of all of them.
-        state: the stream.
-        segments: that enter.
-    """
+    """Steps whose likenesses are equal can be run as one; None: this one goes alone."""
     kin = stream_key(model, state)
     if kin is None or len(segments) != 1:
         return None
@@ -73,10 +64,8 @@ class StepBatches:
         self._blocks: WeakKeyDictionary[CarriedCache, BatchedCarriedCache] = WeakKeyDictionary()
 
     def block(self, states: Sequence[StreamState]) -> BatchedCarriedCache:
-        """The carried caches of some streams in one block; where they lie in one already, nothing is copied.
-
-        Args:
-            states: of equal `batch_key`; in the order of the last time.
+        """The carried caches of some streams of equal `batch_key` in one block; where they lie in one already, in that
+        order, nothing is copied.
 
         Raises:
             MemoryError, RuntimeError: there is no memory for the block; every stream is as it was.

@@ -62,14 +62,11 @@ class _Step:
 
 @dataclass
 class StepGraphs:
-    """Runs steps of full carried caches through recordings, made when a shape comes for the second time.
+    """Runs steps of full carried caches through recordings, made on devices of that type when a shape comes for the
+    second time.
 
     The first time runs the same commands unrecorded, for libraries set themselves up then. A stream's recordings die
     with its carried cache.
-
-    Args:
-        record: how to record.
-        device_type: where that works.
     """
 
     record: Recorder = record_cuda
@@ -83,11 +80,9 @@ class StepGraphs:
         return here and segment.kind == "step" and carried.full
 
     def step(self, carried: CarriedCache, segment: Segment, forward: Forward) -> torch.Tensor:
-        """One step; both memories move on.
+        """One step of a full carried cache with room for it; both memories move on.
 
         Args:
-            carried: full, with room for the segment.
-            segment: what enters.
             forward: the language model on (embeds, positions, extras) with a cache.
 
         Returns:

@@ -46,13 +46,7 @@ def fits(needed: int, device: torch.device) -> bool:
 
 
 def check_fits(what: str, needed: int, device: torch.device, hint: str) -> None:
-    """Raise a MemoryLimitError unless so many bytes fit.
-
-    Args:
-        what: named in the error.
-        needed: bytes.
-        hint: the way out.
-    """
+    """Raise a MemoryLimitError with what would not fit and the way out, unless so many bytes do."""
     if not fits(needed, device):
         raise MemoryLimitError(_told(what, needed, device), hint)
 

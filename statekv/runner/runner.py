@@ -40,10 +40,6 @@ def with_methods(config: Config, names: Sequence[str] = ("carry", "reduce")) -> 
 
     So a save notes all parameters, and a stream opened by a spelling is like one opened by the object.
 
-    Args:
-        config: the settings.
-        names: of those to load.
-
     Raises:
         ConfigError: there is no such policy or reducer, or it does not take such parameters.
     """
@@ -61,7 +57,6 @@ class ModelRunner:
     Threads take turns with the model, segment by segment; each stream belongs to one thread at a time.
 
     Args:
-        model: maker of segments, and the weights.
         graphs: what replays steps; None: CUDA graphs on a CUDA device.
 
     Attributes:
@@ -86,7 +81,6 @@ class ModelRunner:
         """An empty stream.
 
         Args:
-            config: dials, budget and the rest.
             horizon: positions to scale RoPE for; None: the trained length.
             frames_expected: frames of the whole video, where known.
             room: positions below the horizon that steps leave to questions; None: enough for most.
@@ -118,10 +112,6 @@ class ModelRunner:
     @torch.inference_mode()
     def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
         """What the vision tower makes of the pictures of several steps, of one stream or of several.
-
-        Args:
-            steps: see `VideoModel.encode`.
-            frames_expected: frames of the whole video where that is known.
 
         Raises:
             MemoryLimitError: the tower ran out of memory.
@@ -163,14 +153,10 @@ class ModelRunner:
     def enter(
         self, state: StreamState, segment: Segment, mode: Mode = "carry", observer: Observer | None = None
     ) -> torch.Tensor:
-        """Find room for a segment, and `prefill` it.
+        """Find room for a segment, and `prefill` it; what is returned is the same.
 
         Args:
             state: the stream. Where its memory has a cap, older steps may move or be forgotten.
-            segment, mode, observer: as for `prefill`.
-
-        Returns:
-            As `prefill`.
 
         Raises:
             HorizonError, ConfigError: as `StreamState.expect`; nothing has entered.
@@ -194,7 +180,6 @@ class ModelRunner:
         Args:
             state: the stream; both memories, position and spans move on.
             segment: what enters; the stream expects it (`StreamState.expect`).
-            mode: see `Mode`.
             observer: told every layer's key scores; it sees what happens and changes nothing.
 
         Returns:
@@ -218,10 +203,6 @@ class ModelRunner:
         Products, attention, key scores and eviction run once for all of them; what is entered into the detailed caches
         is entered one by one. CUDA graphs are for streams alone.
 
-        Args:
-            states: gathered.
-            segments: a step of each, of one `batch_key`.
-
         Returns:
             [streams, T, hidden], the last layer's normalised hidden states.
 
@@ -242,10 +223,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def gather_batch(self, states: Sequence[StreamState]) -> bool:
-        """Bring the carried caches of some streams into one block; False where there is no memory for that.
-
-        Args:
-            states: whose steps are of one `batch_key`. In the order of the last time nothing is copied.
+        """Bring the carried caches of some streams, whose steps are of one `batch_key`, into one block; False where
+        there is no memory for that. In the order of the last time nothing is copied.
         """
         try:
             with self.lock, memory_limit():
@@ -327,7 +306,6 @@ class ModelRunner:
 
         Args:
             state: the stream; the caller crops it back to its mark afterwards.
-            question: text that ends where the answer begins.
 
         Raises:
             HorizonError, MemoryLimitError: as `prefill`.
@@ -340,14 +318,12 @@ class ModelRunner:
     def decode(
         self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Decode an answer token by token; the caller crops the stream back to its mark afterwards.
+        """Decode an answer token by token; the caller crops the stream, which grows by question and answer, back to its
+        mark afterwards.
 
         An answer that arrives at the stream's horizon ends there.
 
         Args:
-            state: the stream; grows by question and answer.
-            question: text that ends where the answer begins.
-            sampling: how to choose tokens and when to stop.
             prompt: [streams, T] tokens that penalties look at; None: the question's.
 
         Yields:

@@ -56,9 +56,7 @@ class LiveClock:
         """The stream began elsewhere, where another wall clock counted.
 
         Args:
-            last_seconds: stream time of its newest frame.
             elapsed_seconds: since its first frame; what is before `last_seconds` is a clock that was set back.
-            now_seconds: the wall clock's time.
         """
         self.began_seconds = now_seconds - max(elapsed_seconds, last_seconds)
         self.last_seconds = last_seconds
@@ -72,7 +70,6 @@ class LiveClock:
 
         Args:
             pts_seconds: its stamp; None where it has none that means anything.
-            now_seconds: the wall clock's time.
         """
         if self.began_seconds is None:
             self.began_seconds = now_seconds

@@ -135,7 +135,6 @@ class Track:
         """Decode in presentation order, noting on the way what would not decode.
 
         Args:
-            damage: where that is noted.
             at_once: hand out each picture as soon as it is there, at the price of decoding several at a time.
             whole: end at the first packet behind a picture that does not decode, with `damage.torn`: pictures that are
                 decoded at a time with it are lost.
@@ -406,13 +405,8 @@ class Damage:
     def complaint(
         self, start_seconds: float, end_seconds: float, duration_seconds: float | None, frame_seconds: float
     ) -> str:
-        """Return what to add to the video's name, once it has been read to its end; empty if all was well.
-
-        Args:
-            start_seconds: time of the first frame.
-            end_seconds: end of the last frame that decoded.
-            duration_seconds: length that the header promises; None if it promises nothing.
-            frame_seconds: usual length of a frame.
+        """What to add to the video's name, once it has been read from `start_seconds` to `end_seconds`, of the length
+        that the header promises (None: nothing); empty if all was well.
         """
         # Headers round, and sound may outlast the pictures a little: only a real gap is worth a warning.
         tolerance = max(1.0, 4 * frame_seconds)

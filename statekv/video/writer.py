@@ -34,9 +34,7 @@ def write_video(
     """Encode frames one by one into an MP4 (yuv420p, index first), which appears at `path` once whole.
 
     Args:
-        path: where the file goes; an existing one is replaced.
         frames: pictures [3, H, W] uint8 RGB, all of one even height and width; at least one.
-        fps: frames per second.
         crf: quality from 0 (lossless) to 51 (worst).
         codec: FFmpeg's name of the encoder.
 

@@ -30,7 +30,8 @@ class Random(Policy):
 
 
 def lots(token_ids: torch.Tensor, seed: int, layer: int, draw: int | torch.Tensor = 0) -> torch.Tensor:
-    """A lot in 0 … 1 for each token, [streams, kv_heads, K] float64, the same whenever it is drawn.
+    """A lot in 0 … 1 for each token, [streams, kv_heads, K] float64, the same whenever it is drawn, and another in each
+    layer, in each head and by each seed.
 
     Drawn anew at each step, old tokens would have to win again and again and die out: a soft recency window. With one
     lot for life, the carried keys are a uniform sample of the whole stream. The mixing is splitmix64's, its counter
@@ -38,8 +39,6 @@ def lots(token_ids: torch.Tensor, seed: int, layer: int, draw: int | torch.Tenso
 
     Args:
         token_ids: [streams, kv_heads, K] int32 or int64.
-        seed: other seeds, other lots.
-        layer: lots differ between layers, and between heads.
         draw: number of the draw, for those who want one at each step; int64 that broadcasts against `token_ids`.
     """
     head = torch.arange(token_ids.shape[1], device=token_ids.device).view(-1, 1)  # the same in every stream of a batch

@@ -20,11 +20,7 @@ IMPORTANCE = "importance"
 
 
 class Wrapper(Policy):
-    """A policy that changes what another one says; by itself it changes nothing.
-
-    Args:
-        inner: the other one.
-    """
+    """A policy that changes what another one says; by itself it changes nothing."""
 
     def __init__(self, inner: Policy) -> None:
         self.inner = inner
@@ -52,12 +48,7 @@ class Wrapper(Policy):
 
 
 class Pinned(Wrapper):
-    """The stream's first tokens stay, and the newest steps where `Candidates.newest` says from which token on.
-
-    Args:
-        inner: chooses among all others.
-        first: how many tokens.
-    """
+    """The stream's first tokens stay, and the newest steps where `Candidates.newest` says from which token on."""
 
     def __init__(self, inner: Policy, first: int) -> None:
         super().__init__(inner)
@@ -74,10 +65,7 @@ class Covered(Wrapper):
     """A share of the budget goes to a uniform sample of the whole stream, as `Random` draws it.
 
     Args:
-        inner: chooses among all others.
         share: of the budget, pinned tokens left out, 0 … 1.
-        pinned: first tokens that stay anyway.
-        seed: of the sample.
 
     Raises:
         ConfigError: a policy whose heads keep the same tokens; the sample's differ.
@@ -129,7 +117,6 @@ class Decayed(Wrapper):
     """The attention that a carried key received before counts beside a step's own.
 
     Args:
-        inner: is told the sum for the step's attention.
         decay: what the former sum counts, 0 … 1.
     """
 

@@ -18,7 +18,6 @@ class SegmentEntry:
 
     Attributes:
         start: number of its first token in the stream.
-        length: tokens.
         kind: a "step" may leave the buffers and may be forgotten; all else stays.
         place: its first token's place in the buffers, while it is there.
         worth: the most that its carried keys have scored when steps were made room for.
@@ -100,12 +99,8 @@ def _content(tokens: torch.Tensor, lengths: Sequence[int], bits: int | None) -> 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class OffloadedBlock:
-    """A block of whole steps where it lies.
-
-    Attributes:
-        held: what knows how to read it.
-        rows: where each step lies in it.
-        on_device: whether that is in its layers' devices.
+    """A block of whole steps where it lies: what reads it, where each step lies in it, and whether that is in its
+    layers' devices.
     """
 
     held: Held
@@ -120,9 +115,6 @@ def read_steps(
 
     Args:
         steps: blocks, all on the device or none of them, and which step of each.
-        layer: index of the layer.
-        bits: of all blocks.
-        device, dtype: of the result.
 
     Returns:
         [N, 2, streams, kv_heads, head_dim], the steps one behind another.

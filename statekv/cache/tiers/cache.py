@@ -34,11 +34,6 @@ class TieredCache(DetailedCache):
     oldest steps leave them in blocks (`TierManager`); where there is nowhere to go, those whose keys score least are
     forgotten. A question changes nothing: the room for it is kept free.
 
-    Args:
-        spec: sizes of the model's keys.
-        config: with a cap on memory.
-        policy: of the carried cache, which takes its part of the cap.
-
     Raises:
         StorageError: the folder of the tier on disk does not exist.
     """
@@ -70,12 +65,8 @@ class TieredCache(DetailedCache):
         return None if self.plan is None else self.plan.most_steps
 
     def make_way(self, tokens: int, room: int, importance: Importance) -> list[int]:
-        """Before a step: have room for it, and for a question after it.
-
-        Args:
-            tokens: of the step.
-            room: tokens of a question and its answer.
-            importance: by how much steps are worth keeping now.
+        """Before a step of so many tokens: have room for it, and for a question and its answer (`room`) after it; what
+        is least worth keeping goes first.
 
         Returns:
             Starts of the steps that had to be forgotten.
@@ -314,12 +305,11 @@ Run = tuple[int, int, int]  # tokens that lie at the first place move to the sec
 
 @torch.inference_mode()
 def close_gaps(buffers: Sequence[torch.Tensor], runs: Sequence[Run], at_once: int) -> None:
-    """Move tokens towards the front.
+    """Move tokens towards the front, so many at once: they are copied aside, for source and target may overlap.
 
     Args:
         buffers: of each layer [2, streams, kv_heads, capacity, head_dim].
         runs: from front to back, each to a place before its own.
-        at_once: tokens that are copied aside, for source and target may overlap.
     """
     for source, target, length in _joined(runs):
         for shift in range(0, length, at_once):

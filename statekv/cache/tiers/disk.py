@@ -34,10 +34,8 @@ Form = tuple[tuple[str, torch.dtype, torch.Size], ...]  # of a step's tensors in
 
 
 class DiskTier(Tier):
-    """Steps move to a file in a private folder, which goes with the last of them.
-
-    Args:
-        parent: where the folder is made; None: where the system keeps temporary files.
+    """Steps move to a file in a private folder, which goes with the last of them; it is made in `parent`, else where
+    the system keeps temporary files.
 
     Raises:
         StorageError: it does not exist.
@@ -88,12 +86,7 @@ def _folder(config: Config) -> Path | None:
 
 
 class OnDisk:
-    """A block in a file.
-
-    Attributes:
-        steps: where each one lies, a part for each layer.
-        forms: of each step.
-    """
+    """A block in a file: where each step lies, a part for each layer, and each one's form."""
 
     def __init__(self, steps: Sequence[Piece], forms: Sequence[Form]) -> None:
         self.steps = steps
@@ -130,13 +123,10 @@ def _bytes(layer: Content) -> bytes:
 
 
 class SpillFile:
-    """A file in a folder of its process.
+    """A file in a folder of its process, which is made.
 
     It is read with `pread`, not through a memory map, which is no faster: what has been read does not stay resident,
     and a sector that cannot be read is an error, where a map would have the process killed.
-
-    Args:
-        room: the folder, which is made.
 
     Raises:
         StorageError: the folder or the file cannot be made.
@@ -156,10 +146,7 @@ class SpillFile:
         self._writing = threading.Lock()
 
     def write(self, parts: Sequence[bytes]) -> Piece:
-        """Write a piece.
-
-        Args:
-            parts: all of one length; each can be read alone.
+        """Write a piece, whose parts have one length, so that each can be read alone.
 
         Raises:
             StorageError: it cannot be written; it takes nothing then.
@@ -184,11 +171,7 @@ class SpillFile:
         return piece
 
     def read(self, spans: Sequence[Span], check: int) -> bytearray:
-        """What lies in spans, one behind another.
-
-        Args:
-            spans: from first bytes to one past the last.
-            check: CRC-32 of it.
+        """What lies in spans (first byte, one past the last), one behind another, checked by its CRC-32.
 
         Raises:
             StorageError: that does not lie there.
@@ -347,14 +330,12 @@ _LOCK = "lock"
 
 
 class SpillDir:
-    """A folder that is made when it is first asked for and removed with the object, on `close` or when Python exits.
+    """A folder in `parent`, else among the system's temporary ones, that is made when it is first asked for and removed
+    with the object, on `close` or when Python exits.
 
     A process that is killed cannot remove its folder. Therefore each one holds a lock, which the system lets go of
     whenever the process ends, and whoever makes a new one first removes those of the same parent that nobody holds.
     Nothing is ever removed but files of blocks, locks, and folders of that kind that are empty then; links stay.
-
-    Args:
-        parent: where the folder is made; None: the system's folder for temporary files.
 
     Raises:
         StorageError: the parent does not exist, or is no folder.

@@ -15,12 +15,7 @@ from statekv.ops.rope import Angles, rotate
 
 
 class BlockFetcher:
-    """Reads steps of one layer, in few copies, and turns their keys to where the steps stand now.
-
-    Args:
-        spec: sizes of the model's keys.
-        bits: of the blocks.
-    """
+    """Reads steps of one layer, in few copies, and turns their keys to where the steps stand now."""
 
     def __init__(self, spec: KVSpec, bits: int | None) -> None:
         self.spec = spec
@@ -85,9 +80,7 @@ class FetchCache:
     process allocates meanwhile, and a stream of days would grow by them.
 
     Args:
-        spec: sizes of the model's keys.
         cap: bytes that they may take, shared out evenly among the layers.
-        longest: tokens of the longest step.
     """
 
     def __init__(self, spec: KVSpec, cap: int, longest: int) -> None:
@@ -127,7 +120,6 @@ class FetchCache:
         """Keep copies, in the places of what has not been asked for the longest where none is free.
 
         Args:
-            layer: index of the layer.
             starts, lengths: of steps that are not kept yet, in tokens. No more are kept than there is room for, the
                 last ones, and none that is longer than expected.
             steps: [2, streams, kv_heads, n, head_dim], one behind another.

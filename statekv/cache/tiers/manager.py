@@ -69,11 +69,7 @@ class _TierShare:
 
 
 class TierManager:
-    """The tiers of one stream.
-
-    Args:
-        spec: sizes of the model's keys.
-        config: which tiers there are; that on the device has no room before `allow`.
+    """The tiers of one stream that its configuration asks for; that on the device has no room before `allow`.
 
     Raises:
         StorageError: the folder of the tier on disk does not exist.

@@ -70,12 +70,11 @@ def spare_of(window: int) -> int:
 
 
 def window_tokens(window: int, step: int, room: int) -> int:
-    """Tokens that are held at once where answers see a window of the newest.
+    """How many tokens are held at once where answers see a window of the newest (sinks included), and `room` is kept
+    for a question and its answer.
 
     Args:
-        window: tokens that an answer sees, sinks included.
         step: tokens of the longest step; another one may wait while a question is answered.
-        room: tokens of a question and its answer.
     """
     return window + spare_of(window) + 2 * step + room
 
@@ -91,16 +90,11 @@ def step_bytes(spec: KVSpec, tokens: int, bits: int | None) -> int:
 def plan(
     config: Config, spec: KVSpec, policy: Policy, prefix: int, step: int, room: int, id_bytes: int = 4
 ) -> MemoryPlan:
-    """Share `config.memory` out.
+    """Share `config.memory` out, to the tokens that are always held (`prefix`), a question and its answer (`room`) and
+    all the rest; the number of a carried token takes `id_bytes`.
 
     Args:
-        config: with a cap on memory.
-        spec: of the model's keys.
-        policy: of the carried cache: how many slots it has, and what it remembers of each.
-        prefix: tokens that are always held.
         step: tokens of the longest step.
-        room: tokens of a question and its answer.
-        id_bytes: of the number of a carried token.
 
     Raises:
         ConfigError: the cap is too small for steps of this length.

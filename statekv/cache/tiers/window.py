@@ -18,11 +18,6 @@ class WindowedCache(DetailedCache):
     Tokens behind the sinks and before the window of the moment are of no further use to anyone. Once they are as many
     as a share of the window, the next step drops all of them, and the window moves up to the sinks: a token is copied a
     few times in its life, and the buffers stay where they are. A question changes nothing.
-
-    Args:
-        spec: sizes of the model's keys.
-        config: with such a recall.
-        policy: of the carried cache, which takes its part where memory has a cap.
     """
 
     def __init__(self, spec: KVSpec, config: Config, policy: Policy) -> None:
@@ -37,15 +32,8 @@ class WindowedCache(DetailedCache):
         return range(self.sinks, self.sinks + self.away)
 
     def make_way(self, tokens: int, room: int, importance: Importance) -> list[int]:
-        """Before a step: drop what no answer can see any more, where that is much.
-
-        Args:
-            tokens: of the step.
-            room: tokens of a question and its answer.
-            importance: not asked.
-
-        Returns:
-            Nothing: what is dropped was not to be seen; see `dropped`.
+        """Before a step of so many tokens: drop what no answer can see any more, where that is much. `room` is that of
+        a question and its answer; nothing is returned, for what is dropped was not to be seen (see `dropped`).
 
         Raises:
             ConfigError: the cap is too small for such steps; nothing that can be seen has changed.

@@ -168,7 +168,6 @@ def own_config(source: str, reference: str, **hub_kwargs: Any) -> Any:
     """The configuration of a checkpoint.
 
     Args:
-        source: a hub id or a folder.
         reference: module and class, as `auto_map` in the checkpoint's config.json has it.
         hub_kwargs: as for `from_pretrained` (revision …).
 

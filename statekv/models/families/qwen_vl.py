@@ -108,9 +108,6 @@ class QwenVL(VideoModel):
 
         Args:
             length: T, with the whole picture.
-            first: words in front of the picture.
-            seen: the picture.
-            start: position of the first token.
             moment: how far the picture lies behind the words on the axis of time.
         """
         rows, columns = seen.grid
