@@ -132,8 +132,12 @@ def test_a_candidate_that_fails_says_so() -> None:
         alternate({"fails": lambda: 1 // 0}, runs=1, device=CPU)
 
 
-def test_a_cpu_is_never_behind() -> None:
-    wait(CPU)
+def test_a_gpu_is_waited_for_and_a_cpu_is_never_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for device in (CPU, torch.device("cuda", 0)):
+        wait(device)
+    assert waited == [torch.device("cuda", 0)]
 
 
 def test_the_rate_is_a_number_of_flops() -> None:

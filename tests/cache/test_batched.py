@@ -172,6 +172,25 @@ def test_a_block_does_not_keep_its_members() -> None:
     assert block.members == mine
 
 
+def test_members_of_different_age_pin_steps_of_their_own() -> None:
+    mine, alone = caches(3), caches(3)
+    for number in range(4):
+        step_alone(mine, number)
+        step_alone(alone, number)
+    for members in (mine, alone):  # the second has seen more
+        for number in range(4, 7):
+            step_alone(members[1:2], number)
+    for number in range(7, 12):
+        for member in (*mine, *alone):
+            member.pin_from(member.detailed.length - STEP)
+        step_alone(alone, number)
+        block = BatchedCarriedCache(mine)
+        step_together(block, number)
+        assert_same(mine, alone)
+        pinned = range(mine[0].detailed.length - 2 * STEP, mine[0].detailed.length)
+        assert mine[0].kept(0)[0, 0, -2 * STEP :].tolist() == list(pinned)
+
+
 BUDGET_STATIC, TOKENS = 12, 5
 
 

@@ -14,6 +14,7 @@ from statekv.cache.policies.wrappers import IMPORTANCE
 from statekv.cache.spec import KVSpec, PositionShift
 from statekv.ops import select
 from statekv.ops.rope import rotate
+from tests.cache.test_detailed import turns
 from tests.cache.tokens import check_whole, keys, kv_spec, policy, values
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -384,29 +385,23 @@ def test_pinning_the_newest_moves_on_in_place() -> None:
     assert {place.data_ptr() for place in cache.newest.values()} == addresses
 
 
-def test_carried_keys_turn_by_what_their_tokens_move() -> None:
-    """Each head holds other tokens; those before the first moved one keep their bits, like all values."""
-    cache = carried(20, g=kv_spec(streams=2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_carried_keys_turn_by_what_their_tokens_move(dtype: torch.dtype) -> None:
+    """In float32. Each head holds other tokens; those before the first moved one keep their bits, like all values."""
+    cache = carried(20, g=kv_spec(streams=2, dtype=dtype))
     for number in range(12):
         step(cache, 7, seed=number)
     first, before = 30, [buffer.clone() for buffer in cache.buffers]
     by = -(1 + torch.arange(84 - first) // 5)
-    cache.rotate(PositionShift(range(first, first + len(by)), by.tolist()), quarter_turns)
+    cache.rotate(PositionShift(range(first, first + len(by)), by.tolist()), turns)
     for layer, buffer in enumerate(before):
         token_ids = cache.token_ids[layer][..., :20].long()
         for s, h, slot in itertools.product(range(2), range(2), range(20)):
             token, (key, value) = int(token_ids[s, h, slot]), buffer[:, s, h, slot]
             far = int(by[token - first]) if token >= first else 0
-            expected = rotate(key, *(part[0, 0] for part in quarter_turns(torch.tensor([far]))))
+            expected = rotate(key.float(), *(part[0, 0] for part in turns(torch.tensor([far])))).to(dtype)
             assert torch.equal(cache.buffers[layer][0, s, h, slot], expected if far else key)
             assert torch.equal(cache.buffers[layer][1, s, h, slot], value)
-
-
-def quarter_turns(by: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T] → cos and sin [1, T, 4] of turns that are exact in float32."""
-    turned = by % 4
-    cos, sin = (turned == 0).float() - (turned == 2).float(), (turned == 1).float() - (turned == 3).float()
-    return cos[None, :, None].expand(1, -1, 4), sin[None, :, None].expand(1, -1, 4)
 
 
 def remembering(budget: int = 20, decay: float = 0.0, remembers: bool = True, carry: str = "attention") -> CarriedCache:

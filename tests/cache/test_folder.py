@@ -166,6 +166,33 @@ def test_killed_at_any_moment_the_old_or_the_new_is_left(saved: Path, tmp_path: 
         assert len(names(folder)) == 5
 
 
+def test_what_counts_is_on_the_disk_before_it_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut cannot be had; what the system was asked for before and behind the one rename can."""
+    sync, replace, former = os.fsync, os.replace, {*names(saved)}
+    sizes: dict[int, int] = {}  # of what is on the disk, by inode
+    at_the_rename: list[dict[int, int]] = []
+
+    def noted_sync(descriptor: int) -> None:
+        sync(descriptor)
+        found = os.fstat(descriptor)
+        sizes[found.st_ino] = found.st_size
+
+    def noted_replace(source: Path, target: Path) -> None:
+        at_the_rename.append(dict(sizes))
+        sizes.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write(saved, 20)
+    (before,) = at_the_rename
+    fresh = [path.stat() for path in saved.iterdir() if path.name not in former or path.name == FACTS]
+    assert len(fresh) == 4
+    assert all(before.get(file.st_ino) == file.st_size for file in fresh)
+    assert saved.stat().st_ino in before
+    assert saved.stat().st_ino in sizes
+
+
 def test_what_a_killed_first_write_left_does_not_count_and_goes(tmp_path: Path) -> None:
     write(tmp_path / "other", 10)
     (tmp_path / "other" / FACTS).rename(tmp_path / "other" / f"{FACTS}.part")

@@ -267,8 +267,8 @@ TEXT = (3, 0, 2, 0, 0)  # tokens of text in front of each
 class Stream:
     """A stream of steps and texts whose keys before rotation are known; each token takes two positions."""
 
-    def __init__(self, planted: tuple[int, ...] = (), budget: int = 6) -> None:
-        g, generator = kv_spec(), torch.Generator().manual_seed(0)
+    def __init__(self, planted: tuple[int, ...] = (), budget: int = 6, dtype: torch.dtype = torch.float32) -> None:
+        g, generator = kv_spec(dtype=dtype), torch.Generator().manual_seed(0)
         self.detailed, self.blocks = DetailedCache(g), StepIndex(g)
         self.carried = CarriedCache(g, budget, policy("random"), self.detailed)
         self.query = torch.randn(1, HEADS * GROUP, DIM, generator=generator)
@@ -414,6 +414,17 @@ def test_reindexed_keys_stand_as_if_forgotten_steps_had_never_been(
         expected = rotate(stream.raw[layer][None, :, chosen], cos[:, None], sin[:, None])
         torch.testing.assert_close(key[:, :, :-3], expected, atol=2e-5, rtol=0)
         assert torch.equal(value[:, :, :-3], values)
+
+
+def test_reindexed_keys_are_turned_in_float32() -> None:
+    stream = Stream(planted=(1,), dtype=torch.bfloat16)
+    seen = stream.ask(retrieve=1, retrieve_positions="reindex")
+    chosen = torch.tensor(tokens_of(1))
+    cos, sin = angles(2 * (stream.detailed.length - len(chosen) + torch.arange(len(chosen)) - chosen)[None])
+    for layer in range(2):
+        held = stream.detailed.buffers[layer][0][..., chosen, :].float()
+        key, _, _ = question(stream, seen, layer)
+        assert torch.equal(key[:, :, :-3], rotate(held, cos[:, None], sin[:, None]).bfloat16())
 
 
 def test_forgotten_steps_are_never_chosen() -> None:

@@ -144,6 +144,7 @@ def test_what_was_seen_up_to_the_horizon_can_be_asked(family: str) -> None:
     assert seen > 4
     state = session.state
     assert state.position <= 150
+    assert seen == state.frames + session.runner.model.frames_per_step - 1  # a partner waits as before
     first = session.ask(QUESTION)
     with pytest.raises(HorizonError):
         session.push(some_frames(2))

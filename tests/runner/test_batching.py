@@ -58,6 +58,13 @@ def test_what_steps_depend_on_may_not(settings: dict[str, Any]) -> None:
     assert likeness_of_next(standing("internvl", **settings)) != likeness_of_next(standing("internvl", budget=40))
 
 
+def test_streams_with_other_pinned_prefixes_go_apart() -> None:
+    one, other = (standing("internvl", budget=40, pin_prefix=True) for _ in range(2))
+    assert likeness_of_next(one) == likeness_of_next(other)
+    other.state.pinned += 1
+    assert likeness_of_next(one) != likeness_of_next(other)
+
+
 def test_another_horizon_is_another_step_only_where_rope_follows_it() -> None:
     one, other = (standing("internvl", horizon=horizon) for horizon in (5000, 6000))
     assert (likeness_of_next(one) == likeness_of_next(other)) == (one.runner.model.rope.kind != "dynamic")

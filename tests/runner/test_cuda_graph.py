@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from statekv.cache.batched import StaticCarriedCache
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.session import Session
@@ -29,7 +30,7 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass
 class Tape:
-    """Stands for a device's recorder: the commands are the call itself, run at each replay."""
+    """Stands for a device's recorder: the commands are the call itself, run at each replay, in the same places."""
 
     recorded: int = 0
     replayed: int = 0
@@ -43,12 +44,23 @@ class Tape:
         if self.error is not None:
             raise self.error
         self.recorded += 1
+        recorded = places(call)
 
         def replay() -> torch.Tensor:
+            assert places(call) == recorded, "a recording writes to where nothing lies any more"
             self.replayed += 1
             return call()
 
         return replay
+
+
+def places(call: Call) -> list[tuple[int, tuple[int, ...]]]:
+    """Where everything lies that the commands of a step read and write, and with which strides."""
+    found = (cell.cell_contents for cell in call.__closure__ or ())  # type: ignore[attr-defined]
+    (carried,) = (each.carried for each in found if isinstance(each, StaticCarriedCache))
+    state = [tensor for layer in carried.state for tensor in layer.values()]
+    tensors = *carried.buffers, *carried.token_ids, *state, *carried.newest.values(), *carried.detailed.buffers
+    return [(tensor.data_ptr(), tensor.stride()[:1]) for tensor in tensors]
 
 
 def session(family: str, tape: Tape | None, **settings: Any) -> Session:

@@ -55,6 +55,10 @@ def test_a_live_stream_that_jumps_is_set_against_the_wall_again(stamp):
     assert live_times((50.0, 100.0), (51.0, 101.0), (stamp, 103.0), (stamp + 1, 104.0)) == pytest.approx([0, 1, 3, 4])
 
 
+def test_the_same_stamp_twice_is_no_jump():
+    assert live_times((50.0, 100.0), (50.0, 100.5), (51.0, 101.0)) == [0, 0, 1]
+
+
 def test_a_new_connection_goes_on_by_the_wall():
     clock = LiveClock()
     assert clock.tick(50.0, 100.0) == 0

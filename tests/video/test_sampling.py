@@ -46,6 +46,11 @@ def test_borders_do_not_jitter(time_base):
         assert kept(Sampler(fps=30 / every), times) == times[::every]
 
 
+def test_at_a_high_rate_neighbours_stay_apart():
+    """Within a tenth of a cell of its border a frame is moved, here 0.2 ms, and no further."""
+    assert kept(Sampler(fps=500), [0.0, 0.0012, 0.0019, 0.002]) == [0.0, 0.0019]
+
+
 def test_frame_cap_lowers_the_rate_of_a_known_duration():
     sampler = Sampler(fps=10, max_frames=4, duration_seconds=8)
     assert sampler.rate == 0.5

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import random
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -264,6 +265,25 @@ def test_an_interrupted_write_takes_nothing(tmp_path: Path, monkeypatch: pytest.
     second = file.write([b"other"])
     assert file.path.stat().st_size == 10
     assert [parts(first), parts(second)] == [[b"first"], [b"other"]]
+
+
+def test_two_threads_write_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = scratch(tmp_path), os.pwrite
+    other, waited = threading.Thread(target=lambda: file.write([b"other"])), list[bool]()
+
+    def slow(descriptor: int, data: memoryview, offset: int) -> int:
+        if not waited:
+            waited.append(True)
+            other.start()
+            other.join(0.1)
+            waited.append(other.is_alive())
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    piece = file.write([b"first"])
+    other.join()
+    assert waited == [True, True]
+    assert parts(piece) == [b"first"]
 
 
 def test_a_process_that_was_forked_reads_and_writes_nothing(tmp_path: Path) -> None:

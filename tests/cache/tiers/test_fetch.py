@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from statekv.cache.spec import KVSpec
-from statekv.cache.tiers.fetch import FetchCache
+from statekv.cache.tiers.base import HostTier, rows_of
+from statekv.cache.tiers.block import OffloadedBlock, SegmentEntry, pack_block
+from statekv.cache.tiers.fetch import BlockFetcher, FetchCache
+from statekv.ops.rope import rotate
+from tests.cache.test_detailed import turns
+from tests.cache.tokens import kv_spec
 
 GEOMETRY = KVSpec(kv_heads=2, head_dim=4, dtype=torch.float32, devices=(torch.device("cpu"),) * 2)
 TOKEN = 2 * 2 * 4 * 4  # bytes in one layer
@@ -118,3 +124,18 @@ def test_clear_lets_go_of_all() -> None:
     assert (len(kept), kept.known(0, [0])) == (0, [])
     put(kept, 0, 0, step(4))
     assert kept.known(0, [0]) == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_steps_that_have_moved_are_turned_in_float32(dtype: torch.dtype) -> None:
+    g, lengths = kv_spec(layers=1, dtype=dtype), [3, 5]
+    tokens = torch.randn(2, 1, 2, sum(lengths), 4).to(dtype)
+    held = HostTier().put(pack_block([tokens], lengths, None), rows_of(lengths))
+    block = OffloadedBlock(held, rows_of(lengths), on_device=True)
+    fetcher = BlockFetcher(g, None)
+    fetcher.turned = turns
+    steps = [SegmentEntry(40, 3, "step", 0, block=block), SegmentEntry(43, 5, "step", 0, block=block, row=1, moved=-7)]
+    found = fetcher.bring(0, steps)
+    cos, sin = turns(torch.tensor([0] * 3 + [-7] * 5))
+    assert torch.equal(found[0], rotate(tokens[0].float(), cos[:, None], sin[:, None]).to(dtype))
+    assert torch.equal(found[1], tokens[1])
