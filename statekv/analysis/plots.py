@@ -50,14 +50,8 @@ def _by_layer(found: Analysis, name: str, field: str, label: str) -> Any:
         if field == "captured" and found.budget < found.tokens:
             axes.plot(found.budget, row.carried, marker="*", markersize=11, color=color, markeredgecolor="black")
     if field == "captured" and found.budget < found.tokens:
-        axes.plot(
-            [],
-            [],
-            "*",
-            color="white",
-            markeredgecolor="black",
-            label=f"caught by the carried cache, budget {found.budget}",
-        )
+        label_of_stars = f"caught by the carried cache, budget {found.budget}"
+        axes.plot([], [], "*", color="white", markeredgecolor="black", label=label_of_stars)
         figure.legend(frameon=False, loc="outside upper center")
     _budget_axis(axes, found)
     axes.set(ylabel=label, title=_title(found, name))
@@ -99,7 +93,9 @@ def _held_map(found: Analysis, name: str) -> Any:
         shares[: len(moment.frames), column] = moment.frames
     seconds = [picture.pts_seconds for picture in found.pictures]
     moments = [moment.pts_seconds for moment in found.moments]
-    image = axes.pcolormesh(_edges(moments), _edges(seconds), shares, cmap="magma", vmin=0, vmax=_top(shares))
+    # A few frames that are held whole, the newest above all, must not darken the others.
+    top = max(0.05, float(np.nanquantile(shares, 0.99)))
+    image = axes.pcolormesh(_edges(moments), _edges(seconds), shares, cmap="magma", vmin=0, vmax=top)
     axes.set(xlabel="time of the stream, seconds", ylabel="frame of this time, seconds", title=_title(found, name))
     axes.set_facecolor("0.93")
     axes.text(0.03, 0.96, "not seen yet", transform=axes.transAxes, va="top", color="0.45")
@@ -113,11 +109,6 @@ def _edges(centres: Sequence[float]) -> Any:
     between = (times[1:] + times[:-1]) / 2
     first, last = (times[0], times[-1]) if len(times) < 2 else (2 * times[0] - between[0], 2 * times[-1] - between[-1])
     return np.concatenate([[first], between, [last if last > first else first + 1]])
-
-
-def _top(shares: Any) -> float:
-    """The brightest colour: a few frames that are held whole, the newest above all, must not darken the others."""
-    return max(0.05, float(np.nanquantile(shares, 0.99)))
 
 
 def _title(found: Analysis, name: str) -> str:
@@ -165,7 +156,8 @@ def lit(pixels: Pixels, shares: Shares) -> Pixels:
 def write_strip(found: Analysis, name: str, path: Path) -> Path:
     """Write a PNG: a row for each moment, a column for the frame that was held most of each stretch of the stream."""
     shown = most_held(found, _ACROSS)
-    moments = _latest(found.moments, _DOWN)
+    count = min(_DOWN, len(found.moments))
+    moments = [found.moments[(i + 1) * len(found.moments) // count - 1] for i in range(count)]  # up to the last
     width, height = _cell_size(shown[0])
     left, top = 92, 62
     size = (max(_WIDEST_LINE, left + len(shown) * (width + _GAP)), top + len(moments) * (height + _GAP) + 26)
@@ -256,12 +248,6 @@ def most_held(found: Analysis, count: int) -> list[Picture]:
         total[: moment.step + 1] += moment.frames
     stretches = np.array_split(np.arange(found.steps), min(count, found.steps))
     return [found.pictures[steps[int(total[steps].argmax())]] for steps in stretches]
-
-
-def _latest(moments: Sequence[Moment], count: int) -> list[Moment]:
-    """So many moments, evenly spread up to the last."""
-    count = min(count, len(moments))
-    return [moments[(i + 1) * len(moments) // count - 1] for i in range(count)]
 
 
 def _cell_size(picture: Picture) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, Setting, alternate_within, best_rate, large_product, milliseconds
+from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product, milliseconds
 from statekv.bench.models import build, fill_carried, fill_detailed, products_alone, random_step, setting_of, stand
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState, room_for_answers
@@ -92,7 +92,8 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
         reference = None
         for method in plan.methods:
             samples = milliseconds(seconds.get(_name(method, step), []))
-            setting = alike | _moment(method, step)
+            setting = alike | {"step": step} | ({} if method.carry == "all" else {"budget": method.budget})
+            setting |= {} if method.graph else {"plain": "yes"}
             floor = 1000 * segment_flops(plan.size, plan.tokens, plan.seen(method, step)) / rate
             row = Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step])
             if row.distance is not None:
@@ -143,8 +144,3 @@ def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Ca
 
 def _name(method: Config, step: int) -> str:
     return f"{method.method} {method.budget} {method.graph} {step}"
-
-
-def _moment(method: Config, step: int) -> Setting:
-    budget: Setting = {} if method.carry == "all" else {"budget": method.budget}
-    return {"step": step, **budget, **({} if method.graph else {"plain": "yes"})}

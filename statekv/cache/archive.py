@@ -190,14 +190,12 @@ def _facts(state: StreamState) -> dict[str, Any]:
         "words": sorted(state.words),
         "pairs": state.pairs,
         "memories": _memory_facts(state),
-        "window": _window_facts(state.detailed) if isinstance(state.detailed, WindowedCache) else None,
+        "window": {name: getattr(state.detailed, name) for name in ("away", "longest", "room")}
+        if isinstance(state.detailed, WindowedCache)
+        else None,
         "tiers": tier_facts(state.detailed) if isinstance(state.detailed, TieredCache) else None,
         **{name: getattr(state, name) for name in _PLAIN},
     }
-
-
-def _window_facts(cache: WindowedCache) -> dict[str, int]:
-    return {"away": cache.away, "longest": cache.longest, "room": cache.room}
 
 
 def _geometry(spec: KVSpec) -> dict[str, Any]:
@@ -313,7 +311,10 @@ def tier_facts(cache: TieredCache) -> dict[str, Any]:
 def restore_blocks(cache: TieredCache, saved: Saved, facts: dict[str, Any]) -> None:
     """Bring an empty cache to where it was, but for its buffers."""
     plan = MemoryPlan(**facts["plan"]) if facts["plan"] is not None else None
-    entries = [_passage(*row) for row in _rows(saved.part(_PASSAGES))]
+    entries = [
+        (SegmentEntry(start, length, kind, place, worth, None, row, moved), block)
+        for start, length, place, row, moved, block, worth, kind in _rows(saved.part(_PASSAGES))
+    ]
     id_bytes = facts.get("id_bytes", 4)  # 0.1 knew of no others
     cache.resume(plan, facts["longest"], facts["forgotten"], [entry for entry, _ in entries], id_bytes)
     members: dict[int, list[SegmentEntry]] = {}
@@ -369,9 +370,3 @@ def _rows(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[Any, ...]]:
         tensors["rows"].tolist(), tensors["worths"].tolist(), tensors["kinds"].tolist(), strict=True
     ):
         yield *row, worth, "step" if kind == ord("s") else "text"
-
-
-def _passage(
-    start: int, length: int, place: int, row: int, moved: int, block: int, worth: float, kind: str
-) -> tuple[SegmentEntry, int]:
-    return SegmentEntry(start, length, kind, place, worth, None, row, moved), block

@@ -71,19 +71,11 @@ class StateKV(lmms):  # type: ignore[misc]  # lmms-eval has no types
             return answer_all(self._engine, questions, tell)
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        """Not offered: statekv answers, it does not rate answers.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Raise a ConfigError: statekv answers, it does not rate answers."""
         raise _not_offered("log-likelihoods", requests)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
-        """Not offered.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Raise a ConfigError: each question is asked by itself."""
         raise _not_offered("several rounds", requests)
 
     def clean(self) -> None:

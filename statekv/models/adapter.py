@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, get_args
@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTraine
 from statekv.cache.spec import KVSpec
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError
-from statekv.models.encoded import EncodedStep, unchanged
+from statekv.models.encoded import EncodedStep, Reduce, unchanged
 from statekv.models.hooks import RopeScope
 from statekv.models.prompt import Layout, Prompt, VisionTokens
 from statekv.models.size import Size
@@ -218,9 +218,7 @@ class VideoModel(ABC):
         """
 
     @abstractmethod
-    def segments(
-        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
-    ) -> Iterator[Segment]:
+    def segments(self, inputs: Mapping[str, Any], reduce: Reduce = unchanged) -> Iterator[Segment]:
         """Cut a stock processor's inputs for one conversation into segments, vision computed piece by piece.
 
         Args:

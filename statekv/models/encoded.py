@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +61,9 @@ class EncodedStep:
             deepstack=tuple(layer[here] for layer in self.deepstack),
             kept=self.places[chosen],
         )
+
+
+Reduce = Callable[[EncodedStep], EncodedStep]
 
 
 def unchanged(step: EncodedStep) -> EncodedStep:

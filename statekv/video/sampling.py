@@ -106,7 +106,8 @@ class Sampler:
                 "leave it out where it is unknown",
             )
         self.max_frames = max_frames
-        self.rate = _rate(fps, max_frames, duration_seconds)
+        spread = None if max_frames is None or duration_seconds is None else max_frames / duration_seconds
+        self.rate = fps if spread is None else min(fps or math.inf, spread)
         self.start_seconds = start_seconds
         self.kept = 0
         self._last_cell: int | None = None
@@ -139,12 +140,6 @@ def count_kept(sampler: Sampler, pts_seconds: Iterable[float]) -> int:
     else:
         found = len({_cell(pts - sampler.start_seconds, sampler.rate) for pts in pts_seconds})
     return found if sampler.max_frames is None else min(found, sampler.max_frames)
-
-
-def _rate(fps: float | None, max_frames: int | None, duration_seconds: float | None) -> float | None:
-    if max_frames is None or duration_seconds is None:
-        return fps
-    return min(fps or math.inf, max_frames / duration_seconds)
 
 
 def _cell(elapsed_seconds: float, rate: float) -> int:

@@ -156,14 +156,12 @@ class TierManager:
                 content = only(content, rows_of([step.length for step in steps]), stay) if stay else []
                 steps = [steps[row] for row in stay]
             elif share.blocks:
-                gone += self._move_down(next(iter(share.blocks)), number)
+                block = next(iter(share.blocks))
+                oldest = block.held.content()  # read before the block lets go
+                gone += self._put(oldest, share.release(block), number + 1)
             else:
                 return gone + self._put(content, steps, number + 1)
         return gone
-
-    def _move_down(self, block: OffloadedBlock, number: int) -> list[SegmentEntry]:
-        content = block.held.content()
-        return self._put(content, self._shares[number].release(block), number + 1)
 
     def _least(self, steps: Sequence[SegmentEntry], over: int) -> list[SegmentEntry]:
         """The lowest steps that take so many bytes together."""

@@ -9,7 +9,6 @@ from statistics import median
 
 import numpy as np
 
-from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
@@ -124,13 +123,9 @@ def _watch(path: Path, sessions: Sequence[Session], results: Sequence[MethodResu
             session.push([frame], taken.append, seen=seen)
     for session, result, taken in zip(sessions, results, steps, strict=True):
         result.step_ms.append([1000 * progress.step_seconds for progress in taken])
-        _note_memory(result, session.state)
-
-
-def _note_memory(result: MethodResult, state: StreamState) -> None:
-    result.carried = max(result.carried, state.carried.length)
-    result.bytes_carried = max(result.bytes_carried, state.nbytes["carried"])
-    result.bytes_detailed = max(result.bytes_detailed, state.nbytes["detailed"])
+        result.carried = max(result.carried, session.state.carried.length)
+        result.bytes_carried = max(result.bytes_carried, session.state.nbytes["carried"])
+        result.bytes_detailed = max(result.bytes_detailed, session.state.nbytes["detailed"])
 
 
 def _ask(asked: Sequence[Question], sessions: Sequence[Session], results: Sequence[MethodResult]) -> None:
@@ -139,15 +134,9 @@ def _ask(asked: Sequence[Question], sessions: Sequence[Session], results: Sequen
         for session, result in zip(sessions, results, strict=True):
             own = session.logits(question.text).log_softmax(-1)
             result.kl.append(float((reference.exp() * (reference - own)).sum()))
-            result.rows.append(
-                {
-                    "kind": question.kind,
-                    "question": question.text,
-                    "expected": question.answer,
-                    "answered": session.ask(question.text, max_new_tokens=8, do_sample=False).strip(),
-                    "chance": question.chance,
-                }
-            )
+            answered = session.ask(question.text, max_new_tokens=8, do_sample=False).strip()
+            asked_so = {"kind": question.kind, "question": question.text, "chance": question.chance}
+            result.rows.append({**asked_so, "expected": question.answer, "answered": answered})
 
 
 _SMOOTHED_OVER = 16  # steps

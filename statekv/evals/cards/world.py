@@ -85,14 +85,10 @@ def write_story(seed: int, duration_seconds: float, max_cards: int = len(COLORS)
     gaps = np.diff(np.concatenate([[0.0], np.sort(rng.uniform(0.0, slack, size=count))]))
     starts = np.cumsum(gaps) + np.concatenate([[0.0], np.cumsum(durations)[:-1]])
     cards = []
-    for i in range(count):
+    for color, shape, start, duration in zip(colors, shapes, starts, durations, strict=True):
         radius = float(rng.uniform(0.18, 0.29))
-        x, y = rng.uniform(radius + 0.02, 0.98 - radius, size=2)
-        cards.append(
-            Card(
-                COLORS[colors[i]], SHAPES[shapes[i]], float(starts[i]), float(durations[i]), float(x), float(y), radius
-            )
-        )
+        x, y = map(float, rng.uniform(radius + 0.02, 0.98 - radius, size=2))
+        cards.append(Card(COLORS[color], SHAPES[shape], float(start), float(duration), x, y, radius))
     return Story(seed, duration_seconds, tuple(cards))
 
 

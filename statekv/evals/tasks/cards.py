@@ -12,7 +12,7 @@ import numpy as np
 
 from statekv.errors import ConfigError
 from statekv.evals.cards.render import write_film
-from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Card, Question, Story, questions, write_story
+from statekv.evals.cards.world import COLORS, FIRST_TEST_SEED, Question, Story, questions, write_story
 from statekv.evals.data import make_folder
 from statekv.evals.task import EvalQuestion, EvalVideo, Rows, share, shares
 
@@ -92,15 +92,8 @@ def _ask(story: Story, name: str) -> Iterator[EvalQuestion]:
         share = shown.duration_seconds / story.duration_seconds
         for (kind, group), question in sorted(_choose(shown, rng).items()):
             when = "end" if at_seconds is None else f"{at_seconds:.0f}"
-            yield EvalQuestion(
-                id=f"{name}/{when}/{kind}-{group}",
-                kind=kind,
-                prompt=question.text,
-                expected=question.answer,
-                chance=_chance(question, share),
-                at_seconds=at_seconds,
-                group=group,
-            )
+            id, chance = f"{name}/{when}/{kind}-{group}", _chance(question, share)
+            yield EvalQuestion(id, kind, question.text, question.answer, chance, at_seconds, group)
 
 
 def _quiet(story: Story, share: float) -> float:
@@ -129,16 +122,9 @@ def _choose(shown: Story, rng: np.random.Generator) -> dict[tuple[str, str], Que
 
 
 def _group(shown: Story, question: Question) -> str:
-    named = _named(shown, question)
-    if named is None:
-        return "whole"
-    return _THIRDS[min(2, int(3 * named.start_seconds / shown.duration_seconds))]
-
-
-def _named(shown: Story, question: Question) -> Card | None:
-    """The earliest card that a question names."""
     words = set(question.text.replace("?", " ").replace(",", " ").split())
-    return next((card for card in shown.cards if words & {card.color, card.shape}), None)
+    named = next((card for card in shown.cards if words & {card.color, card.shape}), None)  # the earliest
+    return "whole" if named is None else _THIRDS[min(2, int(3 * named.start_seconds / shown.duration_seconds))]
 
 
 def _chance(question: Question, share: float) -> float:
@@ -149,7 +135,9 @@ def _chance(question: Question, share: float) -> float:
     if question.kind not in ("count", "after"):
         return question.chance
     most = len(COLORS)
-    shown = [sum(_binomial(n, k, share) for n in range(k, most + 1)) for k in range(1, most + 1)]
+    shown = [
+        sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for n in range(k, most + 1)) for k in range(1, most + 1)
+    ]
     if question.kind == "count":
         return max(shown) / sum(shown)
     asked = [_asked_after(k) for k in range(1, most + 1)]
@@ -167,7 +155,3 @@ def _asked_after(cards: int) -> tuple[float, float]:
             every += probability * sum(third > 0 for third in (early, middle, late))
             nothing += probability / (late or middle or early)
     return nothing, every
-
-
-def _binomial(n: int, k: int, share: float) -> float:
-    return math.comb(n, k) * share**k * (1 - share) ** (n - k)

@@ -54,10 +54,5 @@ def _question(record: Record) -> EvalQuestion | Broken:
         return Broken(record.where, f"has the task type {kind!r}, but the dev set knows {', '.join(TASK_TYPES)}")
     if answer not in list(_LETTERS[: len(options)]):
         return Broken(record.where, f"has the answer {answer!r} to {len(options)} candidates")
-    return EvalQuestion(
-        id=f"{kind}-{record.number}",
-        kind=kind,
-        prompt=fields["question"] + _CLOSING,  # the options stand in the question
-        expected=answer,
-        chance=1 / len(options),
-    )
+    prompt = fields["question"] + _CLOSING  # the options stand in the question
+    return EvalQuestion(f"{kind}-{record.number}", kind, prompt, answer, chance=1 / len(options))

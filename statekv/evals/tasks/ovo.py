@@ -100,14 +100,8 @@ def _question(record: Record, tasks: tuple[str, ...]) -> EvalQuestion | Broken |
         return Broken(record.where, f"has gt {right}, but {len(options)} options")
     if not 0 < cut < math.inf:
         return Broken(record.where, f"is asked at {cut} s, where there is no frame before")
-    return EvalQuestion(
-        id=str(record.fields["id"]),
-        kind=kind,
-        prompt=_prompt(record.fields["question"], options),
-        expected=_letter(right),
-        chance=1 / len(options),
-        at_seconds=float(cut),
-    )
+    id, prompt = str(record.fields["id"]), _prompt(record.fields["question"], options)
+    return EvalQuestion(id, kind, prompt, _letter(right), chance=1 / len(options), at_seconds=float(cut))
 
 
 def _prompt(question: str, options: list[str]) -> str:

@@ -20,10 +20,8 @@ _LETTERS = "ABCD"
 _DATA = DataSet(
     repository="lmms-lab/Video-MME",
     patterns=("videomme/test-*.parquet", "test*.parquet", "test*.jsonl", "test*.json"),
-    needed={
-        **dict.fromkeys(("question_id", "videoID", "duration", "domain", "question", "answer"), str),
-        "options": list,
-    },
+    needed=dict.fromkeys(("question_id", "videoID", "duration", "domain", "question", "answer"), str)
+    | {"options": list},
 )
 
 
@@ -56,11 +54,5 @@ def _question(record: Record) -> EvalQuestion | Broken:
     options, answer = fields["options"], fields["answer"]
     if answer not in list(_LETTERS[: len(options)]):
         return Broken(record.where, f"has the answer {answer!r} to {len(options)} options")
-    return EvalQuestion(
-        id=fields["question_id"],
-        kind=fields["domain"],
-        prompt="\n".join((_INTRODUCTION, fields["question"], *options, _CLOSING)),
-        expected=answer,
-        chance=1 / len(options),
-        group=fields["duration"],
-    )
+    prompt, chance = "\n".join((_INTRODUCTION, fields["question"], *options, _CLOSING)), 1 / len(options)
+    return EvalQuestion(fields["question_id"], fields["domain"], prompt, answer, chance, group=fields["duration"])

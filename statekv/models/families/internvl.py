@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from transformers import InternVLConfig, PreTrainedTokenizerBase
 from statekv.cache.stream import StreamState
 from statekv.errors import ModelError
 from statekv.models.adapter import Segment, check_placeholders, runs
-from statekv.models.encoded import EncodedStep, unchanged
+from statekv.models.encoded import EncodedStep, Reduce, unchanged
 from statekv.models.families.square import SMALL_TOWER, SquareFrames, SquareRecipe
 from statekv.models.prompt import Layout, VisionTokens
 from statekv.models.size import Size, qwen2, qwen2_7b, text_config
@@ -107,9 +107,7 @@ class InternVL(SquareFrames):
         first, longest = self._numbered(0, layout), self._numbered(max(frames, 1), layout)
         return len(prompt.head_ids(first)) + len(prompt.first_step_ids(first)) + frames * len(prompt.step_ids(longest))
 
-    def segments(
-        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
-    ) -> Iterator[Segment]:
+    def segments(self, inputs: Mapping[str, Any], reduce: Reduce = unchanged) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pixels, token = inputs.get("pixel_values"), self.video_token_id
         check_placeholders(ids.count(token), 0 if pixels is None else len(pixels) * self.tokens_per_tile)

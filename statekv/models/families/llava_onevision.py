@@ -6,7 +6,7 @@ a stream that goes on never holds one in its middle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from transformers import LlavaOnevisionConfig, PreTrainedTokenizerBase
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, check_placeholders, runs, without_dropped
-from statekv.models.encoded import EncodedStep, unchanged
+from statekv.models.encoded import EncodedStep, Reduce, unchanged
 from statekv.models.families.square import SMALL_TOWER, SquareFrames, SquareRecipe
 from statekv.models.prompt import Layout, VisionTokens
 from statekv.models.size import Size, qwen2_7b, text_config
@@ -95,9 +95,7 @@ class LlavaOnevision(SquareFrames):
         prompt = self.prompts[layout]
         return len(prompt.head_ids(prompt.tokens.pad)) + frames * self.tokens_per_frame
 
-    def segments(
-        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
-    ) -> Iterator[Segment]:
+    def segments(self, inputs: Mapping[str, Any], reduce: Reduce = unchanged) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pieces = dict(zip(self._placeholders, (self._images(inputs), self._videos(inputs)), strict=True))
         done = position = 0

@@ -9,7 +9,7 @@ the fraction of a step's seconds, so that a video of more than 2 frames a second
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, check_placeholders, runs
-from statekv.models.encoded import EncodedStep, unchanged
+from statekv.models.encoded import EncodedStep, Reduce, unchanged
 from statekv.models.families.qwen_vl import SMALL_TOWER, QwenRecipe, QwenVL, qwen_tokens, temporal_patches, within
 from statekv.models.preprocess import value_of
 from statekv.models.prompt import Layout, VisionTokens
@@ -112,11 +112,12 @@ class Qwen25VL(QwenVL):
         return self.prompts[state.config.layout].tokens.pad * seen.total
 
     def segments_of(self, seen: EncodedStep, state: StreamState) -> list[Segment]:
-        head, moment = self._head(state), self._moment(seen.frames[0].pts_seconds, state) - state.compaction.gained
+        prompt, moment = self.prompts[state.config.layout], self._moment(seen.frames[0].pts_seconds, state)
+        head = prompt.head_ids(prompt.tokens.pad)
         words = frozenset(head)
         prefix = [] if state.frames or not head else [replace(self.text("prefix", head, 0), words=words)]
         ids = [self.video_token_id] * seen.total
-        step = self.vision_segment(ids, seen, len(head), moment)
+        step = self.vision_segment(ids, seen, len(head), moment - state.compaction.gained)
         return [*prefix, replace(step, words=frozenset(ids))]
 
     def vision_segment(self, ids: Sequence[int], seen: EncodedStep, position: int, moment: int = 0) -> Segment:
@@ -139,9 +140,7 @@ class Qwen25VL(QwenVL):
         waits = (self._moments(count, each)[-1] for count, each in zip(steps, self._intervals(inputs), strict=False))
         return super().reach(inputs) + sum(waits)
 
-    def segments(
-        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
-    ) -> Iterator[Segment]:
+    def segments(self, inputs: Mapping[str, Any], reduce: Reduce = unchanged) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pictures = {token: temporal_patches(*source) for token, source in self.sources(inputs).items()}
         intervals = iter(self._intervals(inputs))
@@ -171,10 +170,6 @@ class Qwen25VL(QwenVL):
     @property
     def _per_second(self) -> int:
         return int(self.model.config.vision_config.tokens_per_second)
-
-    def _head(self, state: StreamState) -> list[int]:
-        prompt = self.prompts[state.config.layout]
-        return prompt.head_ids(prompt.tokens.pad)
 
     def _moment(self, pts_seconds: float, state: StreamState) -> int:
         """Stock counts steps of a steady frame rate; the clock gives the same there, and stays right elsewhere."""

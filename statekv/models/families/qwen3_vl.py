@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isqrt
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
 
 from statekv.cache.stream import StreamState
 from statekv.models.adapter import Segment, runs
-from statekv.models.encoded import EncodedStep, unchanged
+from statekv.models.encoded import EncodedStep, Reduce, unchanged
 from statekv.models.families.qwen_vl import SMALL_TOWER, QwenRecipe, QwenVL, qwen_tokens, temporal_patches, within
 from statekv.models.prompt import Layout, VisionTokens
 from statekv.models.size import Size, text_config
@@ -97,17 +97,9 @@ _DEEPSTACK = 3  # layers that receive vision features, in all sizes
 
 def _qwen3(name: str, hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> Size:
     """A Qwen3 with multi-axis RoPE."""
-    return Size(
-        *(name, "qwen3_vl", hidden, intermediate, layers, heads),
-        kv_heads=8,
-        head_dim=128,
-        vocab=151936,
-        rope_theta=5e6,
-        rope_factor=None,
-        trained_length=262144,
-        qkv_bias=False,
-        tied=tied,
-    )
+    rope: dict[str, Any] = {"rope_theta": 5e6, "rope_factor": None, "trained_length": 262144}
+    alike: dict[str, Any] = {"kv_heads": 8, "head_dim": 128, "vocab": 151936, "qkv_bias": False, **rope}
+    return Size(name, "qwen3_vl", hidden, intermediate, layers, heads, tied=tied, **alike)
 
 
 class Qwen3VL(QwenVL):
@@ -124,20 +116,16 @@ class Qwen3VL(QwenVL):
     def random_config(cls, size: Size) -> Any:
         vision = {**SMALL_TOWER, "out_hidden_size": size.hidden}
         sixteenth = size.head_dim // 16
-        sections = [
-            3 * sixteenth,
-            5 * sixteenth // 2,
-            5 * sixteenth // 2,
-        ]  # time, height and width share the rotated pairs
-        rope = {
-            "rope_type": "default",
-            "rope_theta": size.rope_theta,
-            "mrope_section": sections,
-            "mrope_interleaved": True,
-        }
+        # Time, height and width share the rotated pairs.
+        sections = [3 * sixteenth, 5 * sixteenth // 2, 5 * sixteenth // 2]
+        rope = {"rope_type": "default", "rope_theta": size.rope_theta, "mrope_section": sections}
         return Qwen3VLConfig(
             vision_config={**vision, "deepstack_visual_indexes": [0]},
-            text_config={"head_dim": size.head_dim, "rope_parameters": rope, **text_config(size)},
+            text_config={
+                "head_dim": size.head_dim,
+                "rope_parameters": {**rope, "mrope_interleaved": True},
+                **text_config(size),
+            },
             tie_word_embeddings=size.tied,
         )
 
@@ -190,9 +178,7 @@ class Qwen3VL(QwenVL):
         steps = -(-frames // self.frames_per_step)
         return len(prompt.head_ids(qwen3_vl_step(0, 0, 1, prompt.tokens))) + steps * (words + side)
 
-    def segments(
-        self, inputs: Mapping[str, Any], reduce: Callable[[EncodedStep], EncodedStep] = unchanged
-    ) -> Iterator[Segment]:
+    def segments(self, inputs: Mapping[str, Any], reduce: Reduce = unchanged) -> Iterator[Segment]:
         ids: list[int] = inputs["input_ids"][0].tolist()
         pictures = {
             token: chain.from_iterable(temporal_patches(*source)) for token, source in self.sources(inputs).items()

@@ -181,13 +181,7 @@ class QwenRecipe(PixelRecipe):
             ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
         """
         size = size_of(values, {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
-        names = (
-            "patch_size",
-            "temporal_patch_size",
-            "merge_size",
-            "cap_pixels_per_frame",
-            "max_video_tokens",
-        )
+        names = ("patch_size", "temporal_patch_size", "merge_size", "cap_pixels_per_frame", "max_video_tokens")
         own = {name: value_of(values, name, getattr(cls, name)) for name in names}
         common = common_of(values, cls.stock_class, cls())
         return cls(**common, shortest_edge=size[0], longest_edge=size[1], **own)
