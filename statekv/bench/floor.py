@@ -78,11 +78,9 @@ def counting() -> Iterator[FlopCounterMode]:
 
 
 def check(name: str, budget: int | None, steps: Sequence[int], layers: int | None = 2) -> Row:
-    """Run the first steps, of so many tokens each, of a model in its real width, shapes alone, and compare torch's
-    count with the formula. Without a budget that is `full`; layers None: all of them.
-
-    Returns:
-        A row whose floor is the formula: its distance must be 1.
+    """Run the first steps, of so many tokens each, of a model in its real width, shapes alone, and hold torch's count
+    against the formula as a row's floor: the distance must be 1. Without a budget that is `full`; layers None: all of
+    them.
     """
     size = size_of(name, layers)
     runner = ModelRunner(build(size, torch.device("meta"), torch.bfloat16))
@@ -107,10 +105,8 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
 
 
 def measure(name: str, budgets: Iterable[int], frames: Iterable[int]) -> list[Row]:
-    """`full` and `statekv` at some budgets, after some numbers of frames.
-
-    Returns:
-        Rows in TFLOP; the floor is a model without attention, the reference is `full`.
+    """TFLOP of `full` and of `statekv` at some budgets, after some numbers of frames; the floor is a model without
+    attention, the reference `full`.
     """
     size, rows = size_of(name), []
     for count in frames:

@@ -88,11 +88,8 @@ class Circumstances:
 
 
 def append(path: Path, rows: Iterable[Row], circumstances: Circumstances) -> None:
-    """Add rows to a CSV file, with a header where the file is new.
-
-    Raises:
-        ConfigError: the file has other columns.
-        OutputError: it cannot be written.
+    """Add rows to a CSV file, with a header where it is new; a ConfigError where it has other columns, an OutputError
+    where it cannot be written.
     """
     check_columns(path)
     try:
@@ -260,11 +257,8 @@ def is_due(number: int, turns: int, rounds: int) -> bool:
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """A device that is there and a dtype.
-
-    Args:
-        device: auto takes CUDA where there is one, else the CPU.
-        dtype: auto takes bfloat16 on CUDA and float32 on a CPU.
+    """A device that is there and a dtype. `auto` takes CUDA where there is one, and bfloat16 on it, else the CPU and
+    float32.
 
     Raises:
         ConfigError: an unknown dtype, or a device that is not there.

@@ -56,10 +56,8 @@ def detailed_rows(name: str, dtype: torch.dtype, steps: Iterable[int]) -> list[R
 
 
 def carried_row(name: str, dtype: torch.dtype, budget: int) -> Row:
-    """Fill a carried cache of real size, shapes alone, until it evicts.
-
-    Returns:
-        What it holds in MiB, the record of births included; the floor is the formula, without that record.
+    """Fill a carried cache of real size, shapes alone, until it evicts: MiB that it holds, the record of births
+    included; the floor is the formula without that.
     """
     size = size_of(name)
     spec = _geometry(size, dtype)

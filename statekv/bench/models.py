@@ -53,11 +53,7 @@ SIZES: Mapping[str, Size] = {size.name: size for family in FAMILIES for size in 
 
 
 def size_of(name: str, layers: int | None = None) -> Size:
-    """A size by name, whole or cut to its first layers.
-
-    Raises:
-        ConfigError: an unknown name; the known ones are listed.
-    """
+    """A size by name, whole or cut to its first layers; a ConfigError for an unknown one lists those that are known."""
     if name not in SIZES:
         raise ConfigError(f"unknown model {name!r}", f"known: {', '.join(SIZES)}")
     return SIZES[name].with_layers(layers)

@@ -170,10 +170,8 @@ class CarriedCache(Cache):
         self.lengths[layer] = self.shrink(layer, attention, self.lengths[layer], self._first_own)
 
     def shrink(self, layer: int, attention: torch.Tensor | None, length: int, first_own: int | torch.Tensor) -> int:
-        """Make the first slots of a layer, as many as its budget, hold the best of its first `length` keys, in place.
-
-        Returns:
-            How many slots are in use then.
+        """Make the first slots of a layer, as many as its budget, hold the best of its first `length` keys, in place;
+        returns how many slots are in use then.
         """
         keys, values = self.buffers[layer][:, :, :, :length]
         token_ids = self.token_ids[layer][:, :, :length]

@@ -53,11 +53,7 @@ class Saved:
     files: dict[str, dict[str, Any]]
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
-        """Tensors of one piece, on the CPU.
-
-        Raises:
-            SaveError: the piece's file is missing or not as it was written.
-        """
+        """Tensors of one piece, on the CPU; a SaveError where its file is missing or not as it was written."""
         with self.reading():
             known = self.files[name]
             path = self.folder / known["name"]

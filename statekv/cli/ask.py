@@ -80,11 +80,7 @@ def ask(
 
 
 def _read(given: Iterable[str], file: Path | None, stdin_is_video: bool) -> list[str]:
-    """The questions, those that stand elsewhere read from there.
-
-    Raises:
-        ConfigError: there are none where they should be.
-    """
+    """The questions, those that stand elsewhere read from there; a ConfigError where there are none."""
     found: list[str] = []
     places: list[str | Path] = [*given, *([] if file is None else [file])]
     for place in places:

@@ -100,11 +100,7 @@ def memory(
 
 
 def names(models: str | None) -> list[str]:
-    """`a,b` → the sizes' names, checked; None: all of them.
-
-    Raises:
-        ConfigError: an unknown one.
-    """
+    """`a,b` → the sizes' names; None: all of them; a ConfigError for an unknown one."""
     from statekv.bench.models import SIZES, size_of
 
     chosen = SIZES if models is None else dict.fromkeys(name.strip() for name in models.split(","))
@@ -112,11 +108,7 @@ def names(models: str | None) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """`1,64` → [1, 64], ascending.
-
-    Raises:
-        ConfigError: something else than whole numbers of 1 to 7 digits.
-    """
+    """`1,64` → [1, 64], ascending; a ConfigError for something else than whole numbers of 1 to 7 digits."""
     found = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 8 and int(part) for part in found):
         raise ConfigError(f"{option} is {text!r}, but must be numbers from 1 to 9999999", "write them as in 256,1024")
@@ -238,10 +230,8 @@ def video(
 
 
 def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Row]:
-    """The rows of all models; one that does not fit in memory is named and left out.
-
-    Raises:
-        MemoryLimitError: none of them fits.
+    """The rows of all models; one that does not fit in memory is named and left out, and a MemoryLimitError if none
+    does.
     """
     rows: list[Row] = []
     refused: list[MemoryLimitError] = []

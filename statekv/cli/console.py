@@ -64,10 +64,8 @@ class _Standard(io.FileIO):
 
 
 def guard_standard_streams() -> None:
-    """For the rest of the process: see to standard output and standard error, which may be closed, full or gone.
-
-    Raises:
-        OutputError: standard output is closed.
+    """For the rest of the process: see to standard output and standard error, which may be full or gone; an OutputError
+    where standard output is closed.
     """
     with suppress(OSError):
         while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would be one of them

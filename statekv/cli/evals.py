@@ -140,10 +140,8 @@ def _open_task(name: str, folder: Path | None, frames: int | None, videos: int |
 def _configs(
     methods: list[str], budgets: list[int], prescribed: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Config]:
-    """A configuration for each method and budget, the budget in its name where it means something.
-
-    Raises:
-        ConfigError: among others, a setting that means nothing to any of the methods.
+    """A configuration for each method and budget, the budget in its name where it means something; a ConfigError for a
+    setting that means nothing to any of the methods.
     """
     found: dict[str, Config] = {}
     idle = dict(given)

@@ -160,11 +160,7 @@ def _shared_out(
 def _fitting(
     method: str | None, near: Mapping[str, int], settings: Mapping[str, Any], lasting: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Those defaults of the user's that mean something with the method and beside what was typed.
-
-    Raises:
-        ConfigError: one that is out of its range, or what was typed is wrong.
-    """
+    """Those defaults of the user's that mean something with the method and beside what was typed."""
     of_method = METHODS.get(method, {}) if method is not None else {}
     left = {
         name: SETTINGS[name].kind.read(name, value)
@@ -222,11 +218,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 def seconds_of(text: str, name: str) -> float:
-    """Return the seconds of "30s", "2m", "1.5h" or "30".
-
-    Raises:
-        ConfigError: anything else, or nothing at all.
-    """
+    """Return the seconds of "30s", "2m", "1.5h" or "30"; a ConfigError for anything else, and for 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|)", text.strip())
     if match is None or not float(match[1]):
         raise ConfigError(f"{name} is {text!r}, but must be a length of time", "write 30s, 2m or 1h")

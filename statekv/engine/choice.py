@@ -24,9 +24,5 @@ def gate_of(config: Config) -> FrameGate | None:
 
 
 def with_gate(config: Config) -> Config:
-    """The same settings with the gate itself in place of its spelling.
-
-    Raises:
-        ConfigError: as `gate_of`.
-    """
+    """The same settings with the gate itself in place of its spelling; errors as of `gate_of`."""
     return config.with_(gate=gate_of(config)) if isinstance(config.gate, str) else config

@@ -84,11 +84,7 @@ class FrameQueue:
             raise StateKVError(self._broken, "questions still work; open a new session to watch on")
 
     def drawn(self) -> Source:
-        """The source.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """The source; a ConfigError where there is none."""
         if self.source is None:
             raise ConfigError("this session has no source to watch", "push frames, or open it with a file")
         return self.source

@@ -21,11 +21,8 @@ TASKS: Mapping[str, str] = {
 
 
 def open_task(name: str, folder: Path | None = None, **options: Any) -> Task:
-    """A benchmark by its name, with the folder of its data (None: its default place) and further arguments of its
-    class.
-
-    Raises:
-        ConfigError: an unknown name; the known ones are listed.
+    """A benchmark by its name (a ConfigError lists those that are known), with the folder of its data (None: its
+    default place) and further arguments of its class.
     """
     if name not in TASKS:
         raise ConfigError(f"unknown task {name!r}", f"known: {', '.join(TASKS)}")

@@ -165,11 +165,7 @@ def _parquet(file: Path) -> list[Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder unless it is there.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
+    """Make a folder unless it is there; a ConfigError where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -180,11 +176,7 @@ _SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov"}
 
 
 class VideoFiles:
-    """All video files under a folder of a data set, or of its videos alone.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """All video files under a folder of a data set, or of its videos alone; a ConfigError if there is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -122,11 +122,7 @@ class Figures:
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
-    """Result files among files and folders.
-
-    Raises:
-        ConfigError: nothing there.
-    """
+    """Result files among files and folders; a ConfigError where there are none."""
     found = []
     for path in paths:
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
@@ -155,11 +151,7 @@ def merge(results: Sequence[Results]) -> list[Run]:
 
 
 def figures(runs: Sequence[Run]) -> list[Figures]:
-    """Figures of each run, beside full attention on the same task and model where that was run.
-
-    Raises:
-        ConfigError: a task that is not known any more.
-    """
+    """Figures of each run, beside full attention on the same task and model where that was run."""
     references = {_place(run): run for run in reversed(runs) if run.config.method == REFERENCE}
     return [_figures(run, references.get(_place(run))) for run in runs]
 
@@ -254,11 +246,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def load(paths: Iterable[Path]) -> list[Figures]:
-    """Figures of all result files among files and folders.
-
-    Raises:
-        ConfigError: nothing there, or a file that is not a result file.
-    """
+    """Figures of all result files among files and folders; errors as of `find` and `results.read`."""
     return figures(merge([read(path) for path in find(paths)]))
 
 
@@ -300,11 +288,7 @@ _APART = 1.02  # methods of about equal cost are drawn beside each other
 
 
 def draw(figures: Sequence[Figures], path: Path) -> None:
-    """Write a PNG of runs on one task and model.
-
-    Raises:
-        ConfigError: there is nothing to draw, or the runs are of several tasks or models.
-    """
+    """Write a PNG of runs; a ConfigError where there are none, or they are of several tasks or models."""
     from matplotlib.figure import Figure
 
     figures = [run for run in figures if run.questions]

@@ -79,11 +79,7 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """Read a result file; an end that was cut off is left out.
-
-    Raises:
-        ConfigError: unreadable, or not a result file.
-    """
+    """Read a result file; an end that was cut off is left out. A ConfigError for what is none."""
     lines = _lines(path)
     end, first = next(lines, (0, {}))
     try:
@@ -137,10 +133,8 @@ class ResultFile:
             raise ConfigError(f"{path} cannot be written: {error.strerror}", "give another --out") from None
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Write one video's lines, the closing one last; all of them are on disk afterwards.
-
-        Raises:
-            ConfigError: the disk is full, or the like.
+        """Write one video's lines, the closing one last; all of them are on disk afterwards, or a ConfigError says why
+        not.
         """
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
@@ -218,11 +212,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """`0/2` is the first of two.
-
-        Raises:
-            ConfigError: not two numbers, or no such shard.
-        """
+        """`0/2` is the first of two; a ConfigError for anything that is no such shard."""
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if found is None:
             raise ConfigError(f"shard is {text!r}, but must be two numbers such as 0/2", "the first of two is 0/2")
@@ -230,10 +220,8 @@ class Shard:
 
     @classmethod
     def launched(cls, environment: Mapping[str, str] = os.environ) -> Shard:
-        """What `accelerate launch` and `torchrun` have made of this process; alone, all of it.
-
-        Raises:
-            ConfigError: their variables contradict each other.
+        """What `accelerate launch` and `torchrun` have made of this process; alone, all of it. A ConfigError where
+        their variables contradict each other.
         """
         return cls.parse(f"{environment.get('RANK', '0')}/{environment.get('WORLD_SIZE', '1')}")
 

@@ -127,11 +127,7 @@ FAMILIES = {
 
 
 def adapter_of(model_type: str) -> type[VideoModel]:
-    """The adapter class of a `model_type`.
-
-    Raises:
-        ModelError: a family that is not supported; the known ones are named.
-    """
+    """The adapter class of a `model_type`; a ModelError for one that is not supported names those that are."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"checkpoints of architecture {model_type!r} are not supported", f"supported: {', '.join(FAMILIES)}"

@@ -41,10 +41,8 @@ def matrix_weights(stack: Stack) -> int:
 
 
 def pairs_flops(stack: Stack, tokens: int, pairs: tuple[int, int], scored_products: int = 3) -> int:
-    """FLOPs of all steps of a stream, as the sum of `step_flops`.
-
-    Args:
-        pairs: of queries and keys in steps that do not evict, and in those that do.
+    """FLOPs of all steps of a stream, as the sum of `step_flops`; pairs of queries and keys are those of steps that do
+    not evict, and of those that do.
     """
     plain, evicting = pairs
     attention = 2 * stack.layers * stack.heads * stack.head_dim * (2 * plain + scored_products * evicting)

@@ -193,10 +193,8 @@ _FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty")
 def generation_settings(
     model: Any, chosen: Mapping[str, Any], given: GenerationConfig | None = None
 ) -> GenerationConfig:
-    """What stock `generate` goes by: what is chosen, else given, else the checkpoint's, else transformers' defaults.
-
-    Raises:
-        ConfigError: transformers does not know such a parameter, or refuses a value.
+    """What stock `generate` goes by: what is chosen, else given, else the checkpoint's, else transformers' defaults; a
+    ConfigError for a parameter that transformers does not know, or a value that it refuses.
     """
     chosen = {name: float(v) if name in _FLOATS and type(v) is int else v for name, v in chosen.items()}
     if chosen.get("do_sample") is False:  # what the checkpoint draws by would only make transformers warn

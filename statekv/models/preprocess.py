@@ -39,11 +39,7 @@ def value_of(values: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def size_of(values: Mapping[str, Any], defaults: dict[str, int]) -> list[int]:
-    """The `size` of a processor's JSON, in the order of `defaults`.
-
-    Raises:
-        ModelError: it has other keys.
-    """
+    """The `size` of a processor's JSON, in the order of `defaults`; a ModelError where it has other keys."""
     size = value_of(values, "size", defaults)
     items = size.items() if isinstance(size, Mapping) else ()
     given = {key: value for key, value in items if value is not None}

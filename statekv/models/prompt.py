@@ -72,10 +72,8 @@ class Prompt:
         self._head = tokens.opens if layout == "release" else self._render(_ANY_QUESTION)[0]
 
     def head_ids(self, first_step: str) -> list[int]:
-        """What comes before the first step: system prompt and user header, none of them in layout `release`.
-
-        Args:
-            first_step: the first step's text, at least up to its first special token.
+        """What comes before the first step, whose text is needed up to its first special token: system prompt and user
+        header, none of them in layout `release`.
         """
         return self._cut_head(first_step)[0]
 

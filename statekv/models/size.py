@@ -63,11 +63,7 @@ class Size:
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
 
     def with_layers(self, layers: int | None) -> Size:
-        """The same model cut to its first layers; None leaves it whole.
-
-        Raises:
-            ConfigError: fewer than one layer, or more than there are.
-        """
+        """The same model cut to its first layers, None: whole; a ConfigError for none, or more than there are."""
         if layers is None:
             return self
         if not 1 <= layers <= self.layers:

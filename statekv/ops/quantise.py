@@ -75,10 +75,8 @@ def quantise(tokens: torch.Tensor, bits: int, group: int = 32) -> Quantised:
 
 
 def dequantise(quantised: Quantised, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens `start` to `stop`; the others are not touched.
-
-    Returns:
-        [stop - start, 2, streams, kv_heads, head_dim] of that dtype, rounded to it once.
+    """[stop - start, 2, streams, kv_heads, head_dim] of a dtype, rounded to it once: tokens `start` to `stop`; the
+    others are not touched.
     """
     codes = _unpacked(quantised.codes[start:stop], quantised.bits)
     group = torch.arange(start, stop, device=codes.device) // quantised.group

@@ -6,10 +6,8 @@ import torch
 
 
 def best(scores: torch.Tensor, budget: int) -> torch.Tensor:
-    """Which keys have the `budget` highest scores [streams, kv_heads, K], each head for itself.
-
-    Returns:
-        [streams, kv_heads, K] bool with `budget` True in every row.
+    """Which keys have the `budget` highest scores [streams, kv_heads, K], each head for itself: bool of that shape,
+    with so many True in every row.
     """
     kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return kept.scatter_(-1, scores.topk(budget, sorted=False).indices, True)

@@ -20,10 +20,8 @@ Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
 def record_cuda(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record what `call` does on the current CUDA device, without doing it.
-
-    Returns:
-        Does it, and hands out the tensor that `call` returned; the next replay overwrites it.
+    """Record what `call` does on the current CUDA device, without doing it. What is returned does it, and hands out the
+    tensor that `call` returned; the next replay overwrites it.
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads may go on using the device meanwhile.

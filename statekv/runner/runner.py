@@ -111,10 +111,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def encode(self, steps: Sequence[Sequence[Frame]], frames_expected: int | None) -> list[EncodedStep]:
-        """What the vision tower makes of the pictures of several steps, of one stream or of several.
-
-        Raises:
-            MemoryLimitError: the tower ran out of memory.
+        """What the vision tower makes of the pictures of several steps, of one stream or of several; a MemoryLimitError
+        where that takes too much.
         """
         with self.lock, memory_limit():
             return self.model.encode(steps, frames_expected)

@@ -53,10 +53,8 @@ class LiveClock:
         self._last_pts = self._last_now = 0.0
 
     def go_on(self, last_seconds: float, elapsed_seconds: float, now_seconds: float) -> None:
-        """The stream began elsewhere, where another wall clock counted.
-
-        Args:
-            elapsed_seconds: since its first frame; what is before `last_seconds` is a clock that was set back.
+        """The stream began elsewhere, where another wall clock counted: so long ago, its newest frame at this time.
+        Where less has gone by than that, a clock was set back.
         """
         self.began_seconds = now_seconds - max(elapsed_seconds, last_seconds)
         self.last_seconds = last_seconds
@@ -66,11 +64,7 @@ class LiveClock:
         self._offset = None
 
     def tick(self, pts_seconds: float | None, now_seconds: float) -> float:
-        """Return the time of the next frame.
-
-        Args:
-            pts_seconds: its stamp; None where it has none that means anything.
-        """
+        """The time of the next frame, by its stamp, None where it has none that means anything, and by the wall clock."""
         if self.began_seconds is None:
             self.began_seconds = now_seconds
         elapsed = now_seconds - self.began_seconds

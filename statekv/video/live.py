@@ -318,11 +318,7 @@ class LiveSource(Source):
 
 
 class Unopened(Source):
-    """A live source that was left, and that nobody has opened again.
-
-    Args:
-        left: where.
-    """
+    """A live source that was left, and that nobody has opened again."""
 
     def __init__(self, left: ResumePoint) -> None:
         self._left = left

@@ -16,13 +16,10 @@ _JOIN_SECONDS = 1.0
 
 
 def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Yield the items of `iterable`, up to `depth` of them produced ahead on a daemon thread.
+    """Yield the items of `iterable`, up to `depth` of them (a ConfigError below 1) produced ahead on a daemon thread.
 
-    The thread starts with the first item asked for. An exception of the source reaches the consumer after the
-    items before it. Closing or dropping the returned generator stops the thread and closes the source.
-
-    Raises:
-        ConfigError: a depth below 1.
+    The thread starts with the first item asked for. An exception of the source reaches the consumer after the items
+    before it. Closing or dropping the returned generator stops the thread and closes the source.
     """
     if depth < 1:
         raise ConfigError(f"prefetch depth is {depth}, must be at least 1", "or use the iterable itself")

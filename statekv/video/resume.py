@@ -18,13 +18,7 @@ from statekv.video.source import Source
 
 @dataclass(frozen=True)
 class Reading:
-    """How a video is read.
-
-    Attributes:
-        fps, max_frames, stream, until_seconds: as `read_frames`.
-        ahead: frames to decode ahead.
-        max_pixels, max_decoded: as `read_frames`.
-    """
+    """How a video is read: as with `read_frames`."""
 
     fps: float | None = None
     max_frames: int | None = None
@@ -100,7 +94,6 @@ class ResumableVideo(Source):
         """Go on where reading stopped.
 
         Args:
-            facts: from `facts`.
             source: where the video is now; None: where it was.
 
         Raises:

@@ -109,10 +109,8 @@ class TieredCache(DetailedCache):
         """Nothing: the plan says how much there is."""
 
     def make_room(self, tokens: int) -> None:
-        """Before a question of `tokens` tokens, its answer included; what it may take is kept free for it.
-
-        Raises:
-            MemoryLimitError: it is longer.
+        """Before a question and its answer, of so many tokens; a MemoryLimitError where that is more than is kept free
+        for them.
         """
         if self.plan is not None:
             self.plan.check_room(self.lengths[-1], tokens)

@@ -146,10 +146,8 @@ class SpillFile:
         self._writing = threading.Lock()
 
     def write(self, parts: Sequence[bytes]) -> Piece:
-        """Write a piece, whose parts have one length, so that each can be read alone.
-
-        Raises:
-            StorageError: it cannot be written; it takes nothing then.
+        """Write a piece, whose parts have one length, so that each can be read alone; what cannot be written is a
+        StorageError, and takes nothing.
         """
         if os.getpid() != self._process:
             hint = "open the stream in the process that goes on with it"
@@ -171,10 +169,8 @@ class SpillFile:
         return piece
 
     def read(self, spans: Sequence[Span], check: int) -> bytearray:
-        """What lies in spans (first byte, one past the last), one behind another, checked by its CRC-32.
-
-        Raises:
-            StorageError: that does not lie there.
+        """What lies in spans (first byte, one past the last), one behind another; a StorageError where that is not what
+        this CRC-32 is of.
         """
         found = bytearray(sum(stop - start for start, stop in spans))
         rest = memoryview(found)
@@ -237,11 +233,7 @@ class Piece:
         return sum(self._bounds[1::2]) - sum(self._bounds[::2])
 
     def read(self, part: int) -> bytearray:
-        """One of the parts.
-
-        Raises:
-            StorageError: it is not as it was written.
-        """
+        """One of the parts; a StorageError where it is not as it was written."""
         size = self.nbytes // self.parts
         return self._scratch.read(self._within(part * size, (part + 1) * size), self._checks[part])
 
@@ -352,11 +344,7 @@ class SpillDir:
 
     @property
     def folder(self) -> Path:
-        """The folder, made where there is none yet.
-
-        Raises:
-            StorageError: it cannot be made.
-        """
+        """The folder, made where there is none yet; a StorageError where it cannot be made."""
         with self._making:
             if self._folder is None:
                 with _writing(self.parent):

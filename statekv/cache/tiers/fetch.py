@@ -24,10 +24,8 @@ class BlockFetcher:
         self.turned: Angles | None = None  # of how far steps have moved since they were sealed
 
     def bring(self, layer: int, steps: Sequence[SegmentEntry]) -> torch.Tensor:
-        """Keys and values [2, streams, kv_heads, n, head_dim] of all tokens of steps, read anew.
-
-        Raises:
-            StorageError: a block is not as it was written.
+        """Keys and values [2, streams, kv_heads, n, head_dim] of all tokens of steps, read anew; a StorageError where a
+        block is not as it was written.
         """
         g, found = self.spec, []
         for _, run in groupby(steps, key=lambda step: step.offloaded.on_device):

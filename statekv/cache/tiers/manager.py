@@ -111,11 +111,7 @@ class TierManager:
             yield from ((share.tier.name, block, steps) for block, steps in share.blocks.items())
 
     def restore(self, tier: str, content: Sequence[Content], steps: list[SegmentEntry]) -> None:
-        """Take a saved block in behind those that its tier has already.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Take a saved block in behind those that its tier has already; a StorageError where it cannot be written."""
         share = next(share for share in self._shares if share.tier.name == tier)
         share.hold(share.tier.put(content, rows_of([step.length for step in steps])), steps)
 

@@ -46,10 +46,8 @@ class WindowedCache(DetailedCache):
         return []
 
     def make_room(self, tokens: int) -> None:
-        """Before a question of `tokens` tokens, its answer included.
-
-        Raises:
-            MemoryLimitError: memory has a cap, and it is longer than what that leaves to questions.
+        """Before a question and its answer, of so many tokens; a MemoryLimitError where a cap leaves less than that to
+        them.
         """
         if self.plan is not None:
             self.plan.check_room(self.lengths[-1], tokens)

@@ -101,11 +101,7 @@ _PIECE = 256  # frames rendered at once
 
 
 def write_film(story: Story, path: str | os.PathLike[str]) -> None:
-    """Write a story as an MP4 file; one that is there is replaced.
-
-    Raises:
-        VideoError: the file cannot be written.
-    """
+    """Write a story as an MP4 file; one that is there is replaced. A VideoError where it cannot be written."""
     write_video(path, _frames(story), SOURCE_FPS)
 
 

@@ -60,12 +60,7 @@ class Cards:
             yield EvalVideo(name, self.folder / f"{name}.mp4", tuple(_ask(story, name)))
 
     def make(self, video: EvalVideo) -> None:
-        """Write the film unless it is there.
-
-        Raises:
-            ConfigError: the folder cannot be made.
-            VideoError: the film cannot be written.
-        """
+        """Write the film unless it is there; a ConfigError or a VideoError where that cannot be."""
         if video.path.exists():
             return
         make_folder(self.folder)

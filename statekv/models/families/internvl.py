@@ -27,10 +27,8 @@ class InternVLRecipe(SquareRecipe):
 
 
 def internvl_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
-    """InternVL names its tokens in the tokenizer's JSON, and stock takes them from there.
-
-    Raises:
-        ModelError: the tokenizer does not name them.
+    """InternVL names its tokens in the tokenizer's JSON, and stock takes them from there; a ModelError where it does
+    not.
     """
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     found = [getattr(tokenizer, name, None) for name in names]

@@ -52,13 +52,10 @@ class Qwen25VLRecipe(QwenRecipe):
 
 
 def qwen2_5_vl_size(height: int, width: int, num_frames: int, recipe: Qwen25VLRecipe) -> tuple[int, int]:
-    """The size to which Qwen2.5-VL resizes the frames of a video: Qwen2-VL's `smart_resize` of transformers 5.23.
+    """The size to which Qwen2.5-VL resizes the frames of a video of so many: Qwen2-VL's `smart_resize` of transformers
+    5.23.
 
-    Only with `cap_pixels_per_frame` does it depend on the number of frames, and then only for long videos.
-
-    Args:
-        height, width: of the frames as decoded, in pixels.
-        num_frames: of the whole video.
+    Only with `cap_pixels_per_frame` does it depend on their number, and then only for long videos.
 
     Returns:
         (height, width) in pixels, multiples of patch_size * merge_size.

@@ -42,10 +42,6 @@ def qwen3_vl_size(height: int, width: int, num_frames: int, recipe: Qwen3VLRecip
     to. transformers before 5.15 rounds odd counts up to the temporal patch where later ones round half to
     even: the two differ only when `num_frames % 4 == 1` and the budget lies between both roundings.
 
-    Args:
-        height, width: of the frames as decoded, in pixels.
-        num_frames: of the whole video.
-
     Returns:
         (height, width) in pixels, multiples of patch_size * merge_size.
 

@@ -78,10 +78,8 @@ class QwenVL(VideoModel):
         return "video" if token == self.video_token_id else "image"
 
     def sources(self, inputs: Mapping[str, Any]) -> dict[int, tuple[torch.Tensor | None, torch.Tensor | None]]:
-        """Patches [n, d] and grids [pictures, 3] that came with a prompt, by placeholder.
-
-        Raises:
-            ModelError: there are more or fewer patches than the prompt has room for.
+        """Patches [n, d] and grids [pictures, 3] that came with a prompt, by placeholder; a ModelError unless the
+        prompt has room for just these.
         """
         config, ids = self.model.config, inputs["input_ids"][0].tolist()
         sources = {
@@ -175,11 +173,7 @@ class QwenRecipe(PixelRecipe):
 
     @classmethod
     def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
-        """Read the JSON of a checkpoint; missing and null keys take the stock class's defaults.
-
-        Raises:
-            ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
-        """
+        """Read the JSON of a checkpoint, as `common_of`; missing and null keys take the stock class's defaults."""
         size = size_of(values, {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
         names = ("patch_size", "temporal_patch_size", "merge_size", "cap_pixels_per_frame", "max_video_tokens")
         own = {name: value_of(values, name, getattr(cls, name)) for name in names}

@@ -34,11 +34,7 @@ class SquareRecipe(PixelRecipe):
 
     @classmethod
     def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
-        """Read the JSON of a checkpoint; missing and null keys take the stock class's defaults.
-
-        Raises:
-            ModelError: the JSON belongs to another class, or asks for something that is not reproduced here.
-        """
+        """Read the JSON of a checkpoint, as `common_of`; missing and null keys take the stock class's defaults."""
         size = size_of(values, {"height": cls.height, "width": cls.width})
         common = common_of(values, cls.stock_class, cls())
         return cls(**common, height=size[0], width=size[1])
