@@ -219,10 +219,8 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise _damaged(source, f"{FACTS} cannot be read") from None
     if found not in _READABLE:
-        raise SaveError(
-            f"{source} was saved in format {found!r}, this version reads {FORMAT}",
-            "watch the video again, or use the version that saved it",
-        )
+        rule = f"{source} was saved in format {found!r}, this version reads {FORMAT}"
+        raise SaveError(rule, "watch the video again, or use the version that saved it")
     if check != _check(facts) or not isinstance(files, dict):
         raise _damaged(source, f"{FACTS} is not as it was written")
     return Saved(source, facts, facts.pop("files"))

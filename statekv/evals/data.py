@@ -72,10 +72,8 @@ class DataSet:
         except Exception as error:  # of the network, of its library, or of the disk
             why = str(error).strip().splitlines() or [repr(error)]
             reason = f"{self.repository} cannot be read: {why[0]}"
-        raise ConfigError(
-            f"{folder} holds no records ({', '.join(self.patterns)}), and {reason}",
-            f"hf download {self.repository} --repo-type dataset --local-dir {folder}",
-        )
+        rule = f"{folder} holds no records ({', '.join(self.patterns)}), and {reason}"
+        raise ConfigError(rule, f"hf download {self.repository} --repo-type dataset --local-dir {folder}")
 
 
 def fault(fields: Mapping[str, Any], needed: Mapping[str, type]) -> str:

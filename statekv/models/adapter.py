@@ -344,10 +344,8 @@ class VideoModel(ABC):
         tokens = self.vision_tokens(texts.tokenizer)
         found = texts.tokenizer.convert_tokens_to_ids(tokens.pad)
         if found != self.video_token_id:
-            raise ModelError(
-                f"the tokenizer gives {tokens.pad} the id {found}, the model expects {self.video_token_id}",
-                "use the tokenizer of the same checkpoint",
-            )
+            rule = f"the tokenizer gives {tokens.pad} the id {found}, the model expects {self.video_token_id}"
+            raise ModelError(rule, "use the tokenizer of the same checkpoint")
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
 
@@ -366,10 +364,8 @@ def without_dropped(ids: Sequence[int], first: int, seen: EncodedStep) -> list[i
 def check_placeholders(placeholders: int, features: int) -> None:
     """Raise a ModelError unless the text has room for exactly the pictures that came with it."""
     if placeholders != features:
-        raise ModelError(
-            f"the text has placeholders for {placeholders} vision features, the pictures make {features}",
-            "pass all that one call of the checkpoint's own processor returned",
-        )
+        rule = f"the text has placeholders for {placeholders} vision features, the pictures make {features}"
+        raise ModelError(rule, "pass all that one call of the checkpoint's own processor returned")
 
 
 def runs(ids: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -69,10 +69,8 @@ def attention_hook(
     """
     if statekv_pass is None:
         # Without a mask of ours, a padded batch would be attended to as if the padding were text.
-        raise ModelError(
-            "this model's attention belongs to statekv and was called from outside",
-            "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back",
-        )
+        rule = "this model's attention belongs to statekv and was called from outside"
+        raise ModelError(rule, "use statekv.generate, or model.set_attn_implementation('sdpa') to take it back")
     run, layer, scores = statekv_pass, int(module.layer_idx), None  # type: ignore[arg-type]
     scoring = partial(
         attention_with_key_scores, query, key, value, scale=scaling, bias=run.view.bias(layer), impl=run.kernel

@@ -162,10 +162,8 @@ def _check(place: _Place, asked: int, promised: int) -> None:
         free, name = shutil.disk_usage(place[1]).free, f"disk at {place[1]}"
     if asked + promised > free:
         others = f", open ones {told(promised)} more" if promised else ""
-        raise MemoryLimitError(
-            f"a new session may take {told(asked)} of {name}{others}, but {told(max(0, free))} can be had",
-            "close a session, or give lower caps or a lower budget",
-        )
+        rule = f"a new session may take {told(asked)} of {name}{others}, but {told(max(0, free))} can be had"
+        raise MemoryLimitError(rule, "close a session, or give lower caps or a lower budget")
 
 
 def _place(place: torch.device | Path) -> _Place:

@@ -64,7 +64,7 @@ class LiveClock:
         self._offset = None
 
     def tick(self, pts_seconds: float | None, now_seconds: float) -> float:
-        """The time of the next frame, by its stamp, None where it has none that means anything, and by the wall clock."""
+        """The next frame's time, by its stamp (None: it has none that means anything) and by the wall clock."""
         if self.began_seconds is None:
             self.began_seconds = now_seconds
         elapsed = now_seconds - self.began_seconds

@@ -367,10 +367,8 @@ def _pick(container: InputContainer, videos: list[VideoStream], stream: int | No
         return best if best in videos else videos[0]
     if 0 <= stream < len(videos):
         return videos[stream]
-    raise ConfigError(
-        f"stream is {stream}, but {display_name(source)} has {len(videos)} video stream(s)",
-        f"use 0 to {len(videos) - 1}" if len(videos) > 1 else "use 0, or leave it out",
-    )
+    rule = f"stream is {stream}, but {display_name(source)} has {len(videos)} video stream(s)"
+    raise ConfigError(rule, f"use 0 to {len(videos) - 1}" if len(videos) > 1 else "use 0, or leave it out")
 
 
 def rgb(picture: VideoFrame) -> torch.Tensor:

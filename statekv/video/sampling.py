@@ -66,10 +66,8 @@ class FrameSampler:
     def check_length(self, duration_seconds: float | None) -> None:
         """Raise ConfigError if a video of this length, None where it is unknown, cannot be sampled so."""
         if self.uniform and duration_seconds is None:
-            raise ConfigError(
-                "uniform spreads its frames over the whole video, but the length of this source is unknown",
-                "use a file, or another method, such as last_frames",
-            )
+            rule = "uniform spreads its frames over the whole video, but the length of this source is unknown"
+            raise ConfigError(rule, "use a file, or another method, such as last_frames")
 
     def together(self, frames: int) -> int:
         """Of so many frames that are kept, how many are seen together."""
@@ -101,10 +99,8 @@ class Sampler:
     ) -> None:
         check_limits(fps, max_frames)
         if duration_seconds is not None and not (math.isfinite(duration_seconds) and duration_seconds > 0):
-            raise ConfigError(
-                f"duration_seconds is {duration_seconds}, must be a positive number",
-                "leave it out where it is unknown",
-            )
+            rule = f"duration_seconds is {duration_seconds}, must be a positive number"
+            raise ConfigError(rule, "leave it out where it is unknown")
         self.max_frames = max_frames
         spread = None if max_frames is None or duration_seconds is None else max_frames / duration_seconds
         self.rate = fps if spread is None else min(fps or math.inf, spread)

@@ -54,10 +54,8 @@ def write_video(
             _encode(container, frames, Fraction(fps).limit_denominator(100_000), crf, codec)
         os.replace(partial, target)
     except (OSError, FFmpegError) as error:
-        raise VideoError(
-            f"{target.name} cannot be written: {(error.strerror or 'unknown reason').lower()}",
-            "check the folder and the free space",
-        ) from None
+        rule = f"{target.name} cannot be written: {(error.strerror or 'unknown reason').lower()}"
+        raise VideoError(rule, "check the folder and the free space") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -74,10 +72,8 @@ def _encode(container: OutputContainer, frames: Iterable[Picture], fps: Fraction
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     for index, pixels in enumerate(chain([first], source)):
         if pixels.shape != first.shape:
-            raise ConfigError(
-                f"frame {index} is {pixels.shape[1]}x{pixels.shape[0]}, but the first is {width}x{height}",
-                "resize them to one size",
-            )
+            rule = f"frame {index} is {pixels.shape[1]}x{pixels.shape[0]}, but the first is {width}x{height}"
+            raise ConfigError(rule, "resize them to one size")
         picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         picture.pts, picture.time_base = index, 1 / fps
         container.mux(stream.encode(picture))
@@ -87,10 +83,8 @@ def _encode(container: OutputContainer, frames: Iterable[Picture], fps: Fraction
 def _channels_last(frame: Picture) -> npt.NDArray[Any]:
     pixels = frame.detach().cpu().numpy() if isinstance(frame, torch.Tensor) else frame
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
-        raise ConfigError(
-            f"a frame is {pixels.dtype} of shape {list(pixels.shape)}, must be uint8 [3, H, W]",
-            "put the channels first and scale to 0..255",
-        )
+        rule = f"a frame is {pixels.dtype} of shape {list(pixels.shape)}, must be uint8 [3, H, W]"
+        raise ConfigError(rule, "put the channels first and scale to 0..255")
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
