@@ -92,16 +92,8 @@ def check(name: str, budget: int | None, steps: Sequence[int], layers: int | Non
             runner.enter(state, runner.model.text("step", [0] * tokens, state.position))
     formula = sum(step_flops(size, steps, budget, scored_products=2))
     setting = _setting(name, len(steps) * adapter_of(size.family).frames_per_step, budget)
-    remark = f"torch's count of {size.layers} layers; floor: formula"
-    return Row(
-        "flops",
-        f"check of {method}",
-        setting,
-        "TFLOP",
-        (counter.get_total_flops() / _TERA,),
-        formula / _TERA,
-        remark=remark,
-    )
+    found, remark = counter.get_total_flops() / _TERA, f"torch's count of {size.layers} layers; floor: formula"
+    return Row("flops", f"check of {method}", setting, "TFLOP", (found,), formula / _TERA, remark=remark)
 
 
 def measure(name: str, budgets: Iterable[int], frames: Iterable[int]) -> list[Row]:

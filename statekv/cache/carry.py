@@ -9,16 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
-from statekv.cache.policies.wrappers import (
-    IMPORTANCE,
-    Covered,
-    Decayed,
-    Noted,
-    Pinned,
-    Sloped,
-    ValueNorms,
-    Wrapper,
-)
+from statekv.cache.policies.wrappers import IMPORTANCE, Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, Wrapper
 from statekv.config import CARRIES, Config, check_attention
 from statekv.config.spelling import load_named
 from statekv.errors import ConfigError, PolicyError, StateKVError

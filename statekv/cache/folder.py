@@ -72,11 +72,7 @@ class Saved:
             raise _damaged(self.folder, f"what it holds does not fit together ({type(error).__name__})") from None
 
 
-def write_folder(
-    folder: str | os.PathLike[str],
-    facts: Mapping[str, Any],
-    pieces: Iterable[Piece],
-) -> dict[str, str]:
+def write_folder(folder: str | os.PathLike[str], facts: Mapping[str, Any], pieces: Iterable[Piece]) -> dict[str, str]:
     """Write a save, into a folder that is made where there is none; one that it holds already is replaced once this one
     is whole.
 

@@ -24,8 +24,7 @@ AskedVideo = Annotated[
     str | None, typer.Argument(help="A video file or URL; left out with --restore.", show_default=False)
 ]
 AskedQuestions = Annotated[
-    list[str] | None,
-    typer.Argument(help="One or more questions; - reads lines of standard input.", show_default=False),
+    list[str] | None, typer.Argument(help="One or more questions; - reads lines of standard input.", show_default=False)
 ]
 FromFile = Annotated[
     Path | None, typer.Option("--questions", help="A file with a question a line, asked behind the others; - as above.")

@@ -70,9 +70,7 @@ _PRESCRIBED = options.Default(None, "Instead of what the task prescribes.")
 @options.generated(
     [name for name in SETTINGS if name not in _NOT],
     own_defaults=False,
-    fps=_PRESCRIBED,
-    max_frames=_PRESCRIBED,
-    max_new_tokens=_PRESCRIBED,
+    **dict.fromkeys(("fps", "max_frames", "max_new_tokens"), _PRESCRIBED),
 )
 def run(
     task: TaskName,

@@ -111,10 +111,7 @@ class Screen:
         self._question, self._answer = "", ""
         self._console = Console(highlight=False)
         self._live = Live(
-            get_renderable=self._draw,
-            console=self._console,
-            refresh_per_second=_REFRESHES_PER_SECOND,
-            transient=True,
+            get_renderable=self._draw, console=self._console, refresh_per_second=_REFRESHES_PER_SECOND, transient=True
         )
 
     def __enter__(self) -> Screen:

@@ -198,12 +198,7 @@ def _recalled(recall: str) -> Needs:
 RETRIEVING = _recalled("retrieve")
 
 # What frames come from, in words; a file that is shown as if it were live is live.
-SOURCES = {
-    "file": "a file",
-    "live": "a live source",
-    "pushed": "pushed frames",
-    "processed": "a processor's outputs",
-}
+SOURCES = {"file": "a file", "live": "a live source", "pushed": "pushed frames", "processed": "a processor's outputs"}
 _READ = ("file", "live")
 
 

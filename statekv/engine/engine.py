@@ -137,10 +137,7 @@ class Engine:
         return Session(self.runner, state, _source_again(saved, source, state.config), snapshot)
 
     def watch_all(
-        self,
-        sessions: Iterable[Session],
-        on_step: OnStep | None = None,
-        pause: Callable[[], bool] | None = None,
+        self, sessions: Iterable[Session], on_step: OnStep | None = None, pause: Callable[[], bool] | None = None
     ) -> dict[Session, Exception]:
         """Watch several sessions to the ends of their sources, steps of equal shape and settings as one batch.
 
@@ -267,14 +264,8 @@ def load(
         policy_of(config)
     with_methods(config)
     gate_of(config)
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    where: dict[str, Any] = {"device": device, "device_map": device_map}
+    loaded = load_model(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **where)
     spec = loaded.kv_spec()
     _log.info("%s: %s, keys in %s on %s", model, type(loaded).__name__, spec.dtype, loaded.model.device)
     return Engine(loaded, config)

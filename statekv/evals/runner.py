@@ -113,11 +113,7 @@ def _go_through(task: Task, video: EvalVideo, streams: Mapping[str, Stream], lin
 
 
 def _ask(
-    task: Task,
-    video: EvalVideo,
-    question: EvalQuestion,
-    streams: Mapping[str, Stream],
-    lines: Mapping[str, list[Line]],
+    task: Task, video: EvalVideo, question: EvalQuestion, streams: Mapping[str, Stream], lines: Mapping[str, list[Line]]
 ) -> None:
     reference, expected = None, ""
     for name in sorted(streams, key=lambda name: name != REFERENCE):

@@ -54,11 +54,7 @@ class Prompt:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str,
-        tokens: VisionTokens,
-        layout: Layout = "hf",
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str, tokens: VisionTokens, layout: Layout = "hf"
     ) -> None:
         if not tokenizer.is_fast:
             rule = f"{type(tokenizer).__name__} is a slow tokenizer, it cannot tell offsets"

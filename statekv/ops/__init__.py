@@ -71,10 +71,7 @@ VARIABLE = "STATEKV_ATTENTION"
 
 
 def implementation(
-    impl: str = "auto",
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
+    impl: str = "auto", device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
 ) -> str:
     """Name of the implementation that `impl` stands for.
 

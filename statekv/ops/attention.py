@@ -73,13 +73,7 @@ def with_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, s
         else:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=queries == keys,
-        scale=scale,
-        enable_gqa=heads != kv_heads,
+        query, key, value, attn_mask=mask, is_causal=queries == keys, scale=scale, enable_gqa=heads != kv_heads
     )
 
 

@@ -246,9 +246,7 @@ class _Order:
         return picture
 
 
-def _sorted(
-    run: list[tuple[float | None, float | None]],
-) -> list[tuple[float | None, float | None]]:
+def _sorted(run: list[tuple[float | None, float | None]]) -> list[tuple[float | None, float | None]]:
     """By their stamps, where all have one."""
     return run if any(pts is None for pts, _ in run) else sorted(run, key=lambda each: each[0] or 0.0)
 

@@ -11,15 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from statekv.errors import ConfigError, VideoError, VideoWarning
-from statekv.video.address import (
-    PathOrUrl,
-    check_same,
-    digest_of,
-    display_name,
-    local_path,
-    locate,
-    nothing_decodes,
-)
+from statekv.video.address import PathOrUrl, check_same, digest_of, display_name, local_path, locate, nothing_decodes
 from statekv.video.clock import LiveClock
 from statekv.video.decode import Damage, Track, open_track, rgb
 from statekv.video.frame import Frame

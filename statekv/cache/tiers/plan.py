@@ -153,19 +153,8 @@ def _shared(
         return None
     blocks = max(1, _BLOCK_BYTES // token)
     steps = (plain - prefix - answers) // 4  # a block should not be most of what is held
-    return MemoryPlan(
-        carried,
-        shown,
-        staged,
-        recent,
-        representatives,
-        notes,
-        quantised,
-        plain,
-        answers,
-        most_steps,
-        min(blocks, max(1, steps)),
-    )
+    parts = carried, shown, staged, recent, representatives, notes, quantised
+    return MemoryPlan(*parts, plain, answers, most_steps, min(blocks, max(1, steps)))
 
 
 def _carried_bytes(config: Config, g: KVSpec, policy: Policy, step: int, id_bytes: int) -> int:
