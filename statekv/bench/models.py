@@ -24,7 +24,7 @@ _SPREAD = 0.02  # standard deviation of the weights, as transformers starts them
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> VideoModel:
-    """A model of this size as the stepper takes it; its vision tower is a stub, its texts are missing.
+    """A model of this size as the runner takes it; its vision tower is a stub, its texts are missing.
 
     Args:
         device: where it lives; `meta` gives shapes alone.

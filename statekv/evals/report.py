@@ -26,7 +26,7 @@ from statekv.config import BYTES, METHODS, SETTINGS, Config, bytes_of, told
 from statekv.errors import ConfigError
 from statekv.evals import open_task
 from statekv.evals.results import Results, read
-from statekv.evals.task import REFERENCE, Task
+from statekv.evals.task import REFERENCE, Rows, Task
 
 
 @dataclass
@@ -250,8 +250,6 @@ def load(paths: Iterable[Path]) -> list[Figures]:
     return figures(merge([read(path) for path in find(paths)]))
 
 
-Rows = Sequence[Mapping[str, Any]]
-
 _DRAWS = 1000
 _SEED = 0  # the same videos are drawn for every method
 
@@ -301,11 +299,8 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     axes.axhline(chance, color="0.6", linewidth=0.8, linestyle=":")
     axes.annotate("guessing", (1.0, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_xscale("log")
-    axes.set(
-        xlabel="prefill of one video through the language model, GFLOP (by formula)",
-        ylabel=f"{next(iter(figures[0].headlines))}, %, with 95 % intervals",
-        title=title,
-    )
+    axes.set(title=title, xlabel="prefill of one video through the language model, GFLOP (by formula)")
+    axes.set_ylabel(f"{next(iter(figures[0].headlines))}, %, with 95 % intervals")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
@@ -371,8 +366,6 @@ def paper_share(task: str, model: str, config: Config) -> float | None:
     name = re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
     known = next((known for known in _ROWS if re.fullmatch(rf"{re.escape(known)}(-hf|-instruct)?", name)), None)
     method = config.method
-    if known is None or task not in _TASKS or method not in _METHODS:
-        return None
-    if method != "full" and config.budget != _BUDGET:
+    if known is None or task not in _TASKS or method not in _METHODS or (method != "full" and config.budget != _BUDGET):
         return None
     return _ROWS[known][_TASKS.index(task)][_METHODS.index(method)] / 100

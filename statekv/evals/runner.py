@@ -179,17 +179,9 @@ def _distinct(videos: Iterable[EvalVideo | Broken]) -> Iterator[EvalVideo | Brok
 
 
 def _header(engine: Engine, task: Task, config: Config, model: str, revision: str | None, shard: Shard) -> Header:
-    loaded = engine.model.model
-    return Header(
-        task=task.name,
-        variant=task.variant,
-        model=model,
-        revision=revision,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=loaded.device.type,
-        config=config.facts,
-        shard=f"{shard.index}/{shard.count}",
-    )
+    loaded, part = engine.model.model, f"{shard.index}/{shard.count}"
+    kind, device = str(loaded.dtype).removeprefix("torch."), loaded.device.type
+    return Header(task.name, task.variant, model, revision, kind, device, config.facts, part)
 
 
 class Stream:
@@ -221,10 +213,6 @@ class Stream:
             yield
         except StateKVError as error:
             self.failure = str(error)
-
-    def show(self, frame: Frame, seen: EncodedStep | None) -> None:
-        """The video's next frame; `seen` where it ends a step that has been looked at."""
-        self.session.push([frame], seen=seen)
 
     def arrive(self, at_seconds: float | None) -> None:
         """Be ready for questions at a time that frames have been shown up to; None: the video's end."""
@@ -287,20 +275,17 @@ class FrameQueue:
                 return
             for stream in living:
                 with stream.trying():
-                    stream.show(frame, seen)
+                    stream.session.push([frame], seen=seen)
             if until_seconds is not None and frame.pts_seconds >= until_seconds:
                 return
 
     def _look(self) -> Iterator[tuple[Frame, EncodedStep | None]]:
+        """Frames, with what was made of the step that they end, where it has been looked at."""
         model = self.streams[0].session.runner.model
         size, batch = model.frames_per_step, 1  # the first step does not wait for a batch, as in a session
         while frames := list(islice(self._source, size * batch)):
-            looked = self._looked([frames[i : i + size] for i in range(0, len(frames) - size + 1, size)])
+            steps, leader = [frames[i : i + size] for i in range(0, len(frames) - size + 1, size)], self._leader
+            looked = leader.runner.encode(steps, leader.state.frames_expected) if leader is not None and steps else []
             for number, frame in enumerate(frames, 1):
                 yield frame, looked[number // size - 1] if looked and number % size == 0 else None
             batch = self.streams[0].config.vision_batch
-
-    def _looked(self, steps: list[list[Frame]]) -> list[EncodedStep]:
-        if self._leader is None or not steps:
-            return []
-        return self._leader.runner.encode(steps, self._leader.state.frames_expected)

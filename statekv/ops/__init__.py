@@ -111,7 +111,7 @@ def _announce(reason: str, way_out: str) -> None:
 
 @functools.cache
 def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str] | None:
-    """Why the kernels in `flash` cannot run, and what would help; None where they can."""
+    """Why the Triton kernels cannot run, and what would help; None where they can."""
     try:
         with need("triton", "gpu"):
             from statekv.ops import triton

@@ -134,10 +134,10 @@ def attention_over(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """As `plain.attention` to all pieces one behind the other, with `key` and `value` behind them.
+    """As `attention` to all pieces one behind the other, with `key` and `value` behind them.
 
     Pieces are mixed in the query's dtype and joined in float32, each before the next one is asked for; their order
-    matters by rounding only. Without pieces this is `plain.attention` itself.
+    matters by rounding only. Without pieces this is `attention` itself.
 
     Args:
         query: [streams, heads, Q, D].

@@ -18,7 +18,7 @@ _OF_A_STEP = [name for name, setting in SETTINGS.items() if not setting.scope.of
 
 
 def stream_key(model: VideoModel, state: StreamState) -> Hashable:
-    """Streams whose kinships are equal may step together, if their steps are alike; None: this one steps alone, as with
+    """Streams whose keys are equal may step together, if their steps are alike; None: this one steps alone, as with
     its first step, which brings a prefix along.
     """
     carried = state.bounded
@@ -30,7 +30,7 @@ def stream_key(model: VideoModel, state: StreamState) -> Hashable:
 
 
 def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
-    """Steps whose likenesses are equal can be run as one; None: this one goes alone."""
+    """Steps whose keys are equal can be run as one; None: this one goes alone."""
     kin = stream_key(model, state)
     if kin is None or len(segments) != 1:
         return None
@@ -40,7 +40,7 @@ def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]
 
 
 def joined(segments: Sequence[Segment]) -> Segment:
-    """One segment [streams, T] out of steps of one likeness; place and time are the first one's, and mean nothing."""
+    """One segment [streams, T] out of steps of one `batch_key`; place and time are the first one's, and mean nothing."""
     first = segments[0]
     extras = {
         name: [torch.cat(layer) for layer in zip(*(segment.extras[name] for segment in segments), strict=True)]

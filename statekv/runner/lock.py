@@ -44,7 +44,7 @@ class FairLock:
         return True
 
     def release(self) -> None:
-        """Give back what one `take` took."""
+        """Give back what one `acquire` took."""
         with self._mutex:
             assert self._owner == get_ident(), "left by a thread that does not have it"
             self._depth -= 1

@@ -129,7 +129,7 @@ class ResumableVideo(Source):
 
 
 class _Withheld(ResumableVideo):
-    """Footage at an address that was not saved whole."""
+    """A video at an address that was not saved whole."""
 
     def __next__(self) -> Frame:
         rule = f"{self.source}: its address held a password or a token, which is not saved"

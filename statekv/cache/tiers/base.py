@@ -271,7 +271,7 @@ class _Coming(InMemory):
 
 GROUP = 32  # tokens that share a scale and a zero
 
-Content = dict[str, torch.Tensor]  # of one layer: "tokens", or "codes", "scale" and "zero" (`cache.offloaded`)
+Content = dict[str, torch.Tensor]  # of one layer: "tokens", or "codes", "scale" and "zero" (`pack_block`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class TieredCache(DetailedCache):
         self.fetcher.turned = moved
 
     def rotate(self, moves: PositionShift, angles: Angles) -> None:
-        """As `DetailedCache.turn`; steps in blocks are turned when they are read."""
+        """As `DetailedCache.rotate`; steps in blocks are turned when they are read."""
         by = moves.of(torch.tensor(list(self.entries))).tolist()
         for entry, far in zip(self.entries.values(), by, strict=True):
             if entry.block is not None:
@@ -167,7 +167,7 @@ class TieredCache(DetailedCache):
         super().rotate(moves, angles)
 
     def truncate(self, max_length: int) -> None:
-        """As `DetailedCache.crop`, as long as what goes lies in the buffers."""
+        """As `DetailedCache.truncate`, as long as what goes lies in the buffers."""
         super().truncate(max_length)
         while self._here and self._here[-1].start >= max_length:
             self._steps -= self._here[-1].kind == "step"
@@ -235,7 +235,7 @@ class TieredCache(DetailedCache):
         self._let_go(going)
 
     def _seal(self, going: list[SegmentEntry], block_tokens: int) -> None:
-        """Bring steps to the shelves."""
+        """Move steps to the tiers."""
         gone, offloaded = list[SegmentEntry](), list[SegmentEntry]()
         try:
             for group in groups_of(going, block_tokens):
