@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -20,7 +20,6 @@ from statekv.engine.session import Session
 from statekv.errors import ConfigError, VideoError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
-from statekv.video.frame import Frame
 
 MOST_MOMENTS = 48  # at which the cache is looked at
 _LONGEST_SIDE = 128  # pixels of a picture that is kept to be shown
@@ -202,7 +201,8 @@ def watch(
     expected = -(-min(state.frames_expected or max_frames, max_frames) // runner.model.frames_per_step)
     concentration, holdings = Concentration(layers), Holdings(layers, expected)
     assert session.source is not None
-    for frames in _steps(session.source, runner.model.frames_per_step):
+    # Frames that are too few for a step are left out, as a session leaves them waiting.
+    for frames in zip(*[session.source] * runner.model.frames_per_step, strict=False):
         (seen,) = runner.encode([frames], state.frames_expected)
         for segment in runner.segments_of(state, seen, compact=False):
             first = state.tokens
@@ -217,15 +217,12 @@ def watch(
         if on_step is not None:
             on_step(state.frames)
     if len(holdings.pictures) < 3:  # one to be history, one to have a choice, one to choose again
-        needed = 3 * runner.model.frames_per_step
-        raise VideoError(
-            f"the video gave {state.frames} frames, must be at least {needed}", "raise `fps` or `max_frames`"
-        )
+        rule = f"the video gave {state.frames} frames, must be at least {3 * runner.model.frames_per_step}"
+        raise VideoError(rule, "raise `fps` or `max_frames`")
     holdings.finish(_carried(state), state.tokens)
-    found = concentration.shares()
-    steps, heads = len(holdings.pictures), state.spec.kv_heads
-    tokens, budget = state.tokens, state.config.budget
-    return Analysis(budget, state.frames, steps, tokens, heads, found, holdings.pictures, holdings.moments)
+    counts, found = (state.frames, len(holdings.pictures), state.tokens), concentration.shares()
+    heads = state.spec.kv_heads
+    return Analysis(state.config.budget, *counts, heads, found, holdings.pictures, holdings.moments)
 
 
 def _checked(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
@@ -236,16 +233,6 @@ def _checked(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
         if not 0 <= layer < known:
             raise ConfigError(f"layer {layer} is not there, the model has 0 to {known - 1}", "leave it out")
     return range(known) if layers is None else sorted(set(layers))
-
-
-def _steps(source: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
-    """Frames by the step; those that are too few for one are left out, as a session leaves them waiting."""
-    waiting: list[Frame] = []
-    for frame in source:
-        waiting.append(frame)
-        if len(waiting) == size:
-            yield waiting
-            waiting = []
 
 
 def _carried(state: StreamState) -> CarriedCache:

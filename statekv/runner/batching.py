@@ -40,7 +40,7 @@ def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]
 
 
 def joined(segments: Sequence[Segment]) -> Segment:
-    """One segment [streams, T] out of steps of one `batch_key`; place and time are the first one's, and mean nothing."""
+    """One segment [streams, T] out of steps of one `batch_key`; place and time are the first one's."""
     first = segments[0]
     extras = {
         name: [torch.cat(layer) for layer in zip(*(segment.extras[name] for segment in segments), strict=True)]
