@@ -14,8 +14,9 @@ from PIL import Image
 
 from statekv.config import Config
 from statekv.errors import ConfigError
-from statekv.evals.report import Figures, Rows, draw, figures, find, interval, load, merge, paper_share
+from statekv.evals.report import Figures, draw, figures, find, interval, load, merge, paper_share
 from statekv.evals.results import ResultFile, read
+from statekv.evals.task import Rows
 from tests.evals.small import header, lines
 
 
