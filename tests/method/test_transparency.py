@@ -28,7 +28,7 @@ from tests.talk import (
 )
 from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video
 
-UNBOUNDED = pytest.mark.parametrize("settings", [UNLIMITED, {"budget": 100_000}], ids=["carry=all", "carry=attention"])
+UNBOUNDED = (UNLIMITED, {"budget": 100_000})  # everything is carried; so much is that nothing is lost
 
 
 def expected(made: Tiny, pictures: torch.Tensor, question: str = QUESTION, **times: Any) -> Answer:
@@ -38,27 +38,29 @@ def expected(made: Tiny, pictures: torch.Tensor, question: str = QUESTION, **tim
     return stock_answer(made, inputs_of(made, pictures, question, **times))
 
 
-@UNBOUNDED
 @pytest.mark.parametrize("family", EVERY_MODEL)
-def test_pushed_frame_by_frame_and_asked_after_each(family: str, settings: dict[str, Any]) -> None:
+def test_pushed_frame_by_frame_and_asked_after_each(family: str) -> None:
     made, pictures = stock_model(family), video(5)
-    session = shared_engine(family).open(**settings)
+    sessions = [shared_engine(family).open(**settings) for settings in UNBOUNDED]
     for index, frame in enumerate(frames_of(pictures)):
-        session.push([frame])
-        assert_same_answer(session_answer(session), expected(made, pictures[: index + 1]))
+        answer = expected(made, pictures[: index + 1])
+        for session in sessions:
+            session.push([frame])
+            assert_same_answer(session_answer(session), answer)
 
 
-@UNBOUNDED
 @pytest.mark.parametrize("frames", [4, 7])
 @pytest.mark.parametrize("family", EVERY_MODEL)
-def test_watched_from_a_file(family: str, frames: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_watched_from_a_file(family: str, frames: int, tmp_path: Path) -> None:
     made, path = stock_model(family), tmp_path / "clip.mp4"
     write_video(path, video(frames), fps=2)
-    session = shared_engine(family).open(path, fps=2, **settings)
-    session.watch()
     pictures = [frame.data for frame in read_frames(path, fps=2)]
-    assert len(pictures) == frames == session.frames
-    assert_same_answer(session_answer(session), expected(made, torch.stack(pictures), fps=2.0))
+    answer = expected(made, torch.stack(pictures), fps=2.0)
+    for settings in UNBOUNDED:
+        session = shared_engine(family).open(path, fps=2, **settings)
+        session.watch()
+        assert len(pictures) == frames == session.frames
+        assert_same_answer(session_answer(session), answer)
 
 
 @pytest.mark.parametrize("family", EVERY_MODEL)

@@ -37,9 +37,9 @@ def _threads() -> Iterator[None]:
 
 
 def run(out: Path, stop: int = 0, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Train on four clips a step; the weights."""
+    """Train on one clip or two a step; the weights."""
     threads = torch.get_num_threads()
-    train(out, None, SHORT, STEPS, seed=seed, peak=1e-3, frames_per_step=8, threads=threads, stop=stop)
+    train(out, None, SHORT, STEPS, seed=seed, peak=1e-3, frames_per_step=4, threads=threads, stop=stop)
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["step"] == (stop or STEPS)
     weights: dict[str, torch.Tensor] = state["model"]
@@ -68,11 +68,7 @@ def test_a_few_steps_run_and_change_the_weights(trained: Path) -> None:
     assert not list(trained.glob("*.tmp"))
 
 
-def test_a_run_repeats(trained: Path, tmp_path: Path) -> None:
-    assert_equal_weights(run(tmp_path), torch.load(trained / "state.pt", weights_only=True)["model"])
-
-
-def test_stopping_and_resuming_equals_never_having_stopped(trained: Path, tmp_path: Path) -> None:
+def test_stopping_and_resuming_equals_another_run_that_never_stopped(trained: Path, tmp_path: Path) -> None:
     run(tmp_path, stop=2)
     assert_equal_weights(run(tmp_path), torch.load(trained / "state.pt", weights_only=True)["model"])
 

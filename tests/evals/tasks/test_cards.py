@@ -108,7 +108,7 @@ def test_every_kind_is_asked_and_none_for_frame_numbers() -> None:
 def test_chance_is_what_the_best_blind_answer_gets() -> None:
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     chances: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _, question in questions(500):
+    for _, question in questions(300):
         when = "end" if question.at_seconds is None else "third" if question.at_seconds < FRAMES / 2 else "two thirds"
         answers[question.kind, when][question.expected] += 1
         chances[question.kind, when].append(question.chance)
