@@ -19,6 +19,7 @@ from statekv.runner.decoding import SamplingParams
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.tiny import Tiny, tiny, video
+from tests.tower import remember
 
 QUESTION = "What happens in the video?"
 UNLIMITED: dict[str, Any] = {"carry": "all"}
@@ -46,8 +47,9 @@ def adapted(made: Tiny) -> VideoModel:
 
 @functools.cache
 def shared_engine(family: str, max_position_embeddings: int = 4096) -> Engine:
-    """An engine with the weights of `stock_model`; greedy, short answers."""
+    """An engine with the weights of `stock_model`; greedy, short answers, each picture looked at once."""
     made = tiny(family, max_position_embeddings=max_position_embeddings)
+    remember(made.tower)
     return Engine(adapted(made), Config(max_new_tokens=6))
 
 

@@ -239,6 +239,17 @@ class Tiny:
         return model.language_model.model if self.family == "eagle2_5" else model.model.language_model
 
     @property
+    def tower(self) -> torch.nn.Module:
+        """What looks at pictures, without what fits its features to the decoder where that is a module of its own."""
+        model: Any = self.model
+        if self.family == "eagle2_5":
+            found = model.vision_model
+        else:
+            found = model.model.visual if "qwen" in self.family else model.model.vision_tower
+        assert isinstance(found, torch.nn.Module)
+        return found
+
+    @property
     def chat_template(self) -> str:
         return _TEMPLATES[self.family]
 

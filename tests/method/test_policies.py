@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -44,10 +45,9 @@ from tests.talk import (
     shared_engine,
     some_frames,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import TWO_FAMILIES
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-BOTH_STEPS = pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])  # one frame to a step, and two
+BOTH_STEPS = pytest.mark.parametrize("family", TWO_FAMILIES)  # one frame to a step, and two
 EVERY_DIAL = pytest.mark.parametrize("dials", DIALS.values(), ids=DIALS)
 BUDGET = 40
 
@@ -93,7 +93,7 @@ def test_a_policy_equals_the_layer_loop_by_hand(family: str, name: str) -> None:
 
 
 @EVERY_DIAL
-@EVERY_FAMILY
+@BOTH_STEPS
 def test_a_dial_equals_the_layer_loop_by_hand(family: str, dials: dict[str, Any]) -> None:
     """Kept sets and detailed keys after every step, and what every step came out as, to 1e-5."""
     compare(family, frames=8, budget=BUDGET, by_hand=partial(ByHandDials, **dials), **dials)
@@ -103,7 +103,7 @@ def opened(family: str = "internvl", **settings: Any) -> Session:
     return shared_engine(family).open(**{"budget": BUDGET, **settings})
 
 
-def watched(family: str = "internvl", frames: int = 12, **settings: Any) -> Session:
+def watched(family: str = "internvl", frames: int = 8, **settings: Any) -> Session:
     session = opened(family, **settings)
     session.push(some_frames(frames))
     return session
@@ -152,7 +152,7 @@ def assert_close(found: Session, expected: Session) -> None:
 def test_an_unlimited_budget_is_full_attention(family: str, carry: str) -> None:
     """To the bit, but where each step is scored: scores come with products of their own."""
     found, full = watched(family, carry=carry, budget=100_000), shared_engine(family).open(method="full")
-    full.push(some_frames(12))
+    full.push(some_frames(found.frames))
     assert carried(found).length == found.state.tokens
     assert found.state.policy is not None
     if found.state.policy.every_step:
@@ -205,9 +205,8 @@ def test_sinks_are_an_option_of_every_policy(carry: str) -> None:
 
 
 @EVERY_DIAL
-@BOTH_STEPS
-def test_a_dial_changes_what_is_carried(family: str, dials: dict[str, Any]) -> None:
-    found, paper = kept(watched(family, **dials)), kept(watched(family))
+def test_a_dial_changes_what_is_carried(dials: dict[str, Any]) -> None:
+    found, paper = kept(watched(**dials)), kept(watched())
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, paper, strict=True))
 
 
@@ -277,17 +276,24 @@ def test_a_prefix_must_leave_room_in_the_smallest_layer() -> None:
         watched(budget=4, layer_slope=0.7, pin_prefix=True)
 
 
+BOUNDS = [(0.2, 2.0), (0.0, 2.0), (0.5, 1.5), (1.0, 1.0)]
+BESIDE: list[dict[str, Any]] = [{}, {"layer_slope": 0.5}, {"sinks": 3}, {"pin_newest": 1, "coverage": 0.2}]
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"layer_slope": 0.5}, {"sinks": 3}, {"pin_newest": 1, "coverage": 0.2}], ids=str
+    ("family", "floor", "most", "settings"),
+    [
+        *(("internvl", *bounds, settings) for bounds in BOUNDS for settings in BESIDE),
+        *(("qwen3_vl", *bounds, settings) for bounds, settings in zip(BOUNDS, BESIDE, strict=True)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("floor", "most"), [(0.2, 2.0), (0.0, 2.0), (0.5, 1.5), (1.0, 1.0)])
-@BOTH_STEPS
 def test_heads_share_out_exactly_the_layers_budget(
     family: str, floor: float, most: float, settings: dict[str, Any]
 ) -> None:
     session = shared_engine(family).open(carry=f"ada_kv(floor={floor}, most={most})", budget=40, **settings)
     uneven = False
-    for frame in some_frames(12):
+    for frame in some_frames(8):
         session.push([frame])
         cache = carried(session)
         for layer, share in enumerate(cache.shares):
@@ -329,7 +335,7 @@ def spoiled(session: Session) -> Session:
 def test_nobody_sees_an_empty_slot(family: str, settings: dict[str, Any]) -> None:
     """Neither steps nor answers nor those that weigh segments or turn keys, and nothing comes back out of one."""
     found, expected = (watched(family, carry="ada_kv", **settings) for _ in range(2))
-    for frame in some_frames(10, seed=4):
+    for frame in some_frames(6, seed=4):
         spoiled(found).push([frame])
         expected.push([frame])
         assert all(tokens_of(a) == tokens_of(b) for a, b in zip(kept(found), kept(expected), strict=True))
@@ -353,15 +359,31 @@ REMEMBERING: dict[str, dict[str, Any]] = {
     "weights": {"carry": f"{__name__}:Doubled"},
     **DIALS,
 }
-EVERY_MEMORY = pytest.mark.parametrize("settings", REMEMBERING.values(), ids=REMEMBERING)
+# With two frames to a step: those whose steps take most with them, and the paper's policy beside them.
+WITH_PAIRS = ("accumulated", "ada_kv, all", "every dial")
+EVERY_MEMORY_AND_PAIRS = pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("internvl", name) for name in REMEMBERING), *(("qwen3_vl", name) for name in WITH_PAIRS)],
+)
+FRAMES = 10
 
 
-@EVERY_MEMORY
-@BOTH_STEPS
-def test_asking_changes_nothing_and_neither_does_a_peek(family: str, settings: dict[str, Any]) -> None:
+@functools.cache
+def plain(family: str, name: str, frames: int = FRAMES, seed: int = 0) -> Session:
+    """A stream of its own that was never disturbed; shared, to be left as found."""
+    session = opened(family, **REMEMBERING[name])
+    session.push(some_frames(frames, seed))
+    return session
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("qwen3_vl", name) for name in REMEMBERING), *(("internvl", name) for name in WITH_PAIRS)],
+)
+def test_asking_changes_nothing_and_neither_does_a_peek(family: str, name: str) -> None:
     """Asked after every frame: with two frames to a step every other question peeks at one that waits."""
-    asked, silent = opened(family, **settings), opened(family, **settings)
-    for frame in some_frames(9):
+    asked, silent = (opened(family, **REMEMBERING[name]) for _ in range(2))
+    for frame in some_frames(7):
         asked.push([frame])
         asked.ask(QUESTION, max_new_tokens=2)
         silent.push([frame])
@@ -369,29 +391,22 @@ def test_asking_changes_nothing_and_neither_does_a_peek(family: str, settings: d
         assert_same_memory(everything(asked), everything(silent))
 
 
-@EVERY_MEMORY
-@BOTH_STEPS
-def test_forks_and_restored_streams_go_on_as_if_nothing_had_happened(
-    family: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    never, going = opened(family, **settings), opened(family, **settings)
-    frames = some_frames(14)
-    never.push(frames)
-    going.push(frames[:7])
+@EVERY_MEMORY_AND_PAIRS
+def test_forks_and_restored_streams_go_on_as_if_nothing_had_happened(family: str, name: str, tmp_path: Path) -> None:
+    never, going = plain(family, name), opened(family, **REMEMBERING[name])
+    frames, half = some_frames(FRAMES), FRAMES // 2
+    going.push(frames[:half])
     fork = going.fork()
     going.save(tmp_path)
     restored = shared_engine(family).restore(tmp_path)
     for session in (going, fork, restored):
-        session.push(frames[7:])
+        session.push(frames[half:])
         assert_same_memory(everything(session), everything(never))
         assert torch.equal(session.logits(QUESTION), never.logits(QUESTION))
 
 
-@EVERY_MEMORY
-@BOTH_STEPS
-def test_three_streams_in_one_batch_are_as_each_alone(
-    family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@EVERY_MEMORY_AND_PAIRS
+def test_three_streams_in_one_batch_are_as_each_alone(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, sizes, run = shared_engine(family), list[int](), ModelRunner.prefill_batch
 
     def counted(runner: ModelRunner, states: Sequence[StreamState], segments: Sequence[Segment]) -> torch.Tensor:
@@ -399,25 +414,22 @@ def test_three_streams_in_one_batch_are_as_each_alone(
         return run(runner, states, segments)
 
     monkeypatch.setattr(ModelRunner, "prefill_batch", counted)
-    together, alone = ([engine.open(**{"budget": BUDGET, **settings}) for _ in range(3)] for _ in range(2))
-    for seed, (session, other) in enumerate(zip(together, alone, strict=True)):
-        session.source = iter(some_frames(12, seed))
-        other.push(some_frames(12, seed))
+    together = [opened(family, **REMEMBERING[name]) for _ in range(3)]
+    for seed, session in enumerate(together):
+        session.source = iter(some_frames(FRAMES, seed))
     assert not engine.watch_all(together)
     assert max(sizes) == 3
-    for session, other in zip(together, alone, strict=True):
-        assert_close(session, other)
+    for seed, session in enumerate(together):
+        assert_close(session, plain(family, name, seed=seed))
 
 
-@EVERY_MEMORY
-@BOTH_STEPS
-def test_replayed_steps_equal_plain_ones(family: str, settings: dict[str, Any]) -> None:
-    tape, model = Tape(), shared_engine(family).model
-    config = Config.of(**{"budget": BUDGET, **settings})
-    runners = ModelRunner(model, tape.graphs), ModelRunner(model)
-    mine, other = (Session(runner, runner.open(config)) for runner in runners)
-    for each in (mine, other):
-        each.push(some_frames(30))
+@EVERY_MEMORY_AND_PAIRS
+def test_replayed_steps_equal_plain_ones(family: str, name: str) -> None:
+    frames = 18 if family == "internvl" else 30
+    tape, model, other = Tape(), shared_engine(family).model, plain(family, name, frames)
+    runner = ModelRunner(model, tape.graphs)
+    mine = Session(runner, runner.open(Config.of(**{"budget": BUDGET, **REMEMBERING[name]})))
+    mine.push(some_frames(frames))
     assert_same_memory(everything(mine), everything(other))
     assert torch.equal(session_answer(mine).logits, session_answer(other).logits)
     assert tape.replayed > tape.recorded > 0
