@@ -57,6 +57,11 @@ def test_older_steps_fill_at_least_half_of_what_they_may() -> None:
     assert 500 <= found.until - found.gained <= 1000
 
 
+def test_older_steps_that_just_fit_stay_where_they_are() -> None:
+    assert Compaction().next(204, 4, 404) == Compaction(4, 104, 1)
+    assert Compaction().next(205, 4, 404) == Compaction(4, 105, 2)
+
+
 def test_a_step_is_moved_a_few_times_only() -> None:
     """Once when it leaves the newest, then each time the stream has doubled: roundings do not pile up."""
     place, moves, found, position = 9 * 100, 0, Compaction(), 0

@@ -280,3 +280,17 @@ def test_a_step_is_worth_what_its_own_keys_score() -> None:
     state._forget([5])
     assert state._importance([0, 10]) == {0: before[0], 10: before[10]}
     assert [span.start for span in state.spans] == [0, 5, 10]  # its keys would have to move with it
+
+
+def test_a_fork_goes_on_from_both_memories_and_leaves_them_alone() -> None:
+    one, never = stream(budget=8), stream(budget=8)
+    for state in (one, never):
+        enter(state, "prefix", 3)
+        enter(state, "step", 9)
+    other, before = one.fork(), carried_tokens(one)
+    assert carried_tokens(other) == before
+    for state in (other, never):
+        enter(state, "step", 6)
+    assert carried_tokens(other) == carried_tokens(never) != before
+    assert carried_tokens(one) == before
+    assert (one.tokens, len(one.spans)) == (12, 2)
