@@ -189,17 +189,9 @@ def load_peer(path: Path) -> Attention:
     function = getattr(module, FUNCTION, None)
     if not callable(function):
         raise ConfigError(f"--peer {path} has no function {FUNCTION}", "define it there, or give another file")
-
-    def attention(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cached = key.shape[2] - query.shape[2]
-        found: tuple[torch.Tensor, torch.Tensor] = function(
-            query, key, value, sm_scale=scale, causal=True, cache_len=cached
-        )
-        return found
-
-    return attention
+    return lambda query, key, value, scale: function(
+        query, key, value, sm_scale=scale, causal=True, cache_len=key.shape[2] - query.shape[2]
+    )
 
 
 def told(error: BaseException) -> str:
