@@ -18,8 +18,8 @@ _OF_A_STEP = [name for name, setting in SETTINGS.items() if not setting.scope.of
 
 
 def stream_key(model: VideoModel, state: StreamState) -> Hashable:
-    """Streams whose keys are equal may step together, if their steps are alike; None: this one steps alone, as with
-    its first step, which brings a prefix along.
+    """What streams must share to step together, where their steps are alike; None: this one steps alone, as with its
+    first step, which brings a prefix along.
     """
     carried = state.bounded
     if not state.frames or carried is None:
@@ -30,7 +30,7 @@ def stream_key(model: VideoModel, state: StreamState) -> Hashable:
 
 
 def batch_key(model: VideoModel, state: StreamState, segments: Sequence[Segment]) -> Hashable:
-    """Steps whose keys are equal can be run as one; None: this one goes alone."""
+    """What steps must share to be run as one; None: this one goes alone."""
     kin = stream_key(model, state)
     if kin is None or len(segments) != 1:
         return None
