@@ -228,10 +228,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int = 256, runs:
 def alternate_within(
     candidates: Mapping[str, Callable[[], object]], *, runs: int, seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """As `alternate`, with a limit to the time that one candidate takes in all.
-
-    Args:
-        seconds: a candidate whose runs would take longer than this gets fewer, one at least, spread over the rounds.
+    """As `alternate`, with a limit to the `seconds` that one candidate takes in all: a slow one gets fewer turns, one
+    at least, spread over the rounds.
     """
     # The first call may compile and record: where there is time, a second one says how long it really takes.
     took = alternate(candidates, runs=1, device=device, warm=0)

@@ -97,10 +97,8 @@ _PIECE = 1024  # tokens drawn; the rest repeats them, for what a step costs does
 
 @torch.inference_mode()
 def fill(state: StreamState, tokens: int, step: int) -> None:
-    """Give an empty stream the memories that `tokens` tokens would have left, and room for another step.
-
-    Args:
-        state: it is left standing behind those tokens, at position `tokens`.
+    """Give an empty stream the memories that `tokens` tokens would have left, and room for another step; it is left
+    standing behind those tokens, at position `tokens`.
     """
     fill_detailed(state.detailed, tokens, step)
     if isinstance(state.carried, CarriedCache):

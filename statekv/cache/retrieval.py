@@ -80,10 +80,8 @@ class StepIndex:
         return sum(means.nbytes for means in self.means)
 
     def add(self, detailed: DetailedCache, block: StepIndexEntry, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Take note of a step that all layers have just processed.
-
-        Args:
-            cos, sin: [streams, T, head_dim] float32, what its keys were turned by.
+        """Take note of a step that all layers have just processed, whose keys were turned by cos and sin [streams, T,
+        head_dim] float32.
         """
         for layer, device in enumerate(self.spec.devices):
             rotated = detailed.newest(layer, block.stop - block.start).float()

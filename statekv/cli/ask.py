@@ -193,10 +193,8 @@ def _report(session: Session, model: str, question: str, text: str, answer_secon
 
 
 def check_place(source: str, settings: Mapping[str, Any], realtime: bool = False) -> None:
-    """Complain of a source that is not there, or of a setting that means nothing with it, before the model is loaded.
-
-    Args:
-        realtime: whether a file is shown as if it were live.
+    """Complain of a source that is not there, or of a setting that means nothing with it (`realtime`: a file as if it
+    were live), before the model is loaded.
     """
     from statekv.video.address import check_scheme, check_there, local_path, locate
 

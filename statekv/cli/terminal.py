@@ -155,10 +155,8 @@ class Screen:
 
 
 class Plain:
-    """Questions and answers as lines on standard output, the stream's state now and then on standard error.
-
-    Args:
-        records: whether answers are written there by whoever has them whole, as JSON.
+    """Questions and answers as lines on standard output, which stays free where whoever has the answers writes
+    `records` of them there; the stream's state now and then on standard error.
     """
 
     def __init__(self, facts: Facts, records: bool = False) -> None:

@@ -114,11 +114,7 @@ class ValueNorms(Wrapper):
 
 
 class Decayed(Wrapper):
-    """The attention that a carried key received before counts beside a step's own.
-
-    Args:
-        decay: what the former sum counts, 0 … 1.
-    """
+    """The attention that a carried key received before counts beside a step's own, `decay` times, 0 … 1."""
 
     def __init__(self, inner: Policy, decay: float) -> None:
         super().__init__(inner)

@@ -85,6 +85,7 @@ def eagle2_5_step(index: int, seconds: float, num_tokens: int, tokens: VisionTok
 class Eagle25(InternVL):
     """`Eagle2_5_VLForConditionalGeneration` of nvidia/Eagle2.5-8B, which is not part of transformers."""
 
+    recipe_class: ClassVar[type[SquareRecipe]] = Eagle25Recipe
     generates_prompt = False
     sizes: ClassVar[tuple[Size, ...]] = (qwen2_7b("eagle2.5-8b", "eagle_2_5_vl", 152064),)
 
@@ -115,9 +116,6 @@ class Eagle25(InternVL):
 
     def vision_tokens(self, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
         return eagle2_5_tokens()
-
-    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
-        self.recipe = Eagle25Recipe.from_dict(video_json)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.model.extract_feature(pixels)

@@ -55,6 +55,7 @@ _DYNAMIC: dict[str, Any] = {"vocab": 151674, "rope_factor": 2.0}
 class InternVL(SquareFrames):
     """`InternVLForConditionalGeneration`, for example OpenGVLab/InternVL3-1B-hf."""
 
+    recipe_class: ClassVar[type[SquareRecipe]] = InternVLRecipe
     sizes: ClassVar[tuple[Size, ...]] = (
         qwen2("internvl3-1b", "internvl", 896, 4864, 24, 14, 2, 64, **_DYNAMIC),
         qwen2("internvl3-2b", "internvl", 1536, 8960, 28, 12, 2, 128, **_DYNAMIC),
@@ -83,9 +84,6 @@ class InternVL(SquareFrames):
     def tokens_per_tile(self) -> int:
         """Vision tokens of a frame, and of each tile of an image."""
         return int(self.model.config.image_seq_length)
-
-    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
-        self.recipe = InternVLRecipe.from_dict(video_json)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output

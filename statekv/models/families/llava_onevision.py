@@ -39,6 +39,7 @@ def llava_onevision_tokens(tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
 class LlavaOnevision(SquareFrames):
     """`LlavaOnevisionForConditionalGeneration`, for example llava-hf/llava-onevision-qwen2-0.5b-ov-hf."""
 
+    recipe_class = LlavaOnevisionRecipe
     sizes: ClassVar[tuple[Size, ...]] = (
         qwen2_7b("llava-onevision-7b", "llava_onevision", 152000, tokens_per_step=196),
     )
@@ -65,9 +66,6 @@ class LlavaOnevision(SquareFrames):
         vision = self.model.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         return int(side * side)
-
-    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
-        self.recipe = LlavaOnevisionRecipe.from_dict(video_json)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         # Each frame as a video of its own; some versions of transformers put the newline behind each video here.

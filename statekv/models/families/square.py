@@ -43,7 +43,11 @@ class SquareRecipe(PixelRecipe):
 class SquareFrames(VideoModel):
     """Any of them; `recipe` is set by `read_recipe`."""
 
+    recipe_class: ClassVar[type[SquareRecipe]]
     recipe: SquareRecipe
+
+    def read_recipe(self, video_json: Mapping[str, Any]) -> None:
+        self.recipe = self.recipe_class.from_dict(video_json)
 
     @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
