@@ -161,6 +161,7 @@ def test_ours_and_shapes_alone_are_not_tried() -> None:
     [
         ({}, 0, "Pinned(Attention(), first=0)"),
         ({"sinks": 3}, 5, "Pinned(Attention(), first=5)"),
+        ({"carry": "ada_kv"}, 0, "Pinned(AdaKV(floor=0.2, most=2.0), first=0)"),
         ({"carry": "sink_recent"}, 2, "Pinned(SinkRecent(), first=4)"),
         ({"carry": "random", "seed": 9, "sinks": 6}, 0, "Pinned(Random(seed=9), first=6)"),
         ({"carry": "random(seed=2)", "seed": 9, "sinks": 0}, 0, "Pinned(Random(seed=2), first=0)"),
