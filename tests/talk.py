@@ -116,11 +116,19 @@ class Recorder(ModelRunner):
     last: Answer
 
     def decode(
-        self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
+        self, state: StreamState, logits: torch.Tensor, sampling: SamplingParams, prompt: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        found = list(super().decode(state, question, sampling, prompt))
+        found = list(super().decode(state, logits, sampling, prompt))
         self.last = Answer([token for token, _ in found], torch.cat([logits for _, logits in found]))
         yield from found
+
+
+def decoded(
+    runner: ModelRunner, state: StreamState, question: Segment, sampling: SamplingParams
+) -> list[tuple[int, torch.Tensor]]:
+    """Tokens of an answer and the logits that they were chosen from; it stays in the stream."""
+    logits = runner.ask(state, question, sampling.max_new_tokens)
+    return list(runner.decode(state, logits, sampling, question.ids))
 
 
 def session_answer(session: Session, question: str = QUESTION, max_new_tokens: int = 6) -> Answer:

@@ -106,7 +106,8 @@ def _answer(
     ends: list[float] = []
     wait(device)
     began = time.perf_counter()
-    for _ in runner.decode(state, question, SamplingParams(tokens)):
+    logits = runner.ask(state, question, tokens)
+    for _ in runner.decode(state, logits, SamplingParams(tokens), question.ids):
         wait(device)
         ends.append(time.perf_counter())
     return ends[0] - began, (ends[-1] - ends[0]) / (len(ends) - 1)

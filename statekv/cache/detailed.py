@@ -79,6 +79,11 @@ class DetailedCache(Cache):
         return range(0)
 
     @property
+    def answering_from(self) -> int | None:
+        """Number of the first token of the question that is being answered; None: nobody has asked."""
+        return self._answering_from
+
+    @property
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of steps that do not lie in the buffers, by where they do."""
         return {}
@@ -215,6 +220,14 @@ class DetailedCache(Cache):
         self._share(found)
         return found
 
+    def extent(self, layer: int) -> int:
+        """Tokens that lie in the layer's buffer."""
+        return self.lengths[layer]
+
+    def step_aside(self, start: int) -> bool:
+        """Asked by another cache in the same buffers that is to write from token `start` on: False, it has to move."""
+        return False
+
     def begin_answer(self, moved: Angles) -> None:
         """From here on everything appended belongs to a question: the recall window stops moving.
 
@@ -293,7 +306,7 @@ class DetailedCache(Cache):
         """Before writing from token `start` on: move to a copy where a fork holds tokens there."""
         for other in self._sharing:
             here = other is not self and other.buffers[layer] is self.buffers[layer]
-            if here and other.lengths[layer] > start:
+            if here and other.extent(layer) > start and not other.step_aside(start):
                 self._move(layer, self.buffers[layer].shape[-2])
                 return
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from statekv.cache.answer import AnswerCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import policy_of
 from statekv.cache.compaction import Compaction
@@ -334,6 +335,23 @@ class StreamState:
             angles: Angles = partial(self.rotary.angles, horizon=self.horizon)
             carried = self.bounded if c.retrieve_carried else None
             self._retrieved = RetrievedView(self.detailed, self.blocks, carried, c, angles, positions)
+
+    def apart(self, mark: Mark) -> StreamState:
+        """Once a question has entered: what its answer goes on with, so that the stream may be cropped and go on.
+
+        Where the stream's memory has a cap, that is the stream itself, which has no room for both.
+
+        Args:
+            mark: where the stream stood before it, and is cropped to next.
+        """
+        if self.config.memory is not None:
+            return self
+        found = replace(self, spans=[])
+        found.blocks, found.detailed = None, AnswerCache(self.detailed, mark.tokens)
+        if self._retrieved is not None:
+            found._retrieved, self._retrieved = self._retrieved, None
+            found._retrieved.detailed = found.detailed
+        return found
 
     def mark(self) -> Mark:
         """Remember this moment; O(1)."""

@@ -103,7 +103,8 @@ def _run(
                 continue
             if not segment.length:
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
-            answered = list(runner.decode(state, segment, sampling, _known(runner.model, prompt)))
+            logits = runner.ask(state, segment, sampling.max_new_tokens)
+            answered = list(runner.decode(state, logits, sampling, _known(runner.model, prompt)))
     return [token for token, _ in answered], [logits for _, logits in answered]
 
 

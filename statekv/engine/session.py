@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, get_ident
-from types import NoneType
 from typing import Any, NoReturn
 
 import torch
 
 from statekv.cache.stream import StreamState
+from statekv.engine.answer import answering, begin_answer, first_logits
 from statekv.engine.awaiting import Awaitable
-from statekv.engine.choice import sampler_of
-from statekv.engine.ingest import FrameQueue, PendingStep, full_steps
+from statekv.engine.ingest import FrameQueue, PendingStep
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
 from statekv.errors import ConfigError
-from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
-from statekv.models.hooks import DRAWING, generation_settings
-from statekv.runner.decoding import Detokenizer, SamplingParams, refuse_unfollowed, sampling_params
+from statekv.runner.decoding import SamplingParams
 from statekv.runner.lock import FairLock
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
@@ -60,7 +57,7 @@ class Session(Awaitable):
         self.queue = FrameQueue(runner, state, source, snapshot or SessionSnapshot())
         self.lock = FairLock()
         self._closed = False
-        self._answering: int | None = None  # the thread that gives an answer
+        self._answering: int | None = None  # the thread that gives an answer for which the stream is held
         self._idle = Event()  # nobody gives one
         self._idle.set()
         runner.admission.enter(state)
@@ -118,7 +115,7 @@ class Session(Awaitable):
 
     @property
     def answering(self) -> bool:
-        """Whether an answer is being given piece by piece, so that nothing may enter."""
+        """Whether an answer is being given before whose end nothing may enter: where memory has a cap."""
         return self._answering is not None
 
     def watch(
@@ -211,9 +208,7 @@ class Session(Awaitable):
                 unknown, outside its range, or that cannot be followed.
             HorizonError: question and answer would pass the stream's horizon.
         """
-        sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
-        with self._turn():
-            return "".join(self._answer(question, sampling, stop))
+        return "".join(self.stream(question, max_new_tokens=max_new_tokens, stop=stop, seed=seed, **generation))
 
     def stream(
         self,
@@ -226,7 +221,9 @@ class Session(Awaitable):
     ) -> Generator[str, None, None]:
         """As `ask`, piece by piece. Abandoning the iterator ends the answer.
 
-        Nothing may enter before it is done: other threads wait for that, the thread that gives it gets a ConfigError.
+        It is about what had been seen when its first piece was asked for, whatever enters meanwhile. Where memory has a
+        cap nothing may enter before it is done: other threads wait for that, the thread that gives it gets a
+        ConfigError.
         """
         sampling, stop = answering(self.runner, self.state, max_new_tokens, stop, seed, generation)
         return self._answer(question, sampling, stop)
@@ -321,17 +318,22 @@ class Session(Awaitable):
     def _answer(self, question: str, sampling: SamplingParams, stop: Sequence[str]) -> Generator[str, None, None]:
         with self._turn():
             self._check_seen()
-            self._answering = get_ident()
-            self._idle.clear()
-        began = time.perf_counter()
+            began = time.perf_counter()
+            answer = begin_answer(self.runner, self.state, self.queue.waiting, question, sampling, stop)
+            if answer.held:
+                self._answering = get_ident()
+                self._idle.clear()
         try:
-            for piece in answer(self.runner, self.state, self.queue.waiting, question, sampling, stop):
+            for piece in answer.pieces():
                 yield piece
-                self._answering = get_ident()  # readers may change
+                if answer.held:
+                    self._answering = get_ident()  # readers may change
                 self._check_open()
         finally:
-            self._answering = None
-            self._idle.set()
+            answer.close()
+            if answer.held:
+                self._answering = None
+                self._idle.set()
             self.seconds.answer += time.perf_counter() - began
 
     def _check_open(self) -> None:
@@ -357,126 +359,3 @@ def _runs_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-# An endless stream keeps the words that have entered, and not their order or number.
-_OF_A_WHOLE_PROMPT = {"no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0)}
-
-
-def answering(
-    runner: ModelRunner,
-    state: StreamState,
-    max_new_tokens: int | None,
-    stop: str | Sequence[str],
-    seed: int | None,
-    generation: Mapping[str, Any],
-) -> tuple[SamplingParams, tuple[str, ...]]:
-    """How to choose an answer's tokens, and the strings that end it.
-
-    Lengths that count the prompt (max_length, min_length) mean nothing in a stream without end, and are left out.
-
-    Raises:
-        ConfigError: no room for a token, a parameter that cannot be followed, or one that means nothing.
-    """
-    model, longest = runner.model.generator, state.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if isinstance(longest, bool) or not isinstance(longest, int) or not 1 <= longest < 2**31:
-        rule = f"max_new_tokens is {longest!r}, but must be a whole number of at least 1 and below 2^31"
-        raise ConfigError(rule, "give such a number, or leave it out")
-    if not isinstance(generation.get("do_sample"), (bool, NoneType)):
-        raise ConfigError(f"do_sample is {generation['do_sample']!r}, but must be True or False", "or leave it out")
-    for name in ("max_length", "min_length"):
-        if generation.get(name) is not None:
-            told = name.replace("length", "new_tokens")
-            raise ConfigError(f"{name} is {generation[name]!r}, but counts a prompt that has no end", f"give {told}")
-    settings = generation_settings(model, {**generation, "max_length": None, "min_length": None})
-    refuse_unfollowed(settings, _OF_A_WHOLE_PROMPT)
-    for name in () if settings.do_sample else DRAWING:
-        if generation.get(name) is not None:
-            rule = f"{name} is {generation[name]!r}, but means something only where tokens are drawn"
-            raise ConfigError(rule, f"pass do_sample=True, or leave {name} out")
-    found = sampling_params(runner.model, settings, longest, seed)
-    strings = () if settings.stop_strings is None else _strings(settings.stop_strings)
-    return found, (*_strings(stop), *strings)
-
-
-def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    found = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
-    if not all(isinstance(text, str) for text in found):
-        raise ConfigError(f"stop is {stop!r}, but must be strings", "give a string, or several in a tuple")
-    return found
-
-
-def answer(
-    runner: ModelRunner,
-    state: StreamState,
-    waiting: Sequence[Frame],
-    question: str,
-    sampling: SamplingParams,
-    stop: Sequence[str] = (),
-) -> Iterator[str]:
-    """The answer, piece by piece.
-
-    Args:
-        runner: the loaded model.
-        state: what is asked about.
-        waiting: frames that are part of what was seen, but not of the stream yet.
-        question: the text.
-        sampling: how to choose tokens.
-        stop: the answer ends before any of these strings.
-    """
-    mark = state.mark()
-    try:
-        with torch.inference_mode():
-            segment = _entering(runner, state, waiting, question)
-        text = Detokenizer(runner.model.tokenizer, tuple(stop))
-        # What stock `generate` would call the prompt, but for the order and number of its words.
-        known = sorted(state.words) if runner.model.generates_prompt else []
-        words = torch.tensor([known], dtype=segment.ids.dtype, device=segment.ids.device)
-        asked = segment.ids if runner.model.generates_prompt else segment.ids[:, :0]
-        for token, _ in runner.decode(state, segment, sampling, torch.cat([words, asked], dim=1)):
-            if token in sampling.end_tokens:
-                break
-            yield text.push(token)
-            if text.stopped:
-                break
-        yield text.rest()
-    finally:
-        state.crop_to(mark)
-
-
-def first_logits(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame], question: str) -> torch.Tensor:
-    """[streams, vocabulary] float32: what the first token of the answer is chosen from."""
-    mark = state.mark()
-    try:
-        with torch.inference_mode():
-            segment = _entering(runner, state, waiting, question)
-            return runner.ask(state, segment).float()
-    finally:
-        state.crop_to(mark)
-
-
-def _entering(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame], question: str) -> Segment:
-    """The question's segment, after frames that wait have been shown to it.
-
-    Those do not become part of the stream: they are cropped away with the question.
-    """
-    model, alone = runner.model, sampler_of(state.config).newest is not None
-    segment = model.question(question, state)
-    for seen in waiting_steps(runner, state, waiting):
-        for entering in runner.segments_of(state, seen, compact=False):
-            runner.enter(state, entering, "carry" if alone else "peek")
-    return model.question(question, state) if waiting else segment
-
-
-def waiting_steps(runner: ModelRunner, state: StreamState, waiting: Sequence[Frame]) -> list[EncodedStep]:
-    """What the vision tower makes of frames that wait, step by step.
-
-    The newest frames alone are a clip of their own, whose steps follow each other.
-    """
-    if not waiting:
-        return []
-    steps = full_steps(waiting, runner.model.frames_per_step)
-    if rest := list(waiting[sum(map(len, steps)) :]):
-        steps.append(rest)
-    alone = sampler_of(state.config).newest is not None
-    return runner.encode(steps, len(waiting) if alone else state.frames_expected)

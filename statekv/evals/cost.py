@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from statekv.engine.session import Session, waiting_steps
+from statekv.engine.answer import waiting_steps
+from statekv.engine.session import Session
 from statekv.models.flops import Widths, pairs_flops, step_flops
 
 

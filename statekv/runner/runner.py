@@ -299,42 +299,42 @@ class ModelRunner:
         return found
 
     @torch.inference_mode()
-    def ask(self, state: StreamState, question: Segment) -> torch.Tensor:
+    def ask(self, state: StreamState, question: Segment, answer: int = 0) -> torch.Tensor:
         """[streams, vocabulary]: what the first token of the answer is chosen from.
 
         Args:
             state: the stream; the caller crops it back to its mark afterwards.
+            answer: tokens of the longest answer, for which room is made with that for the question.
 
         Raises:
             HorizonError, MemoryLimitError: as `prefill`.
         """
+        longest = min(answer, state.horizon - question.next_position)
         with self.lock, memory_limit():
+            state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
             state.begin_answer(question.positions)
             return self.logits(self.enter(state, question, "answer"))
 
     @torch.inference_mode()
     def decode(
-        self, state: StreamState, question: Segment, sampling: SamplingParams, prompt: torch.Tensor | None = None
+        self, state: StreamState, logits: torch.Tensor, sampling: SamplingParams, prompt: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Decode an answer token by token; the caller crops the stream, which grows by question and answer, back to its
-        mark afterwards.
-
-        An answer that arrives at the stream's horizon ends there.
+        """Decode an answer token by token; it ends at the stream's horizon, if not before.
 
         Args:
-            prompt: [streams, T] tokens that penalties look at; None: the question's.
+            state: that was asked, or what is apart from it (`StreamState.apart`); grows by the answer.
+            logits: what `ask` has returned.
+            prompt: [streams, T] tokens that penalties look at.
 
         Yields:
             Each token, end of turn included, with the logits [streams, vocabulary] that it was chosen from.
         """
-        segment, sampler = question, sampling.begin(self.model.generator, question.ids if prompt is None else prompt)
-        longest = min(sampling.max_new_tokens, state.horizon - question.next_position)
-        with self.lock, memory_limit():
-            state.detailed.make_room(question.length + max(0, longest))  # not in the middle of an answer
-        for number in range(sampling.max_new_tokens):
-            logits = self.logits(self.enter(state, segment, "answer")) if number else self.ask(state, question)
-            token = sampler.choose(logits)  # [streams]
-            yield int(token), logits
+        sampler = sampling.begin(self.model.generator, prompt)
+        token = sampler.choose(logits)  # [streams]
+        yield int(token), logits
+        for _ in range(1, sampling.max_new_tokens):
             if sampler.ended or state.position >= state.horizon:
                 return
-            segment = self.model.token(token, state)
+            logits = self.logits(self.enter(state, self.model.token(token, state), "answer"))
+            token = sampler.choose(logits)
+            yield int(token), logits

@@ -262,9 +262,12 @@ def test_a_size_that_changes_within_a_step_troubles_nobody() -> None:
     assert odd.state.spans == alone.state.spans
 
 
-def test_a_session_that_is_being_asked_steps_later() -> None:
+@pytest.mark.parametrize(("settings", "meanwhile"), [({}, 2), ({"memory": "1MiB"}, 1)], ids=["free", "capped"])
+def test_a_session_that_is_being_asked_goes_on_unless_memory_has_a_cap(
+    settings: dict[str, Any], meanwhile: int
+) -> None:
     engine = shared_engine("internvl")
-    one, other = watching(engine, some_frames(4)), watching(engine, some_frames(4, seed=1))
+    one, other = (watching(engine, some_frames(4, seed), **settings) for seed in (0, 1))
     rounds = engine.scheduler()
     for session in (one, other):
         rounds.add(session)
@@ -272,8 +275,18 @@ def test_a_session_that_is_being_asked_steps_later() -> None:
     answer = one.stream(QUESTION)
     next(answer)
     rounds.step()
-    assert (one.steps, other.steps) == (1, 2)
+    assert (one.steps, other.steps) == (meanwhile, 2)
     list(answer)
+    rounds.watch()
+    assert (one.steps, other.steps) == (4, 4)
+
+
+def test_a_session_whose_turn_is_taken_steps_later() -> None:
+    engine = shared_engine("internvl")
+    one, other = (watching(engine, some_frames(4, seed)) for seed in (0, 1))
+    rounds = engine.scheduler()
+    for session in (one, other):
+        rounds.add(session)
     holding, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -285,7 +298,7 @@ def test_a_session_that_is_being_asked_steps_later() -> None:
     thread.start()
     holding.wait(10)
     rounds.step()
-    assert (one.steps, other.steps) == (2, 2)
+    assert (one.steps, other.steps) == (1, 0)
     done.set()
     thread.join()
     rounds.watch()

@@ -27,6 +27,7 @@ from tests.talk import (
     UNLIMITED,
     adapted,
     assert_same_stream,
+    decoded,
     inputs_of,
     session_answer,
     shared_engine,
@@ -160,7 +161,7 @@ def test_an_answer_ends_at_the_horizon_and_leaves_no_trace(family: str) -> None:
     question = session.runner.model.question(QUESTION, session.state)
     sampling = SamplingParams(max_new_tokens=500)
     mark = session.state.mark()
-    tokens = [token for token, _ in session.runner.decode(session.state, question, sampling)]
+    tokens = [token for token, _ in decoded(session.runner, session.state, question, sampling)]
     # The last token is chosen at the horizon, but has no position of its own.
     assert len(tokens) == 160 - question.next_position + 1
     session.state.crop_to(mark)

@@ -338,8 +338,8 @@ def test_a_damaged_file_is_named(saved: Path) -> None:
         shared_engine("internvl").restore(saved)
 
 
-def test_nothing_is_saved_of_a_closed_session_nor_in_the_middle_of_an_answer(tmp_path: Path) -> None:
-    session = shared_engine("internvl").open(budget=30)
+def test_nothing_is_saved_of_a_closed_session_nor_in_the_middle_of_an_answer_that_holds_it(tmp_path: Path) -> None:
+    session = shared_engine("internvl").open(budget=30, memory="1MiB")
     session.push(some_frames(5))
     answer = session.stream(QUESTION)
     next(answer)

@@ -34,6 +34,7 @@ from tests.talk import (
 from tests.tiny import video
 
 THREADS = 8
+CAPPED: dict[str, Any] = {"memory": "1MiB", "budget": 20}
 SETTINGS = [
     *chosen(
         *("attention", "random", "retrieve", "pinned", "all", "last_frames", "decay", "streaming_llm"), budget=20
@@ -138,9 +139,9 @@ def test_one_session_pushed_asked_and_forked_by_different_threads() -> None:
 
 
 @pytest.mark.parametrize("other", ["watch", "push", "ask", "save", "fork"])
-def test_an_answer_that_another_thread_gives_is_waited_for(other: str, tmp_path: Path) -> None:
+def test_an_answer_that_another_thread_gives_is_waited_for_under_a_cap(other: str, tmp_path: Path) -> None:
     engine, begun, waited = shared_engine("internvl"), threading.Event(), threading.Event()
-    session, alone = (engine.open(iter(some_frames(8)), budget=20) for _ in range(2))
+    session, alone = (engine.open(iter(some_frames(8)), **CAPPED) for _ in range(2))
     for each in (session, alone):
         each.watch(until_seconds=1)
     works: dict[str, Callable[[Session], Any]] = {
@@ -170,7 +171,7 @@ def test_an_answer_that_another_thread_gives_is_waited_for(other: str, tmp_path:
 
 
 def test_who_waits_for_an_answer_may_change_their_mind() -> None:
-    session = watching(shared_engine("internvl"), some_frames(8))
+    session = watching(shared_engine("internvl"), some_frames(8), memory="1MiB")
     session.watch(until_seconds=1)
     pieces, before = session.stream(QUESTION), session.frames
     next(pieces)
@@ -179,7 +180,10 @@ def test_who_waits_for_an_answer_may_change_their_mind() -> None:
     pieces.close()
 
 
-def test_an_event_loop_does_not_wait_for_its_own_answer(watched: Session) -> None:
+def test_an_event_loop_does_not_wait_for_its_own_answer() -> None:
+    watched = shared_engine("internvl").open(**CAPPED)
+    watched.push(some_frames(8))
+
     async def push() -> None:
         async with aclosing(watched.astream(QUESTION)) as pieces:
             async for _ in pieces:
@@ -209,6 +213,29 @@ def test_rounds_run_while_others_ask_open_and_close() -> None:
         assert_close(mine, other)
     for lived, before in zip(found[:2], expected, strict=True):
         assert_same_life(lived, before)
+
+
+def test_frames_enter_while_answers_are_given() -> None:
+    """As fast as either goes: each answer is the one of the moment at which it was asked."""
+    engine, frames = shared_engine("qwen3_vl"), some_frames(20)
+    session, silent, counted = (engine.open(budget=20) for _ in range(3))
+    session.push(frames[:2])
+    silent.push(frames)
+    known = set[str]()
+    for frame in frames:
+        counted.push([frame])
+        known.add(counted.ask(QUESTION, max_new_tokens=8))
+
+    def push() -> None:
+        for frame in frames[2:]:
+            session.push([frame])
+
+    def ask() -> list[str]:
+        return [session.ask(QUESTION, max_new_tokens=8) for _ in range(6)]
+
+    _, first, second = at_once(push, ask, ask)
+    assert {*first, *second} <= known
+    assert_same_stream(session, silent)
 
 
 def test_a_slow_reader_of_an_answer_stops_nobody() -> None:

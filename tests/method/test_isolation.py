@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from statekv.errors import StateKVError
-from tests.presets import chosen
+from tests.presets import chosen, preset
 from tests.talk import (
     QUESTION,
     assert_same_memory,
@@ -132,9 +132,56 @@ def test_a_question_that_fails_leaves_the_stream_as_it_was(family: str) -> None:
     assert_same_stream(session, silent)
 
 
+MEANWHILE = {
+    **chosen("attention", "all", "recent", "streaming_llm", "retrieve", "rekv", "last_frames", budget=20),
+    "retrieve carried": preset("retrieve", retrieve_carried=True, budget=20),
+    "compact": {"on_horizon": "compact", "horizon": 180, "budget": 20},
+}
+
+
+@pytest.mark.parametrize("settings", MEANWHILE.values(), ids=MEANWHILE)
 @EVERY_FAMILY
-def test_nothing_enters_and_nothing_else_is_asked_while_an_answer_is_given(family: str) -> None:
-    session, silent = shared_engine(family).open(budget=20), shared_engine(family).open(budget=20)
+def test_what_enters_while_an_answer_is_given_does_not_change_it(family: str, settings: dict[str, Any]) -> None:
+    """Frames, another question, another answer, a fork: for Qwen a frame was waiting when it was asked."""
+    engine, frames = shared_engine(family), some_frames(14)
+    session, silent = engine.open(max_new_tokens=12, **settings), engine.open(max_new_tokens=12, **settings)
+    session.push(frames[:5])
+    silent.push(frames)
+    expected, answer = session.ask(QUESTION), session.stream(QUESTION)
+    pieces = [next(answer)]
+    session.push(frames[5:6])
+    second, early = session.ask(QUESTION), session.stream(QUESTION)
+    opened = [next(early)]
+    fork = session.fork()
+    for frame in frames[6:]:
+        session.push([frame])
+        session.ask("How many people are there?", max_new_tokens=2)
+        pieces.append(next(answer, ""))
+    fork.push(frames[6:8])
+    assert "".join([*pieces, *answer]) == expected
+    assert "".join([*opened, *early]) == second
+    assert_same_stream(session, silent)
+    assert session.ask(QUESTION) == silent.ask(QUESTION)
+
+
+def test_nothing_is_copied_of_a_stream_that_goes_on_while_it_answers() -> None:
+    """Nor does the answer read anything but its own tokens twice."""
+    session, frames = shared_engine("internvl").open(budget=20), some_frames(8)
+    session.push(frames[:4])
+    session.state.detailed.reserve(2000)
+    places, answer = session.state.detailed.addresses, session.stream(QUESTION)
+    next(answer)
+    session.push(frames[4:])
+    list(answer)
+    assert session.state.detailed.addresses == places
+
+
+CAPPED: dict[str, Any] = {"memory": "1MiB", "budget": 20}
+
+
+@EVERY_FAMILY
+def test_under_a_cap_nothing_enters_and_nothing_else_is_asked_while_an_answer_is_given(family: str) -> None:
+    session, silent = shared_engine(family).open(**CAPPED), shared_engine(family).open(**CAPPED)
     for stream in (session, silent):
         stream.push(some_frames(5))
     expected = silent.ask(QUESTION)
@@ -157,7 +204,7 @@ def test_nothing_enters_and_nothing_else_is_asked_while_an_answer_is_given(famil
 @EVERY_FAMILY
 def test_watching_while_an_answer_is_given_loses_no_frame(family: str) -> None:
     engine = shared_engine(family)
-    session, silent = engine.open(budget=20), engine.open(budget=20)
+    session, silent = engine.open(**CAPPED), engine.open(**CAPPED)
     for stream in (session, silent):
         stream.source = iter(some_frames(8))
         stream.watch(until_seconds=3)

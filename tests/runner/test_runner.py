@@ -22,7 +22,7 @@ from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
 from tests.gpu import need_gpu
 from tests.presets import chosen, filled
-from tests.talk import QUESTION, assert_same_memory, entering, memory, shared_engine, some_frames
+from tests.talk import QUESTION, assert_same_memory, decoded, entering, memory, shared_engine, some_frames
 from tests.tiny import EVERY_MODEL, TWO_FAMILIES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", TWO_FAMILIES)
@@ -123,7 +123,7 @@ def test_an_answer_yields_each_token_with_its_logits_and_the_end_token_last(fami
     state = fed(runner)
     mark = state.mark()
     question = runner.model.question(QUESTION, state)
-    found = list(runner.decode(state, question, SamplingParams(8)))
+    found = decoded(runner, state, question, SamplingParams(8))
     assert len(found) == 8
     assert all(int(logits.argmax()) == token for token, logits in found)
     assert found[0][1].shape == (1, runner.model.text_config.vocab_size)
@@ -131,7 +131,7 @@ def test_an_answer_yields_each_token_with_its_logits_and_the_end_token_last(fami
     assert state.tokens == mark.tokens + question.length + 7
     state.crop_to(mark)
     tokens = [token for token, _ in found]
-    ended = [token for token, _ in runner.decode(state, question, SamplingParams(8, frozenset([tokens[4]])))]
+    ended = [token for token, _ in decoded(runner, state, question, SamplingParams(8, frozenset([tokens[4]])))]
     assert ended == tokens[: tokens.index(tokens[4]) + 1]
     state.crop_to(mark)
 
