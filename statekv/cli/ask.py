@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -156,40 +155,13 @@ def _save(session: Session, folder: Path | None) -> None:
 def _answer(session: Session, question: str, model: str, as_json: bool) -> None:
     before = session.seconds.answer
     if as_json:
-        text = session.ask(question)
-        typer.echo(to_json(_report(session, model, question, text, session.seconds.answer - before)))
+        text, stats = session.ask(question), session.stats()
+        stats["seconds"]["answer"] -= before
+        typer.echo(to_json({"question": question, "text": text, "model": model, **stats}))
         return
     for piece in session.stream(question):
         typer.echo(piece, nl=False)
     typer.echo()
-
-
-def _report(session: Session, model: str, question: str, text: str, answer_seconds: float) -> dict[str, Any]:
-    from statekv.ops import implementation
-
-    state, seconds = session.state, dataclasses.asdict(session.seconds)
-    spec = state.spec
-    return {
-        "question": question,
-        "text": text,
-        "model": model,
-        "method": state.config.method,
-        "carry": state.config.facts["carry"],
-        "recall": state.config.recall,
-        "layout": state.config.layout,
-        "kernel": implementation(state.config.kernel, spec.devices[0], spec.dtype, spec.head_dim),
-        "budget": state.config.budget,
-        "frames": session.frames,
-        "tokens": state.tokens,
-        "carried": state.carried.length,
-        "positions": state.position,
-        "horizon": state.horizon,
-        "compacted": state.compaction.factor,
-        "forgotten": state.forgotten,
-        "seconds": {**seconds, "answer": answer_seconds},
-        "bytes": state.nbytes,
-        "bytes_used": state.used,
-    }
 
 
 def check_place(source: str, settings: Mapping[str, Any], realtime: bool = False) -> None:

@@ -306,7 +306,6 @@ class Watching:
             typer.echo(line)
 
     def _record(self, question: str, text: str, standing: bool, before: float) -> dict[str, Any]:
-        live = self._session.live
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "pts_seconds": self._facts.pts_seconds,
@@ -314,9 +313,7 @@ class Watching:
             "text": text,
             "standing": standing,
             "answer_seconds": self._session.seconds.answer - before,
-            "frames": self._session.frames,
-            "dropped": live.dropped if live is not None else 0,
-            "gaps": live.gaps if live is not None else 0,
+            **self._session.stats(),
         }
 
 

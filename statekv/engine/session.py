@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from threading import Event, get_ident
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
 from statekv.errors import ConfigError
 from statekv.models.encoded import EncodedStep
+from statekv.ops import implementation
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.lock import FairLock
 from statekv.runner.runner import ModelRunner
@@ -117,6 +119,40 @@ class Session(Awaitable):
     def answering(self) -> bool:
         """Whether an answer is being given before whose end nothing may enter: where memory has a cap."""
         return self._answering is not None
+
+    def stats(self) -> dict[str, Any]:
+        """What the stream is, holds and has cost, in plain numbers and words, as `--json` tells them.
+
+        Returns:
+            By name: `method`, `carry`, `recall`, `layout` and `budget` as it was opened; the `kernel` that scores keys,
+            and whether steps are replayed (`graph`); `frames`, `steps`, `tokens` of the detailed cache, `carried` ones,
+            `positions` of its `horizon`, `compacted` (how many times closer together steps lie), `forgotten` steps;
+            `dropped` frames and `gaps` of a live source; `seconds` by work; `bytes` allocated and `bytes_used`.
+        """
+        state, live = self.state, self.live
+        config, spec = state.config, state.spec
+        return {
+            "method": config.method,
+            "carry": config.facts["carry"],
+            "recall": config.recall,
+            "layout": config.layout,
+            "kernel": implementation(config.kernel, spec.devices[0], spec.dtype, spec.head_dim),
+            "graph": config.graph and state.bounded is not None and self.runner.graphs.works_on(spec.devices),
+            "budget": config.budget,
+            "frames": self.frames,
+            "steps": self.steps,
+            "tokens": state.tokens,
+            "carried": state.carried.length,
+            "positions": state.position,
+            "horizon": state.horizon,
+            "compacted": state.compaction.factor,
+            "forgotten": state.forgotten,
+            "dropped": live.dropped if live is not None else 0,
+            "gaps": live.gaps if live is not None else 0,
+            "seconds": asdict(self.seconds),
+            "bytes": state.nbytes,
+            "bytes_used": state.used,
+        }
 
     def watch(
         self,

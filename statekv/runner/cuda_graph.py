@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -73,9 +73,11 @@ class StepGraphs:
 
     def fits(self, carried: CarriedCache, segment: Segment) -> bool:
         """Whether this step looks like all those that follow, and the device can record it."""
-        devices = set(carried.spec.devices)
-        here = len(devices) == 1 and devices.pop().type == self.device_type
-        return here and segment.kind == "step" and carried.full
+        return self.works_on(carried.spec.devices) and segment.kind == "step" and carried.full
+
+    def works_on(self, devices: Sequence[torch.device]) -> bool:
+        """Whether steps of a model that lies there can be recorded."""
+        return len({*devices}) == 1 and devices[0].type == self.device_type
 
     def step(self, carried: CarriedCache, segment: Segment, forward: Forward) -> torch.Tensor:
         """One step of a full carried cache with room for it; both memories move on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -368,3 +369,20 @@ def test_without_reserve_the_detailed_cache_moves_seldom(family: str) -> None:
 def test_settings_of_a_session_are_its_engines_unless_said_otherwise() -> None:
     session = shared_engine("internvl").open(method="streaming_llm", budget=33)
     assert session.state.config == Config.of("streaming_llm", budget=33, max_new_tokens=6)
+
+
+def test_stats_tell_what_a_session_is_holds_and_has_cost() -> None:
+    session = shared_engine("internvl").open(budget=20, carry="recent")
+    empty = session.stats()
+    session.push(some_frames(3))
+    session.ask(QUESTION)
+    found = session.stats()
+    assert empty.keys() == found.keys()
+    assert (empty["frames"], empty["tokens"], found["frames"], found["steps"]) == (0, 0, 3, 3)
+    assert (found["method"], found["carry"], found["carried"]) == (session.state.config.method, "recent", 20)
+    assert (found["tokens"], found["positions"]) == (session.state.tokens, session.state.position)
+    assert found["graph"] is False  # a CPU records nothing
+    assert found["kernel"] in ("blocked", "naive")
+    assert found["bytes_used"]["detailed"] <= found["bytes"]["detailed"]
+    assert min(found["seconds"]["prefill"], found["seconds"]["answer"]) > 0
+    assert json.loads(json.dumps(found)) == found
