@@ -10,11 +10,10 @@ from typing import NoReturn
 
 import torch
 
-from statekv.cache.answer import AnswerCache
 from statekv.cache.carried import CarriedCache
 from statekv.cache.carry import policy_of
 from statekv.cache.compaction import Compaction
-from statekv.cache.detailed import DetailedCache
+from statekv.cache.detailed import AnswerCache, DetailedCache
 from statekv.cache.policies.base import Policy
 from statekv.cache.policies.wrappers import covering
 from statekv.cache.retrieval import RetrievedView, StepIndex, StepIndexEntry
