@@ -346,6 +346,10 @@ class VideoModel(ABC):
         if found != self.video_token_id:
             rule = f"the tokenizer gives {tokens.pad} the id {found}, the model expects {self.video_token_id}"
             raise ModelError(rule, "use the tokenizer of the same checkpoint")
+        rows, last = self.model.get_input_embeddings().num_embeddings, max(texts.tokenizer.get_vocab().values())
+        if last >= rows:
+            rule = f"the tokenizer has a token {last}, the model embeds {rows}"
+            raise ModelError(rule, "use the tokenizer of the same checkpoint")
         for layout in get_args(Layout):
             self.prompts[layout] = Prompt(texts.tokenizer, texts.chat_template, tokens, layout)
 

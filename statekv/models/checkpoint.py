@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from statekv.errors import ModelError
+from statekv.models import FAMILIES
 
 _PATIENCE_SECONDS = 3.0
+
+# What transformers, tokenizers, safetensors and torch raise over files whose parts do not fit together.
+MISFITS: tuple[type[Exception], ...] = (
+    *(OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(RuntimeError, SafetensorError, StrictDataclassError),
+)
+_MOST_LAYERS, _MOST = 1000, 2**31  # no checkpoint has more, and what is built before it is noticed takes all memory
+_LAYERS = ("num_hidden_layers", "num_layers", "depth")
 
 
 def why_hub_is_away() -> str:
@@ -30,6 +42,36 @@ def why_hub_is_away() -> str:
         reason = getattr(error, "reason", None) or error
         return f"cannot reach the hub at {constants.ENDPOINT}: {getattr(reason, 'strerror', None) or reason}"
     return ""
+
+
+def told(error: Exception) -> str:
+    """What the libraries say of a misfit, in one line; of a configuration's field the line that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    chosen = lines[1] if isinstance(error, StrictDataclassError) and len(lines) > 1 else lines[0]
+    return chosen.removeprefix("TypeError: ").removeprefix("ValueError: ").rstrip(".")[:300]
+
+
+def check_config(name: str, values: dict[str, Any]) -> None:
+    """Raise a ModelError for what no configuration of a supported family says, before something is built by it."""
+    _check_numbers(name, values)
+    kind = values.get("model_type")
+    for part in ("text_config", "vision_config") if isinstance(kind, str) and kind in FAMILIES else ():
+        if (
+            not isinstance(values.get(part), dict) or not values[part]
+        ):  # transformers would build a large one by its defaults
+            raise ModelError(f"config.json of {name} has no {part}", "get the checkpoint again")
+
+
+def _check_numbers(name: str, values: Any, place: str = "config.json") -> None:
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        here = f"{place}, {key}" if isinstance(key, str) else place
+        _check_numbers(name, value, here)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{here} of {name} is {value}, but must be finite", "get the checkpoint again")
+        most = _MOST_LAYERS if key in _LAYERS else _MOST
+        if isinstance(value, int) and abs(value) > most:
+            raise ModelError(f"{here} of {name} is {value:.6g}, but at most {most} makes sense", "get it again")
 
 
 def read_processor_config(name_or_path: str, **hub_kwargs: Any) -> dict[str, Any]:
@@ -61,7 +103,7 @@ def read_checkpoint_json(name_or_path: str, filename: str, **hub_kwargs: Any) ->
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ModelError(f"{filename} of {name_or_path} is no JSON object", "download it again")
@@ -77,5 +119,8 @@ def read_checkpoint_file(name_or_path: str, filename: str, **hub_kwargs: Any) ->
         raise ModelError(rule, "check the name, the folder or the network") from error
     if path is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError):
+        raise ModelError(f"{filename} of {name_or_path} is no text in UTF-8", "download it again") from None

@@ -112,7 +112,8 @@ class RopeScope:
     length and are left alone.
 
     Raises:
-        ModelError: a kind of RoPE that switches frequencies with the length and is not supported.
+        ModelError: axes that do not share the frequencies, or a kind of RoPE that switches frequencies with the
+            length and is not supported.
     """
 
     def __init__(self, rotary: torch.nn.Module, config: Any) -> None:
@@ -123,6 +124,9 @@ class RopeScope:
         # Those that somebody holds; a recorded step reads the very tensor that its stream holds.
         self._known: WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = WeakValueDictionary()
         self._mutex = Lock()
+        sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section")
+        if sections is not None:
+            _check_sections(sections, rotary.inv_freq.numel())  # type: ignore[operator, union-attr]
         if self.kind == "longrope":
             raise ModelError("the checkpoint's RoPE is 'longrope', which changes with the length", "use another one")
 
@@ -179,6 +183,14 @@ class RopeScope:
             yield
         finally:
             self.rotary.inv_freq, self.rotary.rope_type = before
+
+
+def _check_sections(sections: Any, frequencies: int) -> None:
+    """Raise a ModelError unless the axes of multi-axis RoPE share its frequencies."""
+    whole = isinstance(sections, (list, tuple)) and len(sections) == 3 and all(type(each) is int for each in sections)
+    if not whole or min(sections) < 0 or sum(sections) != frequencies:
+        rule = f"mrope_section is {sections}, but must be three whole numbers whose sum is {frequencies}"
+        raise ModelError(rule, "get the checkpoint's config.json again")
 
 
 # Of transformers, in the order in which `generate` looks them up; they say nothing where nothing is drawn.

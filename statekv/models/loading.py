@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from statekv.errors import ConfigError, ModelError
 from statekv.models import FAMILIES, adapter_of
 from statekv.models.adapter import Texts, VideoModel
-from statekv.models.checkpoint import why_hub_is_away
+from statekv.models.checkpoint import MISFITS, check_config, read_checkpoint_json, told, why_hub_is_away
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +72,7 @@ def load_model(
         weights["device_map"] = device_map
     elif getattr(config, "quantization_config", None) is not None:
         weights["device_map"] = {"": place}  # packed weights are made where they stay
+    read_checkpoint_json(source, "generation_config.json", **hub)
     model = _read_weights(source, name_or_path, weights, config if own_code else None)
     _check_finite(model, str(name_or_path))
     return family(model if "device_map" in weights else model.to(place), texts)
@@ -112,8 +112,6 @@ def _revision_of_own_code(name: str, revision: str | None, trust_remote_code: bo
 
 def _own_reference(source: str, hub: dict[str, Any]) -> tuple[Any, str] | None:
     """The family's file, and where the configuration's code lies, for families whose code comes with a checkpoint."""
-    from statekv.models.checkpoint import read_checkpoint_json
-
     values = read_checkpoint_json(source, "config.json", **hub) or {}
     family = FAMILIES.get(values.get("model_type", ""))
     found: str | None = (values.get("auto_map") or {}).get("AutoConfig")
@@ -125,19 +123,22 @@ def _untrusted(name: str) -> ModelError:
 
 
 def _read_config(source: str, name: str, trust_remote_code: bool, hub: dict[str, Any], away: str) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
+        check_config(name, PreTrainedConfig.get_config_dict(source, **hub)[0])
         if trust_remote_code and (own := _own_reference(source, hub)):
             return own[0].own_config(source, own[1], **hub)
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except MISFITS as error:
+        reason = told(error)
         if "trust_remote_code" in str(error):
             raise _untrusted(name) from None
-        if isinstance(error, (ImportError, AttributeError)):
+        if isinstance(error, (ImportError, AttributeError)) and trust_remote_code:
             hint = "install what it asks for, or the transformers that it was written for"
             raise ModelError(f"the code of {name} does not run here: {reason}", hint) from None
+        if not isinstance(error, (OSError, ValueError, KeyError)):
+            raise ModelError(f"config.json of {name} does not fit: {reason}", "get the checkpoint again") from None
         raise _unknown(name, away, reason) from None
     except ModelError as error:
         raise _unknown(name, away, "") if away else error from None
@@ -161,9 +162,13 @@ def _read_texts(source: str, trust_remote_code: bool, hub: dict[str, Any], known
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **known, **hub)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = str(error).strip() or type(error).__name__
-        raise ModelError(f"no tokenizer in {source}: {told.splitlines()[0]}", "get the checkpoint again") from None
+    except Exception as error:  # of what is wrong in tokenizer.json the tokenizers package says no more than that
+        if type(error) is not Exception and not isinstance(error, MISFITS):
+            raise
+        raise ModelError(f"no tokenizer in {source}: {told(error)}", "get the checkpoint again") from None
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        rule = f"the tokenizer's model_max_length is {tokenizer.model_max_length!r}, but must be a number"
+        raise ModelError(rule, "get the checkpoint again")
     return Texts(tokenizer, load_chat_template(source, tokenizer, **hub), read_processor_config(source, **hub))
 
 
@@ -177,19 +182,21 @@ def _read_weights(source: str, name: str, settings: dict[str, Any], own_config: 
             stock = family.own_model_class(source, own_config.auto_map["AutoModel"], revision=settings.get("revision"))
             settings = {**settings, "config": own_config, "attn_implementation": "sdpa"}
         loaded: Any = stock.from_pretrained(source, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        told = str(error).strip() or type(error).__name__
-        if "out of memory" in told.lower() or "allocate memory" in told.lower():
+    except MISFITS as error:
+        if any(words in str(error).lower() for words in ("out of memory", "allocate memory")):
             hint = "use a smaller model, a half `dtype` or a `device_map`"
             raise ModelError(f"{name} does not fit in memory", hint) from None
-        reason = told.splitlines()[0]
         hint = "check `dtype` and `device_map`, or get the weights again"
-        raise ModelError(f"the weights of {name} do not load: {reason}", hint) from None
+        raise ModelError(f"the weights of {name} do not load: {told(error)}", hint) from None
     model, report = loaded
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
         lost = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {name} lack {len(lost)} tensors, such as {lost[0]}", "get them again")
+    # It would leave out layers that the weights have.
+    if spare := sorted(key for key in report["unexpected_keys"] if "language_model" in key and ".layers." in key):
+        rule = f"the weights of {name} have {len(spare)} tensors that config.json has no layer for, such as {spare[0]}"
+        raise ModelError(rule, "get config.json again")
     return model.eval()
 
 
@@ -286,5 +293,5 @@ def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _texts(model: VideoModel) -> str:
     texts = model.texts
-    told = "" if texts is None else f"{texts.chat_template}\n{sorted(texts.video_json.items())}"
-    return hashlib.sha256(told.encode()).hexdigest()
+    said = "" if texts is None else f"{texts.chat_template}\n{sorted(texts.video_json.items())}"
+    return hashlib.sha256(said.encode()).hexdigest()

@@ -8,6 +8,7 @@ them, is each family's own.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from statekv.errors import ModelError
 # PIL's numbers, as the JSON files hold them. Stock's Lanczos depends on the version of torchvision: left out.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _STEPS_ALWAYS_DONE = ("do_resize", "do_rescale", "do_normalize")
+_SWITCHES = (*_STEPS_ALWAYS_DONE, "do_center_crop")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def size_of(values: Mapping[str, Any], defaults: dict[str, int]) -> list[int]:
     if given.keys() != defaults.keys():
         rule = f"the video processor's size is {size!r}, it must have {' and '.join(defaults)}"
         raise ModelError(rule, "use the JSON files of the original checkpoint")
-    return [given[key] for key in defaults]
+    return [count_of(given, key, 0) for key in defaults]
 
 
 def common_of(values: Mapping[str, Any], stock_class: str, default: PixelRecipe) -> dict[str, Any]:
@@ -59,22 +61,66 @@ def common_of(values: Mapping[str, Any], stock_class: str, default: PixelRecipe)
     if found != stock_class:
         rule = f"the checkpoint's video processor is {found}, not {stock_class}"
         raise ModelError(rule, "load a checkpoint of this family")
+    for key in _SWITCHES:
+        switch_of(values, key)
     wrong = {key: False for key in _STEPS_ALWAYS_DONE if not value_of(values, key, True)}
     if value_of(values, "do_center_crop", False):
         wrong["do_center_crop"] = True
     resample = value_of(values, "resample", default.resample)
-    if resample not in _RESAMPLE:
+    if type(resample) is not int or resample not in _RESAMPLE:
         wrong["resample"] = resample
     if wrong:
         told = ", ".join(f"{key}={value}" for key, value in wrong.items())
         rule = f"the video processor asks for {told}, which is not reproduced"
         raise ModelError(rule, "resize, rescale and normalise must be on, cropping off, resample 2 or 3")
     return {
-        "mean": tuple(value_of(values, "image_mean", default.mean)),
-        "std": tuple(value_of(values, "image_std", default.std)),
-        "rescale_factor": value_of(values, "rescale_factor", default.rescale_factor),
+        "mean": _of_colors(values, "image_mean", default.mean),
+        "std": _of_colors(values, "image_std", default.std, above=0.0),
+        "rescale_factor": _number("rescale_factor", value_of(values, "rescale_factor", default.rescale_factor), 0.0),
         "resample": resample,
     }
+
+
+def _of_colors(values: Mapping[str, Any], key: str, default: tuple[float, ...], above: float = -math.inf) -> Any:
+    found = value_of(values, key, default)
+    if not isinstance(found, (list, tuple)) or len(found) != 3:
+        raise _wrong(key, found, "three numbers")
+    return tuple(_number(key, each, above) for each in found)
+
+
+def _number(key: str, value: Any, above: float) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < math.inf:
+        raise _wrong(key, value, "a number" if above else "a number above 0")
+    return value
+
+
+def count_of(values: Mapping[str, Any], key: str, default: int, most: int = 2**31) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = value_of(values, key, default)
+    if type(found) is not int or not 1 <= found <= most:
+        raise _wrong(key, found, f"a whole number from 1 to {most}")
+    return found
+
+
+def switch_of(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """True or false.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = value_of(values, key, default)
+    if not isinstance(found, bool):
+        raise _wrong(key, found, "true or false")
+    return found
+
+
+def _wrong(key: str, value: Any, rule: str) -> ModelError:
+    told = f"the video processor's {key} is {str(value)[:80]}, but must be {rule}"
+    return ModelError(told, "use the JSON files of the original checkpoint")
 
 
 def resize_and_normalise(frames: torch.Tensor, height: int, width: int, recipe: PixelRecipe) -> torch.Tensor:

@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from statekv.errors import ConfigError, ModelError
-from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json
+from statekv.models.checkpoint import MISFITS, read_checkpoint_file, read_checkpoint_json, told
 
 Layout = Literal["hf", "release"]
 
 # Stands for the question where only the text before the video is wanted.
 _ANY_QUESTION = "?"
+_LONGEST = 1 << 20  # characters of a template's own
+_FAILURES: tuple[type[Exception], ...] = (TemplateError, *MISFITS)
+_ORIGINAL = "use the chat template of the original checkpoint"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Prompt:
     `head_ids + first_step_ids + step_ids + … + tail_ids` is the stock processor's `input_ids` (layout `hf`).
 
     Raises:
-        ModelError: a slow tokenizer, or a template that does not write the placeholder exactly once.
+        ModelError: a slow tokenizer, or a template that fails, leaves the question out or does not write the
+            placeholder exactly once.
     """
 
     def __init__(
@@ -65,7 +70,10 @@ class Prompt:
         # In a question they would end its turn, and forge another.
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._chat_template = chat_template
-        self._head = tokens.opens if layout == "release" else self._render(_ANY_QUESTION)[0]
+        head, tail = self._render(_ANY_QUESTION)
+        if _ANY_QUESTION not in tail:
+            raise ModelError("the chat template leaves the question out", _ORIGINAL)
+        self._head = tokens.opens if layout == "release" else head
 
     def head_ids(self, first_step: str) -> list[int]:
         """What comes before the first step, whose text is needed up to its first special token: system prompt and user
@@ -106,17 +114,22 @@ class Prompt:
         """The chat around the video: the text before and after it."""
         video = [{"type": "video", "video": ""}] if self.layout == "hf" else []
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*video, {"type": "text", "text": question}]}]
-        rendered = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+            )
+        except _FAILURES as error:  # it is a program, and comes with the checkpoint
+            raise ModelError(f"the chat template fails: {told(error)}", _ORIGINAL) from None
         text = str(rendered)
+        if len(text) > _LONGEST + len(question):
+            raise ModelError(f"the chat template writes {len(text):,} characters around a question", _ORIGINAL)
         opens, closes = self.tokens.opens, self.tokens.closes
         if self.layout == "release":
             return opens, closes + text
         before, *after = text.split(self.tokens.placeholder)
         if len(after) != 1:
             rule = f"the chat template writes {self.tokens.placeholder} {len(after)} times for one video"
-            raise ModelError(rule, "use the chat template of the original checkpoint")
+            raise ModelError(rule, _ORIGINAL)
         return before + opens, closes + after[0]
 
     def _cut_head(self, first_step: str) -> tuple[list[int], list[int]]:

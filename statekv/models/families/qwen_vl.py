@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from statekv.errors import VideoError
-from statekv.models.adapter import VideoModel, check_placeholders
+from statekv.errors import ModelError, VideoError
+from statekv.models.adapter import Texts, VideoModel, check_placeholders
 from statekv.models.encoded import EncodedStep
-from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of, value_of
+from statekv.models.preprocess import PixelRecipe, common_of, count_of, resize_and_normalise, size_of, switch_of
 from statekv.models.prompt import VisionTokens
 from statekv.ops.rope import grid_positions, text_positions
 from statekv.video.frame import Frame
@@ -26,6 +26,7 @@ from statekv.video.frame import Frame
 # The size of pictures may follow from the number of frames. Where that is unknown, as in a live stream, they get the
 # size that the processor gives to its longest video (its max_frames).
 _FRAMES_IF_UNKNOWN = 768
+_LARGEST_FLOOR = 1 << 22  # pixels that every picture is enlarged to; the public checkpoints ask for 131,072 at most
 
 Modality = Literal["image", "video"]
 
@@ -39,6 +40,17 @@ class QwenVL(VideoModel):
 
     frames_per_step: ClassVar[int] = 2
     recipe: QwenRecipe
+
+    def _read(self, texts: Texts) -> None:
+        super()._read(texts)
+        vision, recipe = self.model.config.vision_config, self.recipe
+        cut = recipe.patch_size, recipe.temporal_patch_size, recipe.merge_size
+        tower = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        if cut != tower:
+            rule = (
+                f"the video processor's patch_size, temporal_patch_size and merge_size are {cut}, the model's {tower}"
+            )
+            raise ModelError(rule, "use the JSON files of the same checkpoint")
 
     @property
     def video_token_id(self) -> int:
@@ -175,8 +187,12 @@ class QwenRecipe(PixelRecipe):
     def from_dict(cls: type[Recipe], values: Mapping[str, Any]) -> Recipe:
         """Read the JSON of a checkpoint, as `common_of`; missing and null keys take the stock class's defaults."""
         size = size_of(values, {"shortest_edge": cls.shortest_edge, "longest_edge": cls.longest_edge})
-        names = ("patch_size", "temporal_patch_size", "merge_size", "cap_pixels_per_frame", "max_video_tokens")
-        own = {name: value_of(values, name, getattr(cls, name)) for name in names}
+        if not size[0] <= min(size[1], _LARGEST_FLOOR):
+            rule = f"the video processor's size is {size}, but its least may be {_LARGEST_FLOOR} pixels and its most"
+            raise ModelError(rule, "use the JSON files of the original checkpoint")
+        names = ("patch_size", "temporal_patch_size", "merge_size", "max_video_tokens")
+        own: dict[str, Any] = {name: count_of(values, name, getattr(cls, name)) for name in names}
+        own["cap_pixels_per_frame"] = switch_of(values, "cap_pixels_per_frame", cls.cap_pixels_per_frame)
         common = common_of(values, cls.stock_class, cls())
         return cls(**common, shortest_edge=size[0], longest_edge=size[1], **own)
 

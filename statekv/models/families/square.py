@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from statekv.models.adapter import VideoModel
+from statekv.errors import ModelError
+from statekv.models.adapter import Texts, VideoModel
 from statekv.models.encoded import EncodedStep
 from statekv.models.preprocess import PixelRecipe, common_of, resize_and_normalise, size_of
 from statekv.video.frame import Frame
@@ -48,6 +49,14 @@ class SquareFrames(VideoModel):
 
     def read_recipe(self, video_json: Mapping[str, Any]) -> None:
         self.recipe = self.recipe_class.from_dict(video_json)
+
+    def _read(self, texts: Texts) -> None:
+        super()._read(texts)
+        found, side = (self.recipe.height, self.recipe.width), self.model.config.vision_config.image_size
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        if found != sides:
+            rule = f"the video processor makes pictures of {found} pixels, the model looks at {sides}"
+            raise ModelError(rule, "use the JSON files of the same checkpoint")
 
     @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,29 +1,21 @@
-"""What a caller may hand over by mistake: each is refused in one line, or works; nothing else comes out.
-
-`python -m tests.test_wrong_inputs` tries all of them and prints a line for each kind.
-"""
+"""Calls of the library with one thing wrong."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import tempfile
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 import statekv
 from statekv.config import SETTINGS
-from statekv.errors import StateKVError
 from tests.talk import shared_engine, some_frames
+from tests.wrong_inputs.trying import Try
 
-SEED, SAMPLE = 0, 200
 ODD: list[Any] = [
     *(None, 3, -1, 1.5, float("nan"), float("inf"), 10**30, True, "", "x", b"x", [], {}, ("a",)),
     *(object(), torch.zeros(2), np.zeros(2)),
@@ -41,16 +33,12 @@ ANSWERING = (
 PICTURE = torch.zeros(3, 4, 4, dtype=torch.uint8)
 
 
-class Try(NamedTuple):
-    """One call."""
-
-    kind: str
-    value: Any
-    call: Callable[[], object]
+def tries(folder: Path, seed: int, count: int) -> Iterator[Try]:
+    """So many of them, drawn at random; saves go to the folder."""
+    yield from random.Random(seed).sample(everything := list(_all(folder)), min(count, len(everything)))
 
 
-def tries(folder: Path) -> Iterator[Try]:
-    """All calls, each with one thing wrong; saves go to the folder."""
+def _all(folder: Path) -> Iterator[Try]:
     engine = shared_engine("internvl")
     session = engine.open()
     session.push(some_frames(4))
@@ -61,12 +49,12 @@ def tries(folder: Path) -> Iterator[Try]:
         return session.ask("What?", **{"max_new_tokens": 1, **drawing, name: value})
 
     for path in PATHS:
-        yield Try("open a path", path, lambda path=path: engine.open(path))  # type: ignore[misc]
-        yield Try("restore a path", path, lambda path=path: engine.restore(path))  # type: ignore[misc]
-        yield Try("load a path", path, lambda path=path: statekv.load(path))  # type: ignore[misc]
-        yield Try("save to a path", path, lambda path=path: session.save(f"{folder}/{path}"))  # type: ignore[misc]
+        yield Try(f"open a path {path!r}", lambda path=path: engine.open(path))  # type: ignore[misc]
+        yield Try(f"restore a path {path!r}", lambda path=path: engine.restore(path))  # type: ignore[misc]
+        yield Try(f"load a path {path!r}", lambda path=path: statekv.load(path))  # type: ignore[misc]
+        yield Try(f"save to a path {path!r}", lambda path=path: session.save(f"{folder}/{path}"))  # type: ignore[misc]
     for question in QUESTIONS:
-        yield Try("ask", question, lambda text=question: session.ask(text, max_new_tokens=1))  # type: ignore[misc]
+        yield Try(f"ask {question!r}", lambda text=question: session.ask(text, max_new_tokens=1))  # type: ignore[misc]
     doors: dict[str, Callable[[Any], object]] = {
         "open": engine.open,
         "open with a method": lambda value: engine.open(None, value),
@@ -89,46 +77,8 @@ def tries(folder: Path) -> Iterator[Try]:
         "frame for a time": lambda value: statekv.Frame(PICTURE, 0.0, value),
     }
     for value, (kind, door) in itertools.product(ODD, doors.items()):
-        yield Try(kind, value, lambda door=door, value=value: door(value))  # type: ignore[misc]
+        yield Try(f"{kind} {value!r}", lambda door=door, value=value: door(value))  # type: ignore[misc]
     for value, name in itertools.product(ODD, ANSWERING):
-        yield Try(f"ask, {name}", value, lambda name=name, value=value: answer(name, value))  # type: ignore[misc]
+        yield Try(f"ask, {name}={value!r}", lambda name=name, value=value: answer(name, value))  # type: ignore[misc]
     for value, name in itertools.product(ODD, SETTINGS):
-        yield Try(f"setting {name}", value, lambda name=name, value=value: statekv.Config(**{name: value}))  # type: ignore[misc]
-
-
-def outcome(one: Try) -> str:
-    """works, refused, or what else came out."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            one.call()
-    except StateKVError as error:
-        return "refused" if "\n" not in str(error) else f"several lines: {error}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "works"
-
-
-def wrong(some: list[Try]) -> list[tuple[str, str, str]]:
-    """Those that end badly."""
-    found = [(one, outcome(one)) for one in some]
-    return [(one.kind, repr(one.value)[:40], end) for one, end in found if end not in ("works", "refused")]
-
-
-def test_a_sample_of_wrong_calls_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not wrong(random.Random(SEED).sample(list(tries(tmp_path)), SAMPLE))
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        everything = list(tries(Path(folder)))
-        bad = wrong(everything)
-    tried, badly = Counter(one.kind for one in everything), Counter(kind for kind, _, _ in bad)
-    lines = [f"{kind}: {count} tried, {badly[kind]} end badly" for kind, count in tried.items()]
-    lines += [f"  {kind} {value}: {end}" for kind, value, end in bad]
-    Path("/dev/stdout").write_text("\n".join([*lines, f"all: {len(everything)} tried, {len(bad)} end badly", ""]))
-
-
-if __name__ == "__main__":
-    main()
+        yield Try(f"setting {name}={value!r}", lambda name=name, value=value: statekv.Config(**{name: value}))  # type: ignore[misc]
