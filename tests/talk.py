@@ -18,8 +18,7 @@ from statekv.models.adapter import Segment, Texts, VideoModel
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from tests.models.tower import remember
-from tests.tiny import Tiny, tiny, video
+from tests.tiny import Tiny, remember, tiny, video
 
 QUESTION = "What happens in the video?"
 UNLIMITED: dict[str, Any] = {"carry": "all"}
