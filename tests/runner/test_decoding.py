@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from statekv.errors import ConfigError
-from statekv.runner.decoding import Detokenizer, Sampler, SamplingParams
-from tests.talk import stock_model
+from statekv.runner.decoding import Detokenizer, Sampler, SamplingParams, refuse_unfollowed, sampling_params
+from tests.talk import shared_engine, stock_model
 from tests.tiny import TWO_FAMILIES, Tiny, tiny
 
 IDS = torch.tensor([[1, 2, 3], [4, 4, 4]])
@@ -161,6 +167,45 @@ def test_impossible_parameters_are_refused_in_one_line(settings: dict[str, Any])
     assert "\n" not in str(caught.value)
     assert str(value) in str(caught.value)
     assert name.removeprefix("repetition_") in str(caught.value)
+
+
+def test_criteria_end_an_answer_once_they_hold_for_all_streams() -> None:
+    stopping = StoppingCriteriaList([lambda ids, *_: torch.tensor([True, ids.shape[1] > 4])])  # type: ignore[list-item]
+    one = SamplingParams(5, stopping=stopping).begin(cast(Any, stock_model("internvl").model), IDS)
+    for ended in (False, True):
+        one.choose(logits())
+        assert one.ended is ended
+
+
+@pytest.mark.parametrize(("given", "ends"), [(7, {7}), ([7, 9], {7, 9})])
+def test_tokens_that_end_an_answer(given: Any, ends: set[int]) -> None:
+    settings = GenerationConfig(eos_token_id=given)
+    assert sampling_params(shared_engine("internvl").model, settings, 5, None).end_tokens == ends
+
+
+@pytest.mark.parametrize("given", ["7", [7, "9"], 7.5])
+def test_what_is_no_token_ends_no_answer(given: Any) -> None:
+    settings = GenerationConfig()
+    settings.eos_token_id = given
+    with pytest.raises(ConfigError, match=r"eos_token_id is .* must be tokens"):
+        sampling_params(shared_engine("internvl").model, settings, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "idle", "other"),
+    [
+        ("num_beams", 1, 2),
+        ("num_return_sequences", 1, 2),
+        ("guidance_scale", 1, 1.5),
+        ("penalty_alpha", 0, 0.6),
+        *((name, False, True) for name in ("token_healing", "output_scores", "output_attentions")),
+    ],
+)
+def test_what_is_not_followed_is_refused_unless_it_does_nothing(name: str, idle: Any, other: Any) -> None:
+    for value in (None, idle):
+        refuse_unfollowed(cast(Any, SimpleNamespace(**{name: value})))
+    with pytest.raises(ConfigError, match=f"sets {name}={other}, which is not followed"):
+        refuse_unfollowed(cast(Any, SimpleNamespace(**{name: other})))
 
 
 TEXTS = [

@@ -161,6 +161,20 @@ def test_the_disk_is_asked_where_the_files_will_lie(tmp_path: Path) -> None:
 
 
 @TEN_MEBIBYTES
+def test_blocks_that_lie_on_the_disk_already_are_not_counted_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gate = Admission()
+    there: dict[str, Any] = {"memory": "1MiB", "disk_folder": str(tmp_path)}
+    first = stream(disk="6MiB", **there)
+    gate.admit(first)
+    monkeypatch.setattr(StreamState, "nbytes", property(lambda one: {"disk": 4 * MIB} if one is first else {}))
+    with pytest.raises(MemoryLimitError, match=r"open ones 2\.0 MiB more"):
+        gate.admit(stream(disk=8 * MIB + 1, **there))
+    gate.admit(stream(disk=8 * MIB, **there))
+
+
+@TEN_MEBIBYTES
 def test_an_engine_refuses_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = Engine(adapted(tiny("internvl")), Config(budget=20))
     one = engine.open(memory="5MiB")

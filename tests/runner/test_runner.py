@@ -47,6 +47,21 @@ def test_open_takes_the_settings_horizon_then_the_files_then_the_trained_length(
     assert runner.open(Config(horizon=300), 9000).horizon == 300
 
 
+def test_a_video_of_known_length_takes_its_memory_once() -> None:
+    runner, frames = shared_engine("internvl").runner, some_frames(60)
+    grown = []
+    for expected in (60, None):
+        state = runner.open(Config(budget=20), frames_expected=expected)
+        for frame in frames:
+            for segment in entering(runner.model, [frame], state):
+                runner.enter(state, segment)
+            if state.frames == 1:
+                runner.reserve(state)
+                before = state.detailed.grown
+        grown.append(state.detailed.grown - before)
+    assert grown[0] == 0 < grown[1]
+
+
 @EVERY_FAMILY
 def test_spans_say_where_each_segment_lies(family: str) -> None:
     state = fed(shared_engine(family).runner)
