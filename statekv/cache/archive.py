@@ -15,7 +15,7 @@ import torch
 
 from statekv.cache.carried import CarriedCache
 from statekv.cache.compaction import Compaction
-from statekv.cache.folder import Piece, Saved, read_folder, write_folder
+from statekv.cache.folder import Piece, Saved, fits, read_folder, write_folder
 from statekv.cache.retrieval import StepIndexEntry
 from statekv.cache.spec import KVSpec, Span
 from statekv.cache.stream import StreamState
@@ -31,7 +31,32 @@ from statekv.errors import ModelError, SaveError, StorageError, StorageWarning
 _STEPS = "steps"
 _MEMORIES = "memories"
 _STATE = "state."  # in front of the name of what a policy remembers
-_PLAIN = ("horizon", "frames_expected", "room", "position", "frames", "origin_seconds", "compacts")
+_WHOLE, _NUMBER, _MAYBE = (int,), (int, float), (int, type(None))
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "horizon": _WHOLE,
+    "frames_expected": _MAYBE,
+    "room": _WHOLE,
+    "position": _WHOLE,
+    "frames": _WHOLE,
+    "origin_seconds": (*_NUMBER, type(None)),
+    "compacts": (bool,),
+}
+# What is used long after it has been read.
+_FORM: dict[str, Any] = {
+    **_PLAIN,
+    "pinned": _MAYBE,
+    "compaction": {each.name: _WHOLE for each in dataclasses.fields(Compaction)},
+    "carried": [_WHOLE],
+    "parts": [[_WHOLE]],
+    "kinds": [(str,)],
+    "words": [_WHOLE],
+    "pairs": [_WHOLE],
+    "window": dict.fromkeys(("away", "longest", "room"), _WHOLE),
+    "tiers": {
+        "plan": {each.name: _MAYBE if each.name == "most_steps" else _WHOLE for each in dataclasses.fields(MemoryPlan)},
+        **dict.fromkeys(("longest", "id_bytes", "forgotten", "away"), _WHOLE),
+    },
+}
 
 
 def save_stream(
@@ -85,6 +110,8 @@ def load_stream(
     saved = source if isinstance(source, Saved) else read_folder(source)
     with saved.reading():
         facts = saved.facts["stream"]
+        if not fits(facts, _FORM):
+            raise TypeError("facts of other kinds")
         _check_geometry(saved, facts["geometry"], _geometry(spec))
         config = _config(saved, facts["config"])
         config = config if change is None else change(config)

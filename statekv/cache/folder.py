@@ -23,6 +23,7 @@ FORMAT = 5  # changes whenever what is written means something else
 _READABLE = (4, FORMAT)  # those that can be gone on with to the bit
 FACTS = "session.json"
 _PART = re.compile(r"(?:tokens-\d+|block-\d+|layer-\d+|passages|steps|frames|memories)\.(\d+)\.safetensors")
+_FILE = {"name": (str,), "sha256": (str,), "bytes": (int,)}
 _UNFINISHED = f"{FACTS}.part"
 _CHUNK = 1 << 20  # bytes
 _LOCK = "lock"  # held by who writes, and gone with it
@@ -217,9 +218,24 @@ def read_folder(folder: str | os.PathLike[str]) -> Saved:
     if found not in _READABLE:
         rule = f"{source} was saved in format {found!r}, this version reads {FORMAT}"
         raise SaveError(rule, "watch the video again, or use the version that saved it")
-    if check != _check(facts) or not isinstance(files, dict):
+    if check != _check(facts) or not _are_files(files):
         raise _damaged(source, f"{FACTS} is not as it was written")
     return Saved(source, facts, facts.pop("files"))
+
+
+def _are_files(files: Any) -> bool:
+    entries = list(files.values()) if isinstance(files, dict) else [files]
+    return all(isinstance(file, dict) and file.keys() >= _FILE.keys() and fits(file, _FILE) for file in entries)
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether JSON has a form: a tuple of types, a list of one form, or a dict of forms, each may be missing."""
+    if isinstance(form, dict):
+        found = {} if value is None else value
+        return isinstance(found, dict) and all(fits(found[name], form[name]) for name in form if name in found)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    return type(value) in form
 
 
 def _readable(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from statekv.cache.archive import load_stream, save_stream
-from statekv.cache.folder import Piece, Saved
+from statekv.cache.folder import Piece, Saved, fits
 from statekv.cache.stream import StreamState
 from statekv.config import SETTINGS, Config
 from statekv.engine.choice import with_gate
@@ -28,6 +28,12 @@ from statekv.video.frame import Frame
 
 _MADE_WITH = ("statekv", "torch", "transformers")
 _FRAMES = "frames"
+_FORM = {
+    "seconds": {each.name: (int, float) for each in dataclasses.fields(Seconds)},
+    "steps": (int,),
+    "passed": (int,),
+    "broken": (str,),
+}
 
 
 @dataclass
@@ -144,6 +150,8 @@ def _frame_tensors(frames: Sequence[Frame], looked: Sequence[EncodedStep]) -> di
 
 def _standing(saved: Saved, device: torch.device) -> SessionSnapshot:
     facts, tensors = saved.facts["session"], saved.part(_FRAMES)
+    if not fits(facts, _FORM):
+        raise TypeError("facts of other kinds")
     frames = [Frame(tensors[f"frame.{number}"], **told) for number, told in enumerate(facts["frames"])]
     looked = []
     for number, seen in enumerate(facts["looked"]):
