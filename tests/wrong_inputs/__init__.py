@@ -6,12 +6,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.wrong_inputs import calls, files, models, playlists, saves
+from tests.wrong_inputs import calls, commands, files, models, playlists, saves
 from tests.wrong_inputs.trying import Try
 
 # By kind: what generates them in a folder from a seed, how many are tried by hand, and how many by the tests.
 KINDS: Mapping[str, tuple[Callable[[Path, int, int], Iterator[Try]], int, int]] = {
     "calls": (calls.tries, 2000, 200),
+    "commands": (commands.tries, 300, 12),
     "models": (models.tries, 400, 24),
     "files": (files.tries, 200, 10),
     "saves": (saves.tries, 400, 20),
