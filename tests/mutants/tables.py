@@ -95,4 +95,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("ops/triton.py", "128: ((64, 128, 8, 3), (128, 128, 8, 2), (64, 64, 5, 3), _SMALL),"): _PACE,
     ("ops/triton.py", "if (FIRST + WIDTH >= DIM):"): "a mask that lets everything through",
     ("ops/triton.py", "if TAIL > 1:"): "a tail is 0 or 16 and more",
+    (
+        "ops/triton.py",
+        "one = tl.load(partial_denominators + tl.cast(part, tl.int64) * pairs * queries * GROUP + place, present, 1.0)",
+    ): "rows that are absent are not stored",
 }
