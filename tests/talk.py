@@ -18,7 +18,8 @@ from statekv.models.adapter import Segment, Texts, VideoModel
 from statekv.runner.decoding import SamplingParams
 from statekv.runner.runner import ModelRunner
 from statekv.video.frame import Frame
-from tests.tiny import Tiny, remember, tiny, video
+from tests.runner.tower import remember
+from tests.tiny import Tiny, tiny, video
 
 QUESTION = "What happens in the video?"
 UNLIMITED: dict[str, Any] = {"carry": "all"}

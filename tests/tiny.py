@@ -6,9 +6,7 @@ Weights are much larger than a fresh model's, so that logits differ clearly and 
 
 from __future__ import annotations
 
-import copy
 import functools
-import hashlib
 import json
 import shutil
 import tempfile
@@ -483,36 +481,3 @@ def _tokenizer(family: str) -> PreTrainedTokenizerBase:
     special = [*_CHAT_TOKENS, *(named.values() if named else unnamed)]
     tokenizer.add_tokens(special, special_tokens=True)
     return tokenizer
-
-
-def remember(tower: torch.nn.Module) -> None:
-    """Let a tower in eval mode return copies of what it made of the very same pixels; its hooks go on being called."""
-    look, seen = tower.forward, dict[bytes, Any]()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return look(*args, **kwargs)
-        key = _digest(args, sorted(kwargs.items()))
-        if key not in seen:
-            seen[key] = look(*args, **kwargs)
-        return copy.deepcopy(seen[key])
-
-    tower.forward = forward
-
-
-def _digest(*call: Any) -> bytes:
-    """Of everything that a result can depend on beside weights, to the bit."""
-    found = hashlib.sha256()
-    for value in _flat(call):
-        if isinstance(value, torch.Tensor):
-            found.update(f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}".encode())
-            found.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        else:
-            found.update(repr(value).encode())
-    return found.digest()
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return [leaf for each in value for leaf in _flat(each)]
-    return [value]

@@ -26,6 +26,7 @@ CARRIES: Mapping[str, str] = {
     "caote": "statekv.cache.policies.caote:Caote",
     "ada_kv": "statekv.cache.policies.ada_kv:AdaKV",
     "stochastic": "statekv.cache.policies.stochastic:Stochastic",
+    "weighted": "statekv.cache.policies.weighted:Weighted",
 }
 _WITHOUT_ATTENTION = ("all", "recent", "sink_recent", "random", "key_norm")
 REDUCERS: Mapping[str, str] = {"static": "statekv.reduce.static:Static"}
@@ -43,6 +44,7 @@ METHODS: Mapping[str, Mapping[str, str | bool | int]] = {
     "random": {"carry": "random", "recall": "all"},
     # ReKV's sink is the prompt before the frames, however long that is, and not a number of first tokens.
     "rekv": {"carry": "recent", "recall": "retrieve", "pin_prefix": True},
+    "statekv_weighted": {"carry": "weighted", "recall": "all"},
     "statekv_retrieve": {"carry": "attention", "recall": "retrieve"},
     "last_frames": {"carry": "all", "recall": "last_frames"},
     "uniform": {"carry": "all", "recall": "all", "uniform": True, "max_frames": 64},
@@ -307,7 +309,7 @@ class Config:
     )("all", _one_of(*RECALLS), "Method", OF_THE_STREAM)
     sinks: int | None = _About(
         "First tokens of the stream that stay carried, and that recall sink_recent shows; they count towards the "
-        "budget. By default what the carry says: 4 for sink_recent and random, else 0."
+        "budget. By default what the carry says: 4 for sink_recent, random and weighted, else 0."
     )(None, _whole(0), "Method", needs=SINKING)
     pin_prefix: bool = _About(
         "Carry the prompt's prefix whatever its scores; it counts towards the budget. Some methods do."

@@ -134,6 +134,7 @@ class ByHand:
             scores = torch.zeros(past + own, dtype=torch.float64)
             for g in range(h * group, (h + 1) * group):
                 products = queries[g] @ visible_keys.T / self.dim**0.5  # [own, times * past + own]
+                products = products + self._added(layer, h)
                 for i in range(own):
                     products[i, times * past + i + 1 :] = -torch.inf
                 attention = torch.exp(products - products.amax(-1, keepdim=True))
@@ -147,6 +148,10 @@ class ByHand:
     def _times(self, layer: int) -> int:
         """How often a former key counts."""
         return 1
+
+    def _added(self, layer: int, h: int) -> torch.Tensor:
+        """To the logits of each key."""
+        return torch.zeros(1, dtype=torch.float64)
 
     def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
         for h, scores in enumerate(received):
@@ -349,119 +354,3 @@ def lot(token: int, layer: int, h: int, seed: int, draw: int = 0) -> int:
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _WORD
     return bits >> 11
-
-
-class ByHandTokens(ByHand):
-    """As `ByHand`, with keys ranked by what a policy says of each; the first `sinks` tokens stay.
-
-    Args:
-        arguments: of `ByHand`.
-        sinks: how many.
-        parameters: of the policy.
-    """
-
-    def __init__(self, *arguments: Any, sinks: int = 0, **parameters: Any) -> None:
-        super().__init__(*arguments)
-        self.sinks, self.parameters = sinks, parameters
-        self.first_own = 0
-        self.former: dict[tuple[int, int], dict[int, float]] = {}  # of each layer and head, by token
-
-    def step(self, piece: Piece) -> torch.Tensor:
-        self.first_own = len(self.memory[0][0].all_keys)
-        return super().step(piece)
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        """Of each key of a head; the highest stay."""
-        raise NotImplementedError
-
-    def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
-        worth = [self.worth(layer, h, scores.tolist()) for h, scores in enumerate(received)]
-        for head, ranks in zip(self.memory[layer], worth, strict=True):
-            if len(head.token_ids) > self.budget:
-                order = sorted(range(len(ranks)), key=lambda j: (head.token_ids[j] >= self.sinks, -ranks[j]))
-                head.keep_only(order[: self.budget])
-
-
-class ByHandRandom(ByHandTokens):
-    """Each token has one lot for life."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        seed = self.parameters["seed"]
-        return [lot(token, layer, h, seed) for token in self.memory[layer][h].token_ids]
-
-
-class ByHandStochastic(ByHandTokens):
-    """A key is drawn with odds of its attention to the power of 1 / temperature, anew in each step."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        seed, temperature = self.parameters["seed"], self.parameters["temperature"]
-        found = []
-        for token, score in zip(self.memory[layer][h].token_ids, scores, strict=True):
-            u = min(max(lot(token, layer, h, seed, self.first_own) / 2**53, 1e-12), 1 - 1e-12)
-            found.append(math.log(max(score, 1e-30)) / temperature - math.log(-math.log(u)))
-        return found
-
-
-class ByHandKeyNorm(ByHandTokens):
-    """The shortest keys, all heads together."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        heads = self.memory[layer]
-        assert all(head.token_ids == heads[0].token_ids for head in heads)
-        squares = [sum(float(head.keys[j].square().sum()) for head in heads) for j in range(len(scores))]
-        return [-square for square in squares]
-
-
-class ByHandAccumulated(ByHandTokens):
-    """Attention of all steps so far: added up with a decay, or the most of it."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        decay, maximum = self.parameters["decay"], self.parameters["maximum"]
-        former = self.former.setdefault((layer, h), {})
-        for token, score in zip(self.memory[layer][h].token_ids, scores, strict=True):
-            before = decay * former.get(token, 0.0)
-            former[token] = max(before, score) if maximum else before + score
-        return [former[token] for token in self.memory[layer][h].token_ids]
-
-
-class ByHandCaote(ByHandTokens):
-    """How far the mixed value moves if one key is left out and the others take over its share."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        values, whole = self.memory[layer][h].values, sum(scores)
-        shares = [score / whole for score in scores]
-        mixed = torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(0)
-        found = []
-        for share, value in zip(shares, values, strict=True):
-            without = (mixed - share * value) / (1 - share)
-            found.append(float((without - mixed).norm()))
-        return found
-
-
-class ByHandAdaKV(ByHandTokens):
-    """The best keys of all heads together, so many for sure in each head, and never more than so many."""
-
-    def _evict_layer(self, layer: int, received: list[torch.Tensor]) -> None:
-        heads = self.memory[layer]
-        if len(heads[0].all_keys) <= self.budget:
-            return
-        floor, most = (int(self.parameters[name] * self.budget) for name in ("floor", "most"))
-        ranked = [sorted(range(len(s)), key=lambda j, s=s: -float(s[j])) for s in received]  # type: ignore[misc]
-        stay = [set(order[:floor]) for order in ranked]
-        others = [(float(received[h][j]), h, j) for h, order in enumerate(ranked) for j in order[floor:]]
-        for _, h, j in sorted(others, reverse=True):
-            if sum(map(len, stay)) < self.budget * len(heads) and len(stay[h]) < most:
-                stay[h].add(j)
-        for head, chosen in zip(heads, stay, strict=True):
-            head.keep_only(sorted(chosen))
-
-
-class ByHandDoubled(ByHandTokens):
-    """Even tokens before odd ones, by attention; what has been kept counts twice from then on."""
-
-    def worth(self, layer: int, h: int, scores: list[float]) -> list[float]:
-        tokens = self.memory[layer][h].token_ids
-        return [score + 1000 * (token % 2 == 0) for token, score in zip(tokens, scores, strict=True)]
-
-    def _times(self, layer: int) -> int:
-        return 2 if len(self.memory[layer][0].all_keys) > self.budget else 1

@@ -22,16 +22,17 @@ from statekv.engine.session import Session
 from statekv.errors import ConfigError
 from statekv.models.adapter import Segment
 from statekv.runner.runner import ModelRunner
-from tests.method.byhand import (
+from tests.method.byhand import ByHandDials
+from tests.method.byhand_policies import (
     ByHandAccumulated,
     ByHandAdaKV,
     ByHandCaote,
-    ByHandDials,
     ByHandDoubled,
     ByHandKeyNorm,
     ByHandRandom,
     ByHandStochastic,
     ByHandTokens,
+    ByHandWeighted,
 )
 from tests.method.test_method import compare, tokens_of
 from tests.presets import DIALS
@@ -79,6 +80,15 @@ BY_HAND: dict[str, tuple[Any, type[ByHandTokens], dict[str, Any], dict[str, Any]
     "ada_kv, free": ("ada_kv(floor=0.0, most=1.5)", ByHandAdaKV, {"floor": 0.0, "most": 1.5}, {}),
     "stochastic": ("stochastic(temperature=0.5)", ByHandStochastic, {"temperature": 0.5, "seed": 7}, {"seed": 7}),
     "doubled": (Doubled(), ByHandDoubled, {}, {}),
+    **{
+        f"weighted, {name}": (
+            f"weighted(cap={cap}, output_error={error})",
+            ByHandWeighted,
+            {"cap": cap, "output_error": error, "sinks": 4, "seed": 5},
+            {"seed": 5},
+        )
+        for name, cap, error in (("attention", 4.0, False), ("output error", 3.0, True), ("low cap", 0.5, False))
+    },
 }
 
 
@@ -189,7 +199,8 @@ def test_in_its_limit_a_policy_keeps_what_the_paper_keeps(family: str, carry: st
 
 
 @pytest.mark.parametrize(
-    ("method", "sinks"), [("random", 4), ("streaming_llm", 4), ("recency_window", 0), ("statekv", 0)]
+    ("method", "sinks"),
+    [("random", 4), ("streaming_llm", 4), ("recency_window", 0), ("statekv", 0), ("statekv_weighted", 4)],
 )
 def test_who_keeps_sinks_by_itself(method: str, sinks: int) -> None:
     found, without = watched("internvl", method=method), watched("internvl", method=method, sinks=0)
@@ -353,6 +364,7 @@ REMEMBERING: dict[str, dict[str, Any]] = {
     "maximum": {"carry": "accumulated(decay=0.9, maximum=True)"},
     "importance": {"memory": "4MiB"},
     "stochastic": {"carry": "stochastic", "seed": 5},
+    "weighted": {"carry": "weighted", "seed": 5},
     "random": {"carry": "random", "seed": 5},
     "ada_kv": {"carry": "ada_kv"},
     "ada_kv, all": {"carry": "ada_kv", "decay": 0.5, "value_norms": True, "layer_slope": 0.3, "coverage": 0.2},

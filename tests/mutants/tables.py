@@ -50,7 +50,7 @@ NAMED: tuple[tuple[str, str, str], ...] = (
 )
 
 _OF_POLICIES = (
-    *("cache/policies/test_policies_own.py", "cache/policies", "cache/test_carried.py"),
+    *("cache/test_carry.py", "cache/policies", "cache/test_carried.py"),
     "method/test_policies.py::test_a_policy_equals_the_layer_loop_by_hand",
     "method/test_policies.py::test_a_dial_equals_the_layer_loop_by_hand",
 )

@@ -21,11 +21,21 @@ class Caote(Policy):
     needs_attention = True
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        attention = candidates.attended
-        share = attention / attention.sum(-1, keepdim=True)  # [streams, kv_heads, K]
-        values = candidates.values.float()
-        # Empty slots hold whatever was there before.
-        values = values.masked_fill((candidates.token_ids < 0)[..., None], 0)
-        mixed = share[:, :, None] @ values  # [streams, kv_heads, 1, head_dim]
-        distance: torch.Tensor = torch.linalg.vector_norm(values - mixed, dim=-1)
-        return share / (1 - share).clamp_min(torch.finfo(torch.float32).eps) * distance
+        share = candidates.attended / candidates.attended.sum(-1, keepdim=True)
+        return output_error(share, share, candidates)
+
+
+def output_error(share: torch.Tensor, mix: torch.Tensor, candidates: Candidates) -> torch.Tensor:
+    """a / (1 - a) · |v - o| of each key.
+
+    Args:
+        share: a of each key, [streams, kv_heads, K].
+        mix: shares that add up to 1, by which the values make o.
+        candidates: whose values they are.
+    """
+    # Empty slots hold whatever was there before.
+    values = candidates.values.float()
+    values = values.masked_fill((candidates.token_ids < 0)[..., None], 0)
+    mixed = mix.float()[:, :, None] @ values  # [streams, kv_heads, 1, head_dim]
+    distance: torch.Tensor = torch.linalg.vector_norm(values - mixed, dim=-1)
+    return share / (1 - share).clamp_min(torch.finfo(torch.float32).eps) * distance

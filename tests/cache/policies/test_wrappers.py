@@ -14,6 +14,7 @@ from statekv.cache.policies.key_norm import KeyNorm
 from statekv.cache.policies.random import Random, lots
 from statekv.cache.policies.recent import Recent
 from statekv.cache.policies.stochastic import Stochastic
+from statekv.cache.policies.weighted import Weighted
 from statekv.cache.policies.wrappers import Wrapper, covering
 from statekv.ops import select
 from tests.cache.policies.judging import SHAPE, dial, judge, kept, scores, token_ids
@@ -95,6 +96,7 @@ POLICIES: list[Policy] = [
     Caote(),
     AdaKV(),
     Stochastic(temperature=0.5, seed=1),
+    Weighted(seed=1),
 ]
 
 
