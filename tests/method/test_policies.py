@@ -23,7 +23,7 @@ from statekv.errors import ConfigError
 from statekv.models.adapter import Segment
 from statekv.runner.runner import ModelRunner
 from tests.method.byhand import ByHandDials
-from tests.method.byhand_policies import (
+from tests.method.byhand.policies import (
     ByHandAccumulated,
     ByHandAdaKV,
     ByHandCaote,
