@@ -92,7 +92,7 @@ def _statekv(
 
 for command in (ask.ask, watch.watch, demo.film, demo.demo, analyze.analyze, models.models):
     app.command(epilog=_TOLD)(command)
-for command in (bench.prefill, bench.answer, bench.sessions, bench.video):
+for command in (bench.prefill, bench.answer, bench.sessions, bench.video, bench.pretrained):
     bench.app.command(epilog=_TOLD)(command)
 app.add_typer(bench.app)
 evals.app.command()(evals.report)

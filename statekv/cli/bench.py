@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from statekv.cli import options
-from statekv.cli.console import Report, complain, load, progress
+from statekv.cli.console import Report, complain, doing, load, progress
 from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
 
@@ -227,6 +227,44 @@ def video(
     engine = load(**loading, method=method, **settings)
     rows, panels = measure(engine, file, runs)
     report.publish(f"video, {loading.get('model', 'demo')}", rows, panels, engine.model.model.device)
+
+
+def pretrained(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A folder with a causal language model, or a GGUF file; SmolLM2-135M if left out."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="What is read; Python's own language reference if left out.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text.", min=2)] = 20,
+    tokens: Annotated[int, typer.Option(help="Tokens read in each.", min=64)] = 1024,
+    step: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 64,
+    shares: Annotated[str, typer.Option(help="Percent of the tokens that are carried, with commas.")] = "10",
+    carry: Annotated[
+        list[str] | None, typer.Option(help="Policies beside the paper's, each with 4 sinks; all if left out.")
+    ] = None,
+    device: options.BenchDevice = "auto",
+    dtype: options.BenchDtype = "auto",
+    csv: options.Csv = None,
+    picture: options.Picture = None,
+) -> None:
+    """Read text with real weights by every policy, and compare the next tokens with full attention's."""
+    from statekv.bench.harness import place
+    from statekv.bench.pretrained import PAPER, SUBJECTS, Plan, measure, panels, read_text, windows_of
+    from statekv.models.families.text import load_text
+
+    where, kind = place(device, dtype)
+    subjects = SUBJECTS if carry is None else ((PAPER, 0), *((name, 4) for name in carry))
+    plan = Plan(tokens=tokens, step=step, shares=tuple(map(float, numbers("shares", shares))), subjects=subjects)
+    report, words = Report("pretrained", csv, picture), read_text(text)
+    with doing("loading the model"):
+        found, tokenizer, name = load_text(model, where, kind)
+    cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked)
+    with progress() as bar:
+        task = bar.add_task("windows", total=len(cut))
+        rows = measure(found, cut, plan, name, lambda _: bar.advance(task))
+    report.publish("pretrained", rows, panels(rows), where)
 
 
 def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Row]:

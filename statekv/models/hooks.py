@@ -91,7 +91,7 @@ def take_attention(model: PreTrainedModel) -> None:
     """Route the language model's attention through the hook; nothing happens where it is already."""
     if model.config.get_text_config()._attn_implementation != NAME:
         AttentionInterface.register(NAME, attention_hook)
-        model.set_attn_implementation({"text_config": NAME})
+        _set_attention(model, NAME)
 
 
 @contextmanager
@@ -101,7 +101,12 @@ def attention_left_as_found(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation({"text_config": before})
+        _set_attention(model, before)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    alone = model.config.get_text_config() is model.config  # a language model without a tower
+    model.set_attn_implementation(name if alone else {"text_config": name})
 
 
 class RopeScope:
