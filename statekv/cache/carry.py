@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -65,7 +65,11 @@ class Checked(Wrapper):
         self._looked_at: set[int] = set()
         if type(inner).log_weights is not Policy.log_weights and not inner.weighs:
             self._refuse("has log_weights, but does not say so", "set weighs = True")
-        for name, value in dict(inner.state).items():
+        if not isinstance(inner.state, Mapping):
+            self._refuse(
+                f"declares its state as a {type(inner.state).__name__}", "give a dict, from name to first value"
+            )
+        for name, value in inner.state.items():
             if name in (LOG_WEIGHTS, IMPORTANCE) or not isinstance(name, str):
                 self._refuse(f"declares the state {name!r}, which is not its own", "choose another name")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -75,8 +79,13 @@ class Checked(Wrapper):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         first = candidates.layer not in self._looked_at
-        before = _shown(candidates) if first else []
+        before, state = _shown(candidates) if first else [], dict(candidates.state)
         found = self._numbers("scores", self._asked("score", lambda: self.inner.score(candidates)), candidates)
+        for name, tensor in state.items():
+            if candidates.state.get(name) is not tensor:
+                self._refuse(
+                    f"put something else in place of its state {name!r}", "change it in place: tensor.copy_(…)"
+                )
         if first:
             self._looked_at.add(candidates.layer)
             for (what, then), (_, now) in zip(before, _shown(candidates), strict=True):

@@ -95,7 +95,8 @@ def spell(method: object, table: Mapping[str, str | type[Any]]) -> str:
     try:
         expected = inspect.signature(kind).parameters
     except ValueError:
-        raise ConfigError(f"{method!r} is no method by a class of its own", f"known: {', '.join(table)}") from None
+        rule = f"{method!r} is neither a name nor an object that does such work"
+        raise ConfigError(rule, f"known: {', '.join(table)}, package.module:Class") from None
     for parameter in expected:
         try:
             value = getattr(method, parameter)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from statekv.errors import ConfigError
 from statekv.video.frame import Frame
 
 
@@ -50,7 +51,19 @@ class EncodedStep:
         Args:
             tokens: which of the features: bool [n], or their numbers, int64 and ascending. On a GPU the host waits for
                 it here, for the language model's work depends on how many they are.
+
+        Raises:
+            ConfigError: something else, or a number that none of them has.
         """
+        n = len(self.features)
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype not in (torch.bool, torch.int64) or tokens.ndim != 1:
+            kind = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            raise ConfigError(f"step.keep was given {kind}", f"give bool [{n}], or numbers in int64 [n]")
+        if tokens.dtype == torch.bool and len(tokens) != n:
+            raise ConfigError(f"step.keep was given a mask of {len(tokens)} for {n} tokens", f"give bool [{n}]")
+        if tokens.dtype == torch.int64 and len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < n:
+            rule = f"step.keep was given numbers from {int(tokens.min())} to {int(tokens.max())} for {n} tokens"
+            raise ConfigError(rule, f"give numbers from 0 to {n - 1}")
         chosen = (tokens.nonzero()[:, 0] if tokens.dtype == torch.bool else tokens).cpu()
         if len(chosen) == len(self.features):
             return self

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, StateKVError
 from statekv.models.encoded import EncodedStep
 
 # What a method remembers of a stream from step to step, by name: tensors, and what JSON holds.
@@ -53,12 +53,20 @@ def reduced(reducer: Reducer, step: EncodedStep, memory: Mapping[str, Any]) -> t
         The step, and the stream's memory once it has entered.
 
     Raises:
-        ConfigError: a step that cannot enter, or a memory that could not be saved.
+        ConfigError: the reducer fails, or makes a step that cannot enter or a memory that could not be saved.
     """
     name = type(reducer).__name__
     own = replace(step, features=step.features.clone(), deepstack=tuple(layer.clone() for layer in step.deepstack))
     new = own_memory(memory)
-    found = reducer.reduce(own, new)
+    try:
+        found = reducer.reduce(own, new)
+    except ConfigError as error:
+        raise ConfigError(f"reducer {name} failed: {error.message}", error.hint) from error
+    except (StateKVError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"reducer {name} failed: {told}", "mend the reducer") from error
     _check_step(name, step, found)
     check_memory(f"reducer {name}", new)
     return found, new

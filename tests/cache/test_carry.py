@@ -101,6 +101,11 @@ WRONG: dict[str, tuple[Policy, str]] = {
     "log_weights": (own(state={"log_weights": 0.0}), "declares the state 'log_weights'"),
     "name": (own(state={3: 0.0}), "declares the state 3"),
     "text": (own(state={"age": "old"}), "declares the state 'age' with 'old'"),
+    "replaced": (
+        own(lambda shown: shown.state.update(age=3) or zeros(shown), state={"age": 0.0}),  # type: ignore[attr-defined]
+        r"put something else in place of its state 'age' \(change it in place",
+    ),
+    "a list": (own(state=["age"]), r"declares its state as a list \(give a dict"),
     "truth": (own(state={"age": True}), "declares the state 'age' with True"),
     "few budgets": (
         own(layer_budgets=lambda *_: [20, 20]),

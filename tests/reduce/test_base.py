@@ -42,6 +42,12 @@ WRONG: list[tuple[Callable[[EncodedStep, Memory], Any], str]] = [
     (lambda step, memory: None, r"returned a NoneType.*step\.keep"),
     (lambda step, memory: step.features, r"returned a Tensor"),
     (lambda step, memory: step.keep(torch.zeros(6, dtype=torch.bool)), r"left no token.*at least one"),
+    (lambda step, memory: step.keep(torch.tensor([1, 99])), r"numbers from 1 to 99 for 6 tokens.*from 0 to 5"),
+    (lambda step, memory: step.keep(torch.tensor([-1])), r"numbers from -1 to -1 for 6 tokens"),
+    (lambda step, memory: step.keep(torch.tensor([0.5])), r"given torch\.float32 \[1\].*bool \[6\]"),
+    (lambda step, memory: step.keep([0, 1]), r"step\.keep was given list"),  # type: ignore[arg-type]
+    (lambda step, memory: step.keep(torch.ones(5, dtype=torch.bool)), r"a mask of 5 for 6 tokens"),
+    (lambda step, memory: 1 // 0, r"failed: ZeroDivisionError: integer.*mend the reducer"),
     (lambda step, memory: replace(step, grid=(1, 6)), r"a grid of \(1, 6\) for \(2, 3\)"),
     (lambda step, memory: replace(step, features=step.features[:2]), r"features \[2, 2\], \[6, 2\], must be 2 times"),
     (lambda step, memory: replace(step, features=step.features[:, :1]), r"features \[6, 1\], \[6, 2\]"),
