@@ -24,7 +24,8 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.models import FAMILIES
 from statekv.models.loading import DEMO
 from statekv.video.frame import Frame
-from tests.cli.test_cli import COUNT, Result, command, subprocess_command
+from tests.cli.test_cli import COUNT, Result, command
+from tests.processes import forked
 from tests.video.fixtures.clips import write_sound
 
 
@@ -468,18 +469,18 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in found.err
 
 
-# The real command: its own process, what FFmpeg writes by itself included
+# In its own process: what FFmpeg writes by itself included
 
 
-def test_the_installed_command_fails_in_one_line(tmp_path: Path) -> None:
+def test_a_process_fails_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 50)
-    found = subprocess_command("ask", tmp_path / "text.mp4", COUNT, "-q")
+    found = forked.run("ask", tmp_path / "text.mp4", COUNT, "-q")
     complaint(Result(found.returncode, found.stdout, found.stderr))
 
 
-def test_the_installed_command_warns_in_one_line(film: Path, tmp_path: Path) -> None:
+def test_a_process_warns_in_one_line(film: Path, tmp_path: Path) -> None:
     data = film.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 6 // 10])
-    found = subprocess_command("ask", tmp_path / "cut.mp4", COUNT, "-q")
+    found = forked.run("ask", tmp_path / "cut.mp4", COUNT, "-q")
     assert found.returncode == 0
     assert len(found.stdout.splitlines()) == len(found.stderr.splitlines()) == 1

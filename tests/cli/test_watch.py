@@ -8,7 +8,6 @@ import os
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from tests.cache.test_folder import files_of_at_most
 from tests.cli.test_cli import COLOR, COUNT, Result, command
 from tests.cli.test_errors import refused
+from tests.processes.forked import Process
 
 FRAMES = 12
 
@@ -233,14 +233,8 @@ class Terminal:
 
         self._ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "24", "OMP_NUM_THREADS": "1"}
-        line = [sys.executable, "-m", "statekv", "watch", *map(str, arguments)]
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)  # is inherited
-        try:
-            self.process = subprocess.Popen(
-                line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-            )
-        finally:
-            signal.signal(signal.SIGINT, before)
+        streams = theirs, theirs, theirs
+        self.process = Process("watch", *arguments, streams=streams, environment=environment, background=background)
         os.close(theirs)
         self.shown = ""
 
@@ -259,10 +253,10 @@ class Terminal:
 
     def leave(self) -> int:
         """The exit code."""
-        while self.process.poll() is None:
+        while (code := self.process.poll()) is None:
             if select.select([self._ours], [], [], 0.1)[0]:
                 self.shown += self._read()
-        return self.process.returncode
+        return code
 
     def close(self) -> None:
         self.process.kill()

@@ -25,7 +25,7 @@ from tests.docs.running import follow
 from tests.runner.test_cuda_graph import Tape, session
 from tests.talk import assert_same_stream, memory, some_frames
 
-SECONDS = 24
+SECONDS = 16
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def life(engine: Engine, number: int) -> list[Any]:
     drawn, seen = Random(number), list[Any]()
     ways = {"horizon": 5000 + 1000 * number, **SETTINGS[number % len(SETTINGS)]}
     sessions = [engine.open(**ways)]  # another horizon: other rotary frequencies, set on the one model
-    for _ in range(25):
+    for _ in range(16):
         session = drawn.choice(sessions)
         action = drawn.choice(["push", "push", "push", "ask", "stream", "fork", "close"])
         if action == "push":

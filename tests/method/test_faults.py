@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -19,11 +18,11 @@ from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.video.writer import write_video
 from tests.cli.test_cli import COUNT, succeed
 from tests.engine.test_snapshot import assert_same_session
-from tests.killing import kill_at_moments
+from tests.processes.forked import run as run_command
+from tests.processes.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, memory, shared_engine, some_frames
 from tests.tiny import video
 
-ROOT = Path(__file__).parent.parent.parent
 FRAMES, EVERY = 12, 2  # frames of a stream, and between two saves
 SETTINGS: dict[str, Any] = {"budget": 30, "vision_batch": 3}
 
@@ -186,11 +185,10 @@ def test_a_reader_that_has_gone_is_no_accident(command: list[str], tmp_path: Pat
     arguments = [str(film) if argument == "FILM" else argument for argument in command]
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, "-m", "statekv", *arguments, "--save", str(tmp_path / "kept")]
-    found = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, check=False)
+    found = run_command(*arguments, "--save", tmp_path / "kept", out=writer)
     os.close(writer)
     assert found.returncode == 1
-    assert b"Traceback" not in found.stderr
+    assert "Traceback" not in found.stderr
     if command[0] == "ask":
         assert succeed("ask", "--restore", tmp_path / "kept", COUNT) == succeed("ask", film, COUNT)
     else:

@@ -39,9 +39,17 @@ SETTINGS = {
     "pinned": preset("pinned", budget=60, decay=0.5),
     "retrieve": preset("retrieve", retrieve=3, retrieve_carried=True),
 }
-EVERY_SETTING = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-TWO_SETTINGS = pytest.mark.parametrize(
-    "settings", [SETTINGS["pinned"], SETTINGS["retrieve"]], ids=["pinned", "retrieve"]
+# Both memories with every family, the others with one whose positions have one axis and one whose have three.
+EVERY_SETTING = pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, name) for family in FAMILIES for name in ("attention", "retrieve")),
+        *(("internvl", name) for name in ("all", "streaming_llm", "pinned")),
+        ("qwen2_5_vl", "pinned"),
+    ],
+)
+BOTH_MEMORIES = pytest.mark.parametrize(
+    ("family", "name"), zip(FAMILIES, ("pinned", "retrieve", "retrieve", "pinned"), strict=True)
 )
 
 
@@ -90,10 +98,9 @@ def rotated_anew(seen: Unrotated, session: Session) -> torch.Tensor:
 
 
 @EVERY_SETTING
-@EVERY_FAMILY
-def test_keys_stand_where_they_would_have_been_computed(family: str, settings: dict[str, Any]) -> None:
+def test_keys_stand_where_they_would_have_been_computed(family: str, name: str) -> None:
     """In both memories: turned further is the same as turned once, from the key as it was before any rotation."""
-    session = opened(family, **settings)
+    session = opened(family, **SETTINGS[name])
     session.runner = seen = Unrotated(session.runner.model)
     session.push(pictures(family))
     state = session.state
@@ -136,9 +143,8 @@ def test_a_stream_that_never_reaches_its_horizon_is_untouched(family: str) -> No
 
 
 @EVERY_SETTING
-@EVERY_FAMILY
-def test_compacting_with_nothing_to_move_changes_no_bit(family: str, settings: dict[str, Any]) -> None:
-    session = opened(family, **settings)
+def test_compacting_with_nothing_to_move_changes_no_bit(family: str, name: str) -> None:
+    session = opened(family, **SETTINGS[name])
     session.push(pictures(family, 24))
     state = session.state
     before, position, blocks = memory(session), state.position, state.blocks and list(state.blocks.spots)
@@ -147,11 +153,10 @@ def test_compacting_with_nothing_to_move_changes_no_bit(family: str, settings: d
     assert (state.position, state.blocks and state.blocks.spots) == (position, blocks)
 
 
-@TWO_SETTINGS
-@EVERY_FAMILY
-def test_questions_change_nothing(family: str, settings: dict[str, Any]) -> None:
+@BOTH_MEMORIES
+def test_questions_change_nothing(family: str, name: str) -> None:
     """Asked around every compaction, also with a frame of Qwen-VL that waits for its partner."""
-    asked, silent = opened(family, **settings), opened(family, **settings)
+    asked, silent = opened(family, **SETTINGS[name]), opened(family, **SETTINGS[name])
     for frame in pictures(family, 30):
         asked.push([frame])
         asked.ask(QUESTION, max_new_tokens=2)
@@ -161,10 +166,9 @@ def test_questions_change_nothing(family: str, settings: dict[str, Any]) -> None
     assert_same_answer(session_answer(asked), session_answer(silent))
 
 
-@TWO_SETTINGS
-@EVERY_FAMILY
-def test_saved_streams_keep_it(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    going, frames = opened(family, **settings), pictures(family, 48)
+@BOTH_MEMORIES
+def test_saved_streams_keep_it(family: str, name: str, tmp_path: Path) -> None:
+    going, frames = opened(family, **SETTINGS[name]), pictures(family, 48)
     going.push(frames[:24])
     assert going.state.compaction.factor > 1
     save_stream(going.state, tmp_path / "saved")

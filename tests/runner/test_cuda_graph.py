@@ -69,18 +69,19 @@ def session(family: str, tape: Tape | None, **settings: Any) -> Session:
     return Session(runner, runner.open(Config(**filled(settings, budget=20))))
 
 
-@EVERY_FAMILY
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {},
-        {"pin_prefix": True},
-        {"carry": "recent"},
-        {"carry": "sink_recent"},
-        {"carry": "random"},
-        {"recall": "recent"},
-        {"layout": "release"},
-        {"budget": 3},
+        ("internvl", {}),
+        ("internvl", {"pin_prefix": True}),
+        ("internvl", {"carry": "recent"}),
+        ("internvl", {"carry": "sink_recent"}),
+        ("internvl", {"carry": "random"}),
+        ("internvl", {"recall": "recent"}),
+        ("internvl", {"layout": "release"}),
+        ("internvl", {"budget": 3}),
+        ("qwen3_vl", {}),
+        ("qwen3_vl", {"layout": "release"}),
     ],
     ids=str,
 )

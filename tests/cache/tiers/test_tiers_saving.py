@@ -15,7 +15,7 @@ from statekv.cache.folder import FACTS
 from statekv.engine.session import Session
 from statekv.errors import ConfigError, SaveError, StorageError, StorageWarning
 from tests.cache.tiers.test_tiers import carried, held, opened, pictures, spots, tiered, tight
-from tests.killing import kill_at_moments
+from tests.processes.killing import kill_at_moments
 from tests.talk import QUESTION, assert_same_memory, frames_of, shared_engine
 from tests.tiny import video
 

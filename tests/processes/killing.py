@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parent.parent.parent
 
 # Moments are the beginnings and ends of calls. Each child has a folder of its own, named by the moment of its death.
 _PROGRAM = """
