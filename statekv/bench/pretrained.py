@@ -99,14 +99,14 @@ def read_text(path: Path | None) -> str:
 
 
 def measure(
-    model: TextModel, windows: Sequence[torch.Tensor], plan: Plan, name: str, track: Callable[[str], object]
+    model: TextModel, windows: Sequence[torch.Tensor], plan: Plan, name: str, track: Callable[[], object]
 ) -> list[Row]:
     """Read every window with full attention and by every rule, all rules of a window one after another.
 
     Args:
         windows: [1, tokens + asked] each.
         name: of the model, for the rows.
-        track: told of each window before it is read.
+        track: called once a window has been read.
 
     Returns:
         A row for each share and rule, of KLs by window. Its remark has the geometric mean of their ratios to the
@@ -116,7 +116,6 @@ def measure(
     runner = ModelRunner(model)
     found: dict[tuple[float, str, int], Found] = {}
     for number, ids in enumerate(windows, start=1):
-        track(f"window {number} of {len(windows)}")
         ids = ids.to(model.model.device)
         whole = _read(runner, Config.of("full"), ids, plan)
         for share in plan.shares:
@@ -124,6 +123,7 @@ def measure(
                 config = Config(carry=carry, sinks=sinks, budget=plan.budget(share), seed=number)
                 read = _read(runner, config, ids, plan)
                 _note(found.setdefault((share, carry, sinks), Found()), read, whole)
+        track()
     return [_row(key, found, plan, name) for key in found]
 
 

@@ -79,11 +79,6 @@ class DetailedCache(Cache):
         return range(0)
 
     @property
-    def answering_from(self) -> int | None:
-        """Number of the first token of the question that is being answered; None: nobody has asked."""
-        return self._answering_from
-
-    @property
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of steps that do not lie in the buffers, by where they do."""
         return {}
@@ -339,7 +334,7 @@ class AnswerCache(DetailedCache):
         super().__init__(stream.spec, stream.recall, stream.window, stream.sinks)
         self.lengths, self.buffers, self.away = list(stream.lengths), list(stream.buffers), stream.away
         self._past = tokens - stream.away  # tokens in the buffers that are the stream's
-        self._answering_from = stream.answering_from
+        self._answering_from = stream._answering_from
         self._own: DetailedCache | None = None  # those behind them, once they have stepped aside
         stream._share(self)
 

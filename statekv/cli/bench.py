@@ -115,6 +115,17 @@ def numbers(option: str, text: str) -> list[int]:
     return sorted({int(part) for part in found})
 
 
+def percents(text: str) -> tuple[float, ...]:
+    """`2.5,10` → (2.5, 10.0), ascending; a ConfigError for something else than numbers above 0, up to 100."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 100 for share in found):
+        raise ConfigError(f"shares is {text!r}, but must be percents above 0, up to 100", "write them as in 2.5,10")
+    return tuple(found)
+
+
 StepTokens = Annotated[int, typer.Option(help="Tokens of a step.", min=1)]
 Layers = Annotated[int | None, typer.Option(help="Measure the first so many layers; rows say so.")]
 
@@ -256,14 +267,14 @@ def pretrained(
 
     where, kind = place(device, dtype)
     subjects = SUBJECTS if carry is None else ((PAPER, 0), *((name, 4) for name in carry))
-    plan = Plan(tokens=tokens, step=step, shares=tuple(map(float, numbers("shares", shares))), subjects=subjects)
+    plan = Plan(tokens=tokens, step=step, shares=percents(shares), subjects=subjects)
     report, words = Report("pretrained", csv, picture), read_text(text)
     with doing("loading the model"):
         found, tokenizer, name = load_text(model, where, kind)
     cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked)
     with progress() as bar:
         task = bar.add_task("windows", total=len(cut))
-        rows = measure(found, cut, plan, name, lambda _: bar.advance(task))
+        rows = measure(found, cut, plan, name, lambda: bar.advance(task))
     report.publish("pretrained", rows, panels(rows), where)
 
 

@@ -56,9 +56,8 @@ def check_config(name: str, values: dict[str, Any]) -> None:
     _check_numbers(name, values)
     kind = values.get("model_type")
     for part in ("text_config", "vision_config") if isinstance(kind, str) and kind in FAMILIES else ():
-        if (
-            not isinstance(values.get(part), dict) or not values[part]
-        ):  # transformers would build a large one by its defaults
+        found = values.get(part)
+        if not isinstance(found, dict) or not found:  # transformers would build a large one by its defaults
             raise ModelError(f"config.json of {name} has no {part}", "get the checkpoint again")
 
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path, shares: tuple[float, ...]) -> list[tuple[float, ...]]:
     model, tokenizer, name = load_text(folder, torch.device("cpu"), torch.float32)
     plan = Plan(tokens=96, asked=16, step=16, shares=shares, subjects=SUBJECTS)
-    rows = measure(model, windows_of(own_text(), tokenizer, 3, 112), plan, name, lambda _: None)
+    rows = measure(model, windows_of(own_text(), tokenizer, 3, 112), plan, name, lambda: None)
     assert [(row.subject, row.setting["sinks"]) for row in rows] == list(SUBJECTS) * len(shares)
     assert [len(panels(rows)[0].lines), len(panels(rows)[0].lines["recent"])] == [len(SUBJECTS), len(shares)]
     assert all("the paper's" in row.remark for row in rows if row.subject != "attention")
@@ -65,9 +65,30 @@ def test_windows_lie_apart_and_a_short_text_is_refused(folder: Path, tmp_path: P
 
 def test_the_command_writes_rows_and_a_picture(folder: Path, tmp_path: Path) -> None:
     csv = tmp_path / "rows.csv"
-    small = ["--windows", "2", "--tokens", "64", "--step", "16", "--carry", "weighted", "--csv", str(csv)]
+    small = [
+        "--windows",
+        "2",
+        "--tokens",
+        "64",
+        "--step",
+        "16",
+        "--carry",
+        "weighted",
+        "--shares",
+        "12.5,50",
+        "--csv",
+        str(csv),
+    ]
     told = command("bench", "pretrained", folder, *small)
     assert told.code == 0, told.err
     assert "weighted" in told.out
-    assert len(csv.read_text(encoding="utf-8").splitlines()) == 3
+    assert len(csv.read_text(encoding="utf-8").splitlines()) == 5
     assert csv.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("shares", ["0", "101", "ten", "", "nan", "5,,10"])
+def test_shares_that_are_no_percents_are_refused(shares: str, folder: Path) -> None:
+    told = command("bench", "pretrained", folder, "--shares", shares)
+    assert told.code == 1
+    assert f"shares is {shares!r}, but must be percents above 0, up to 100" in told.err
+    assert told.err.count("\n") == 1
