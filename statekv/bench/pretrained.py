@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,16 +13,16 @@ import torch
 from statekv.bench.harness import Panel, Row, Setting
 from statekv.cache.stream import StreamState
 from statekv.config import Config
+from statekv.config.spelling import read_method, split_methods
 from statekv.errors import ConfigError
 from statekv.models.families.text import TextModel
 from statekv.runner.runner import ModelRunner
 
-PAPER = "attention"
-# Policies as they are spelled, and the sinks that each pins; every control with sinks and without.
-SUBJECTS: tuple[tuple[str, int], ...] = (
-    *((PAPER, 0), (PAPER, 4), ("recent", 0), ("recent", 4), ("random", 0), ("random", 4)),
-    *(("key_norm", 4), ("accumulated(decay=0.9)", 4), ("ada_kv", 4), ("stochastic", 4), ("caote", 4)),
-    *(("weighted", 4), ("weighted(cap=3, output_error=True)", 4)),
+FULL, PAPER = "full", "statekv"
+# Every control with sinks and without.
+METHODS = (
+    f"{PAPER},{PAPER}:sinks=4,recency_window,recency_window:sinks=4,random:sinks=0,random,"
+    "statekv_weighted,statekv_weighted:carry=weighted(output_error=True)"
 )
 _DRAWS, _LEVEL = 2000, 0.95  # of the bootstrap
 _LEAST = 1e-9  # KL: below it float32 tells nothing apart
@@ -37,18 +37,35 @@ class Plan:
         asked: tokens behind them, over which the answers' distributions are compared.
         step: tokens of a step.
         shares: of `tokens`, in percent, that are carried.
-        subjects: policies and their sinks.
+        methods: by their spelling.
     """
 
     tokens: int = 1024
     asked: int = 128
     step: int = 64
     shares: tuple[float, ...] = (10.0,)
-    subjects: tuple[tuple[str, int], ...] = SUBJECTS
+    methods: Mapping[str, Config] = field(default_factory=lambda: read_methods([METHODS]))
 
     def budget(self, share: float) -> int:
         """Keys carried."""
         return round(self.tokens * share / 100)
+
+
+def read_methods(written: Iterable[str]) -> dict[str, Config]:
+    """Configurations by their spelling, full attention left out: it is there anyway.
+
+    Raises:
+        ConfigError: a method that is none, or that has no budget.
+    """
+    found = {}
+    for spelling in split_methods(written):
+        method, own = read_method(spelling)
+        config = Config.of(method, **own)
+        if config.fitting(budget=1):
+            found[spelling] = config
+        elif method != FULL:
+            raise ConfigError(f"{spelling} has no budget, so that nothing is left to compare", "leave it out")
+    return found
 
 
 @dataclass
@@ -68,17 +85,23 @@ class Found:
     seconds: list[float] = field(default_factory=list)
 
 
-def windows_of(text: str, tokens: Callable[[str], list[int]], count: int, length: int) -> list[torch.Tensor]:
+def windows_of(
+    text: str, tokens: Callable[[str], list[int]], count: int, length: int, choosing: bool = False
+) -> list[torch.Tensor]:
     """Windows of so many tokens [1, length], spread evenly over a text.
 
+    Args:
+        choosing: those between, which share no token with the others: to choose settings on.
+
     Raises:
-        ConfigError: the text is too short for them.
+        ConfigError: the text is too short for both halves.
     """
     ids = torch.tensor(tokens(text))
-    if len(ids) < count * length:
-        rule = f"the text has {len(ids)} tokens, but {count} windows of {length} need {count * length}"
-        raise ConfigError(rule, "give a longer text, fewer windows or fewer tokens")
-    return [ids[start : start + length][None] for start in (number * len(ids) // count for number in range(count))]
+    if len(ids) < 2 * count * length:
+        needed = f"{count} windows of {length}, and as many to choose settings on, need {2 * count * length}"
+        raise ConfigError(f"the text has {len(ids)} tokens, but {needed}", "give a longer text, or ask for less")
+    starts = [number * len(ids) // (2 * count) for number in range(choosing, 2 * count, 2)]
+    return [ids[start : start + length][None] for start in starts]
 
 
 def own_text() -> str:
@@ -114,15 +137,14 @@ def measure(
         like first choices, and a step's milliseconds.
     """
     runner = ModelRunner(model)
-    found: dict[tuple[float, str, int], Found] = {}
+    found: dict[tuple[float, str], Found] = {}
     for number, ids in enumerate(windows, start=1):
         ids = ids.to(model.model.device)
-        whole = _read(runner, Config.of("full"), ids, plan)
+        whole = _read(runner, Config.of(FULL), ids, plan)
         for share in plan.shares:
-            for carry, sinks in plan.subjects:
-                config = Config(carry=carry, sinks=sinks, budget=plan.budget(share), seed=number)
-                read = _read(runner, config, ids, plan)
-                _note(found.setdefault((share, carry, sinks), Found()), read, whole)
+            for spelling, config in plan.methods.items():
+                read = _read(runner, config.with_(budget=plan.budget(share), seed=number), ids, plan)
+                _note(found.setdefault((share, spelling), Found()), read, whole)
         track()
     return [_row(key, found, plan, name) for key in found]
 
@@ -166,17 +188,18 @@ def _note(found: Found, read: _Reading, whole: _Reading) -> None:
     found.seconds.append(read.seconds)
 
 
-def _row(key: tuple[float, str, int], found: dict[tuple[float, str, int], Found], plan: Plan, name: str) -> Row:
-    share, carry, sinks = key
-    own, paper = found[key], found.get((share, PAPER, 0))
-    setting: Setting = {"model": name, "tokens": plan.tokens, "step": plan.step, "share": f"{share:g} %"}
-    setting |= {"budget": plan.budget(share), "sinks": sinks}
-    told = [f"{100 * mean(own.alike):.1f} % alike", f"step {1000 * mean(own.seconds):.0f} ms"]
+def _row(key: tuple[float, str], found: dict[tuple[float, str], Found], plan: Plan, name: str) -> Row:
+    share, spelling = key
+    own, paper = found[key], found.get((share, PAPER))
+    setting: Setting = {"model": name, "tokens": plan.tokens, "step": plan.step}
+    setting |= {"share": f"{share:g} %", "budget": plan.budget(share)}
+    told = [f"mean KL {mean(own.kl):.3f}", f"{100 * mean(own.alike):.1f} % alike"]
+    told.append(f"step {1000 * mean(own.seconds):.0f} ms")
     if paper is not None and paper is not own:
         low, high = interval(own.kl, paper.kl)
         told[:0] = [f"KL {ratio(own.kl, paper.kl):.2f} × ({low:.2f} … {high:.2f}) the paper's"]
         told[1:1] = [f"loss {mean(own.loss) / mean(paper.loss):.2f} ×"] if mean(paper.loss) else []
-    return Row("pretrained", carry, setting, "KL", tuple(own.kl), remark="; ".join(told))
+    return Row("pretrained", spelling, setting, "KL", tuple(own.kl), remark="; ".join(told))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -207,7 +230,5 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
     """Mean KL against the share that is carried, a line for each rule."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        sinks = int(row.setting["sinks"])
-        line = row.subject + (f", {sinks} sinks" if sinks else "")
-        lines.setdefault(line, []).append((float(str(row.setting["share"]).split()[0]), mean(row.samples)))
+        lines.setdefault(row.subject, []).append((float(str(row.setting["share"]).split()[0]), mean(row.samples)))
     return [Panel("distance from full attention", "carried, %", "KL, nats", lines, log_x=True, log_y=True)]

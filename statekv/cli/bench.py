@@ -252,26 +252,26 @@ def pretrained(
     tokens: Annotated[int, typer.Option(help="Tokens read in each.", min=64)] = 1024,
     step: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 64,
     shares: Annotated[str, typer.Option(help="Percent of the tokens that are carried, with commas.")] = "10",
-    carry: Annotated[
-        list[str] | None, typer.Option(help="Policies beside the paper's, each with 4 sinks; all if left out.")
-    ] = None,
+    method: options.Methods = None,
+    choosing: Annotated[
+        bool, typer.Option("--choosing", help="Read the windows between: settings are chosen on other ones.")
+    ] = False,
     device: options.BenchDevice = "auto",
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
 ) -> None:
-    """Read text with real weights by every policy, and compare the next tokens with full attention's."""
+    """Read text with real weights by several methods, and compare the next tokens with full attention's."""
     from statekv.bench.harness import place
-    from statekv.bench.pretrained import PAPER, SUBJECTS, Plan, measure, panels, read_text, windows_of
+    from statekv.bench.pretrained import METHODS, Plan, measure, panels, read_methods, read_text, windows_of
     from statekv.models.families.text import load_text
 
     where, kind = place(device, dtype)
-    subjects = SUBJECTS if carry is None else ((PAPER, 0), *((name, 4) for name in carry))
-    plan = Plan(tokens=tokens, step=step, shares=percents(shares), subjects=subjects)
+    plan = Plan(tokens=tokens, step=step, shares=percents(shares), methods=read_methods(method or [METHODS]))
     report, words = Report("pretrained", csv, picture), read_text(text)
     with doing("loading the model"):
         found, tokenizer, name = load_text(model, where, kind)
-    cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked)
+    cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked, choosing)
     with progress() as bar:
         task = bar.add_task("windows", total=len(cut))
         rows = measure(found, cut, plan, name, lambda: bar.advance(task))

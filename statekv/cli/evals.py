@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +18,7 @@ from statekv.cli import options
 from statekv.cli.bench import numbers
 from statekv.cli.console import columned, complain, load, notes, out, progress, rounded, to_json
 from statekv.config import METHODS, SETTINGS, Config
-from statekv.config.spelling import check_name
+from statekv.config.spelling import read_method, split_methods
 from statekv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,16 +28,10 @@ if TYPE_CHECKING:
     from statekv.evals.task import Task
 
 _METHODS = "full,statekv,recency_window,random"
-_SEPARATE = re.compile(r",(?![^(]*\))")  # package.module:Class(one=1,two=2) is one
-_OWN = re.compile(r":(?=\w+=)")
 
 
 TaskName = Annotated[str, typer.Argument(help="cards, videomme, mlvu, ovo_realtime, ovo_backward.", show_default=False)]
 Folder = Annotated[Path | None, typer.Argument(help="Where the data are, or films of cards go.", show_default=False)]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(help=f"With commas: {', '.join(METHODS)}; each with settings of its own as in statekv:decay=0.9."),
-]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; statekv-eval/TASK/MODEL if left out.")]
 Frames = Annotated[int | None, typer.Option(help="Length of the films of cards; 1024 if left out.")]
 Videos = Annotated[int | None, typer.Option(help="The first so many videos alone; 20 films of cards.", min=1)]
@@ -81,7 +73,7 @@ def run(
     videos: Videos = None,
     shard: Part = None,
     loading: options.Loading,
-    method: Methods = None,
+    method: options.Methods = None,
     budgets: options.Budgets = str(SETTINGS["budget"].default),
     settings: options.Settings,
 ) -> None:
@@ -143,8 +135,8 @@ def _configs(
     """
     found: dict[str, Config] = {}
     idle = dict(given)
-    for written in dict.fromkeys(written.strip() for part in methods for written in _SEPARATE.split(part)):
-        method, own = _read_method(written)
+    for written in split_methods(methods):
+        method, own = read_method(written)
         # What a task prescribes does not undo what makes a method: uniform takes 64 frames of any video.
         named = Config.of(method, **own)
         plain = named.with_(**named.fitting(**{n: v for n, v in prescribed.items() if n not in METHODS[method]}) | own)
@@ -159,24 +151,6 @@ def _configs(
     for name, value in idle.items():
         plain.with_(**{name: value})
     return found
-
-
-def _read_method(written: str) -> tuple[str, dict[str, Any]]:
-    """`statekv:decay=0.9` → the method and settings of its own."""
-    method, given, rest = written.partition(":")
-    check_name("method", method, tuple(METHODS))
-    settings = {}
-    for text in _OWN.split(rest) if given else ():
-        name, _, value = text.partition("=")
-        if not value or name == "budget":
-            raise ConfigError(
-                f"{text!r} in {written} is no setting", "write statekv:decay=0.9, and budgets as --budgets"
-            )
-        try:
-            settings[name] = json.loads(value.lower())  # numbers, true, false, null
-        except ValueError:
-            settings[name] = value
-    return method, settings
 
 
 def _device(device: str) -> str:

@@ -28,6 +28,10 @@ Method = Annotated[
         help=f"One of: {', '.join(METHODS)}.", rich_help_panel="Method", envvar=variable("method"), show_envvar=False
     ),
 ]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(help=f"With commas: {', '.join(METHODS)}; each with settings of its own as in statekv:decay=0.9."),
+]
 VideoStream = Annotated[
     int | None, typer.Option(help="Which video stream of the file, from 0.", rich_help_panel="Source")
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from statekv.errors import ConfigError, StateKVError
 
 _SPELLING = re.compile(r"\s*(?P<name>\w+|[\w.]+:[\w.<>]+)\s*(?P<call>\(.*\))?\s*", re.DOTALL)
+_SEPARATE = re.compile(r",(?![^(]*\))")  # package.module:Class(one=1,two=2) is one
+_OWN = re.compile(r":(?=\w+=)")
 _HOW_TO_SPELL = "write name, name(parameter=value) or package.module:Class(parameter=value)"
 
 
@@ -38,6 +41,30 @@ def read_named(spelling: str, table: Mapping[str, Any], what: str) -> tuple[str,
     if ":" not in found["name"]:
         check_name(what, found["name"], [*table, "package.module:Class"])
     return found["name"], parameters
+
+
+def split_methods(written: Iterable[str]) -> list[str]:
+    """`statekv,random:sinks=0` → each of them once, in their order."""
+    parts = (part.strip() for text in written for part in _SEPARATE.split(text))
+    return list(dict.fromkeys(parts))
+
+
+def read_method(written: str) -> tuple[str, dict[str, Any]]:
+    """`statekv:decay=0.9` → the method's name and settings of its own; a ConfigError where these are none, or a budget,
+    which several methods share.
+    """
+    method, given, rest = written.partition(":")
+    settings = {}
+    for text in _OWN.split(rest) if given else ():
+        name, _, value = text.partition("=")
+        if not value or name == "budget":
+            rule = f"{text!r} in {written} is no setting of a method"
+            raise ConfigError(rule, "write statekv:decay=0.9; what is carried has an option of its own")
+        try:
+            settings[name] = json.loads(value.lower())  # numbers, true, false, null
+        except ValueError:
+            settings[name] = value
+    return method, settings
 
 
 def load_named(spelling: object, table: Mapping[str, str | type[Any]], what: str, kind: type[Any]) -> Any:

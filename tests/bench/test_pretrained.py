@@ -8,13 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from statekv.bench.pretrained import Plan, interval, measure, own_text, panels, ratio, read_text, windows_of
+from statekv.bench.pretrained import (
+    Plan,
+    interval,
+    measure,
+    own_text,
+    panels,
+    ratio,
+    read_methods,
+    read_text,
+    windows_of,
+)
 from statekv.errors import ConfigError
 from statekv.models.families.text import load_text
 from tests.cli.test_cli import command
 from tests.models.families.test_text import checkpoint
 
-SUBJECTS = (("attention", 0), ("recent", 0), ("random", 4), ("weighted", 4), ("ada_kv", 4))
+METHODS = read_methods(["full,statekv,recency_window,random", "statekv_weighted,statekv:carry=ada_kv:sinks=4"])
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(folder: Path, shares: tuple[float, ...]) -> list[tuple[float, ...]]:
     model, tokenizer, name = load_text(folder, torch.device("cpu"), torch.float32)
-    plan = Plan(tokens=96, asked=16, step=16, shares=shares, subjects=SUBJECTS)
+    plan = Plan(tokens=96, asked=16, step=16, shares=shares, methods=METHODS)
     rows = measure(model, windows_of(own_text(), tokenizer, 3, 112), plan, name, lambda: None)
-    assert [(row.subject, row.setting["sinks"]) for row in rows] == list(SUBJECTS) * len(shares)
-    assert [len(panels(rows)[0].lines), len(panels(rows)[0].lines["recent"])] == [len(SUBJECTS), len(shares)]
-    assert all("the paper's" in row.remark for row in rows if row.subject != "attention")
+    assert [row.subject for row in rows] == list(METHODS) * len(shares)
+    assert [len(panels(rows)[0].lines), len(panels(rows)[0].lines["statekv"])] == [len(METHODS), len(shares)]
+    assert all("the paper's" in row.remark for row in rows if row.subject != "statekv")
     return [row.samples for row in rows]
 
 
@@ -53,9 +63,12 @@ def test_the_ratio_is_geometric_and_its_interval_holds_it() -> None:
 
 def test_windows_lie_apart_and_a_short_text_is_refused(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_text(folder, torch.device("cpu"), torch.float32)[1]
-    one, two = windows_of("a b c d " * 50, tokenizer, 2, 90)
-    assert one.shape == two.shape == (1, 90)
-    with pytest.raises(ConfigError, match=r"but 3 windows of 900 need 2700 \(give a longer text"):
+    halves = [windows_of("any", lambda _: list(range(310)), 3, 50, choosing) for choosing in (False, True)]
+    assert [[(int(ids[0, 0]), int(ids[0, -1])) for ids in half] for half in halves] == [
+        [(0, 49), (103, 152), (206, 255)],
+        [(51, 100), (155, 204), (258, 307)],
+    ]
+    with pytest.raises(ConfigError, match=r"but 3 windows of 900, and as many .* need 5400 \(give a longer text"):
         windows_of("a b c d " * 50, tokenizer, 3, 900)
     with pytest.raises(ConfigError, match="cannot be read as text"):
         read_text(tmp_path)
@@ -72,8 +85,8 @@ def test_the_command_writes_rows_and_a_picture(folder: Path, tmp_path: Path) -> 
         "64",
         "--step",
         "16",
-        "--carry",
-        "weighted",
+        "--method",
+        "statekv,statekv_weighted",
         "--shares",
         "12.5,50",
         "--csv",
@@ -92,3 +105,19 @@ def test_shares_that_are_no_percents_are_refused(shares: str, folder: Path) -> N
     assert told.code == 1
     assert f"shares is {shares!r}, but must be percents above 0, up to 100" in told.err
     assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("nothing", "unknown method 'nothing'"),
+        ("statekv:decay", "'decay' in statekv:decay is no setting of a method"),
+        ("uniform", "uniform has no budget, so that nothing is left to compare"),
+        ("random:decay=0.5", "decay is 0.5"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused(method: str, told: str, folder: Path) -> None:
+    found = command("bench", "pretrained", folder, "--method", f"statekv,{method}")
+    assert found.code == 1
+    assert told in found.err
+    assert found.err.count("\n") == 1
