@@ -105,7 +105,7 @@ def _run(
                 raise ModelError("the prompt ends with a picture", "end it with the question, as chat templates do")
             logits = runner.ask(state, segment, sampling.max_new_tokens)
             answered = list(runner.decode(state, logits, sampling, _known(runner.model, prompt)))
-    return [token for token, _ in answered], [logits for _, logits in answered]
+    return [token for token, _ in answered], [logits.float() for _, logits in answered]
 
 
 def _known(adapter: VideoModel, prompt: torch.Tensor) -> torch.Tensor:
