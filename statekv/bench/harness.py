@@ -16,10 +16,13 @@ from pathlib import Path
 
 import torch
 
+from statekv.config import Config
+from statekv.config.spelling import read_method, split_methods
 from statekv.errors import ConfigError, OutputError
 from statekv.models.loading import read_device, read_dtype
 
 Setting = dict[str, str | int | float]
+FULL = "full"  # the method that others are held against
 
 _PACKAGES = ("statekv", "torch", "transformers", "triton", "flash-attn")
 
@@ -311,3 +314,20 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
     figure.suptitle(title, fontsize="medium", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def read_methods(written: Iterable[str]) -> dict[str, Config]:
+    """Configurations by their spelling, full attention left out: it is there anyway.
+
+    Raises:
+        ConfigError: a method that is none, or that has no budget.
+    """
+    found = {}
+    for spelling in split_methods(written):
+        method, own = read_method(spelling)
+        config = Config.of(method, **own)
+        if config.fitting(budget=1):
+            found[spelling] = config
+        elif method != FULL:
+            raise ConfigError(f"{spelling} has no budget, so that nothing is left to compare", "leave it out")
+    return found

@@ -1,15 +1,15 @@
-"""Time per step against step number: rising for `full`, flat for `statekv`, one line per budget."""
+"""Time per step against step number: rising for `full`, flat for `statekv`, one line per method and budget."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Panel, Row, alternate_within, best_rate, large_product, milliseconds
+from statekv.bench.harness import FULL, Panel, Row, alternate_within, best_rate, large_product, milliseconds
 from statekv.bench.models import build, fill_carried, fill_detailed, products_alone, random_step, setting_of, stand
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState, room_for_answers
@@ -18,17 +18,18 @@ from statekv.models.size import Size
 from statekv.runner.memory import check_fits, refusal
 from statekv.runner.runner import ModelRunner
 
-FULL, PRODUCTS, LARGE = "full", "products alone", "large product"
+PRODUCTS, LARGE = "products alone", "large product"
 _VOCABULARY = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure on one model: steps by their numbers, from 1, for `full` and for `statekv` at each budget.
+    """What to measure on one model: steps by their numbers, from 1, for `full` and for others at each budget.
 
     Attributes:
         seconds: what one method may take at one number in all; slower ones get fewer runs.
-        plain: also step `statekv` without CUDA graphs.
+        plain: also step the others without CUDA graphs.
+        others: by their spelling, with a budget each.
     """
 
     size: Size
@@ -38,17 +39,23 @@ class Plan:
     runs: int
     seconds: float
     plain: bool = False
+    others: Mapping[str, Config] = field(default_factory=lambda: {"statekv": Config()})
 
     @property
-    def methods(self) -> list[Config]:
-        """`full`, and `statekv` at each budget."""
+    def methods(self) -> list[tuple[str, Config]]:
+        """`full`, and the others at each budget."""
         ways = (True, False) if self.plain else (True,)
-        bounded = (Config.of("statekv", budget=budget, graph=way) for budget in self.budgets for way in ways)
-        return [Config.of(FULL), *bounded]
+        bounded = [
+            (spelling, config.with_(budget=budget, graph=way))
+            for spelling, config in self.others.items()
+            for budget in self.budgets
+            for way in ways
+        ]
+        return [(FULL, Config.of(FULL)), *bounded]
 
     def cache_bytes(self, step: int, dtype: torch.dtype) -> int:
         """What the detailed cache, shared by all methods, and the carried ones hold after a step."""
-        carried = sum(method.budget + self.tokens for method in self.methods if method.carry != "all")
+        carried = sum(method.budget + self.tokens for _, method in self.methods[1:])
         return (step * self.tokens + carried) * self.size.kv_bytes_per_token(dtype)
 
     def seen(self, method: Config, step: int) -> int:
@@ -77,7 +84,11 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
     remarks = {step: refusal("its caches", plan.cache_bytes(step, dtype), device) for step in plan.steps}
     reached = [step for step, remark in remarks.items() if not remark]
     states = _fill(runner, plan, max(reached))
-    calls = {_name(state.config, step): _call(runner, state, plan.tokens, step) for step in reached for state in states}
+    calls = {
+        _name(method, step): _call(runner, state, plan.tokens, step)
+        for step in reached
+        for method, state in zip(plan.methods, states, strict=True)
+    }
     calls[PRODUCTS] = products_alone(runner.model, plan.tokens)
     calls[LARGE] = large_product(device, dtype, plan.tokens)  # in turns too, so that it meets the same machine
     seconds = alternate_within(calls, runs=plan.runs, seconds=plan.seconds, device=device)
@@ -90,16 +101,16 @@ def measure(plan: Plan, *, device: torch.device, dtype: torch.dtype) -> list[Row
     ]
     for step in plan.steps:
         reference = None
-        for method in plan.methods:
-            samples = milliseconds(seconds.get(_name(method, step), []))
+        for spelling, method in plan.methods:
+            samples = milliseconds(seconds.get(_name((spelling, method), step), []))
             setting = alike | {"step": step} | ({} if method.carry == "all" else {"budget": method.budget})
             setting |= {} if method.graph else {"plain": "yes"}
             floor = 1000 * segment_flops(plan.size, plan.tokens, plan.seen(method, step)) / rate
-            row = Row("prefill", method.method, setting, "ms", samples, floor, reference, remarks[step])
+            row = Row("prefill", spelling, setting, "ms", samples, floor, reference, remarks[step])
             if row.distance is not None:
                 row = replace(row, remark=f"{row.distance * usual:.3g} × the floor by medians")
             rows.append(row)
-            if samples and method.method == FULL:
+            if samples and spelling == FULL:
                 reference = rows[-1].median
     return rows
 
@@ -120,7 +131,7 @@ def panels(rows: Iterable[Row]) -> list[Panel]:
 def _fill(runner: ModelRunner, plan: Plan, farthest: int) -> list[StreamState]:
     """A stream per method, filled as far as the farthest step's beginning; all share one detailed cache."""
     positions = farthest * runner.model.stride(plan.tokens)
-    states = [runner.open(method, positions + room_for_answers(method)) for method in plan.methods]
+    states = [runner.open(method, positions + room_for_answers(method)) for _, method in plan.methods]
     shared = states[0].detailed
     fill_detailed(shared, (farthest - 1) * plan.tokens, plan.tokens)
     for state in states[1:]:
@@ -142,5 +153,6 @@ def _call(runner: ModelRunner, state: StreamState, tokens: int, step: int) -> Ca
     return call
 
 
-def _name(method: Config, step: int) -> str:
-    return f"{method.method} {method.budget} {method.graph} {step}"
+def _name(method: tuple[str, Config], step: int) -> str:
+    spelling, config = method
+    return f"{spelling} {config.budget} {config.graph} {step}"

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 
-from statekv.bench.harness import Panel, Row, Setting
+from statekv.bench.harness import FULL, Panel, Row, Setting, read_methods
 from statekv.cache.stream import StreamState
 from statekv.config import Config
-from statekv.config.spelling import read_method, split_methods
 from statekv.errors import ConfigError
 from statekv.models.families.text import TextModel
 from statekv.runner.runner import ModelRunner
 
-FULL, PAPER = "full", "statekv"
+PAPER = "statekv"
 # Every control with sinks and without.
 METHODS = (
     f"{PAPER},{PAPER}:sinks=4,recency_window,recency_window:sinks=4,random:sinks=0,random,"
@@ -49,23 +48,6 @@ class Plan:
     def budget(self, share: float) -> int:
         """Keys carried."""
         return round(self.tokens * share / 100)
-
-
-def read_methods(written: Iterable[str]) -> dict[str, Config]:
-    """Configurations by their spelling, full attention left out: it is there anyway.
-
-    Raises:
-        ConfigError: a method that is none, or that has no budget.
-    """
-    found = {}
-    for spelling in split_methods(written):
-        method, own = read_method(spelling)
-        config = Config.of(method, **own)
-        if config.fitting(budget=1):
-            found[spelling] = config
-        elif method != FULL:
-            raise ConfigError(f"{spelling} has no budget, so that nothing is left to compare", "leave it out")
-    return found
 
 
 @dataclass

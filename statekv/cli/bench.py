@@ -136,6 +136,7 @@ def prefill(
     steps: Annotated[str, typer.Option(help="Step numbers, with commas.")] = "1,4,16,64,256,1024,3600",
     tokens: StepTokens = 256,
     layers: Layers = None,
+    method: options.Methods = None,
     plain: Annotated[bool, typer.Option("--plain", help="Also step without CUDA graphs.")] = False,
     runs: options.Runs = 20,
     seconds: Annotated[float, typer.Option(help="Most seconds for one method at one step; less runs then.")] = 60.0,
@@ -144,15 +145,18 @@ def prefill(
     csv: options.Csv = None,
     picture: options.Picture = None,
 ) -> None:
-    """Time a step against its number, for full and for statekv at each budget; far steps start from filled caches."""
-    from statekv.bench.harness import place
+    """Time a step against its number, for full, and for statekv or other methods at each budget; far steps start from
+    filled caches.
+    """
+    from statekv.bench.harness import place, read_methods
     from statekv.bench.models import size_of
     from statekv.bench.prefill import Plan, measure, panels
 
     where, kind = place(device, dtype)
     sizes = [size_of(name, layers) for name in names(models)]
     carried, wanted = tuple(numbers("budgets", budgets)), tuple(numbers("steps", steps))
-    plans = {size.name: Plan(size, wanted, carried, tokens, runs, seconds, plain) for size in sizes}
+    others = read_methods(method or ["statekv"])
+    plans = {size.name: Plan(size, wanted, carried, tokens, runs, seconds, plain, others) for size in sizes}
     report = Report("prefill", csv, picture)
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
     report.publish("prefill", rows, panels(rows), where)
@@ -262,8 +266,8 @@ def pretrained(
     picture: options.Picture = None,
 ) -> None:
     """Read text with real weights by several methods, and compare the next tokens with full attention's."""
-    from statekv.bench.harness import place
-    from statekv.bench.pretrained import METHODS, Plan, measure, panels, read_methods, read_text, windows_of
+    from statekv.bench.harness import place, read_methods
+    from statekv.bench.pretrained import METHODS, Plan, measure, panels, read_text, windows_of
     from statekv.models.families.text import load_text
 
     where, kind = place(device, dtype)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from statekv.evals.report import Figures
     from statekv.evals.task import Task
 
-_METHODS = "full,statekv,recency_window,random"
+_METHODS = "full,statekv,statekv_weighted,recency_window,random"
 
 
 TaskName = Annotated[str, typer.Argument(help="cards, videomme, mlvu, ovo_realtime, ovo_backward.", show_default=False)]

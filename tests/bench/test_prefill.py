@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statekv.bench.floor import segment_flops
-from statekv.bench.harness import Row, best_rate
+from statekv.bench.harness import Row, best_rate, read_methods
 from statekv.bench.prefill import Plan, measure, panels
 from statekv.errors import MemoryLimitError
 from statekv.models.size import Size
@@ -101,3 +101,14 @@ def test_steps_without_graphs_are_measured_beside_the_others() -> None:
     assert found == [("full", None, None), *bounded]
     (panel,) = panels(rows)
     assert list(panel.lines)[1:3] == ["statekv, B = 8", "statekv, B = 8, plain"]
+
+
+def test_other_methods_are_measured_at_each_budget() -> None:
+    others = read_methods(["statekv,full", "statekv_weighted,statekv:carry=weighted(output_error=True)"])
+    rows = measured(replace(PLAN, steps=(9,), budgets=(8,), others=others))
+    spelled = ["statekv", "statekv_weighted", "statekv:carry=weighted(output_error=True)"]
+    assert [(row.subject, row.setting.get("budget")) for row in rows] == [
+        ("full", None),
+        *((spelling, 8) for spelling in spelled),
+    ]
+    assert [row.reference for row in rows[1:]] == [rows[0].median] * 3

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from statekv.bench.harness import read_methods
 from statekv.bench.pretrained import (
     Plan,
     interval,
@@ -15,7 +16,6 @@ from statekv.bench.pretrained import (
     own_text,
     panels,
     ratio,
-    read_methods,
     read_text,
     windows_of,
 )

@@ -19,7 +19,7 @@ from statekv.evals.data import make_folder
 from statekv.video.file import read_frames
 
 REFERENCE = "full"
-METHODS = (REFERENCE, "statekv", "recency_window", "streaming_llm", "random")
+METHODS = (REFERENCE, "statekv", "statekv_weighted", "recency_window", "streaming_llm", "random")
 
 
 @dataclass
