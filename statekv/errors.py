@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
 _SETTING = re.compile(r"`([a-z_]+)`")
@@ -76,6 +77,32 @@ class StorageWarning(UserWarning):
 
 class SpeedWarning(UserWarning):
     """Something that makes the work slower than it could be, but not wrong."""
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", type(None): "None", bytes: "a bytes object"}
+
+
+def kind_of(value: object) -> str:
+    """What kind of thing a value is, for an error: a whole number, a dict, an Image."""
+    name = type(value).__name__
+    return _KINDS.get(type(value), f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file anew, its folder made: where it cannot be written, nothing is left of it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        told = (error.strerror or str(error)).lower()
+        raise OutputError(f"{path} cannot be written: {told}", "make room, or name another place") from None
 
 
 @contextmanager

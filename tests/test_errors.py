@@ -66,3 +66,12 @@ def test_an_optional_package_that_is_there_is_imported_and_other_errors_pass() -
     assert json.loads("1") == 1
     with pytest.raises(ZeroDivisionError), need("json", "eval"):
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(3, "a whole number"), (0.5, "a number"), ("x", "a text"), (None, "None"), (True, "a bool"), ([], "a list")],
+)
+def test_what_something_is_has_words_and_an_article(value: object, told: str) -> None:
+    assert errors.kind_of(value) == told
+    assert errors.kind_of(errors.OutputError("full")) == "an OutputError"

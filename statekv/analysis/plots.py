@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from statekv.analysis.concentration import BUDGETS
 from statekv.analysis.holdings import Analysis, Moment, Picture, Shares
+from statekv.errors import writing
 
 _LAYER_COLORS = "viridis"
 
@@ -25,7 +26,8 @@ def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:
         "held-map.png": _held_map(found, name),
     }
     for file, figure in pictures.items():
-        figure.savefig(folder / file)
+        with writing(folder / file):
+            figure.savefig(folder / file)
     return [folder / file for file in pictures]
 
 
@@ -172,7 +174,8 @@ def write_strip(found: Analysis, name: str, path: Path) -> Path:
     for row, moment in enumerate(moments):
         page.text((8, top + row * (height + _GAP) + height // 2 - 16), f"after\n{_clock(moment.pts_seconds)}")
     page.text((8, size[1] - 22), f"{_LEGEND} · shown: {_CHOSEN}")
-    page.image.quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+    with writing(path):
+        page.image.quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
     return path
 
 
@@ -180,7 +183,8 @@ def write_film(found: Analysis, name: str, path: Path) -> Path:
     """Write an animated WebP: the frames that were held most, and below them what is held of every frame."""
     first, *others = _film_pages(found, name)
     durations = [_FRAME_MS] * len(others) + [_LAST_MS]
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=70, method=4)
+    with writing(path):
+        first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=70, method=4)
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from statekv.analysis.concentration import BUDGETS
 from statekv.analysis.holdings import Analysis
+from statekv.errors import writing
 
 
 def write_tables(found: Analysis, folder: Path) -> list[Path]:
@@ -60,7 +61,7 @@ def summary(found: Analysis) -> dict[str, Any]:
 
 
 def _write(path: Path, heading: str, rows: Iterable[Sequence[Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(heading.split(","))
         writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)

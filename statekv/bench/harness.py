@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -13,12 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from statekv.config import Config
 from statekv.config.spelling import read_method, split_methods
-from statekv.errors import ConfigError, OutputError
+from statekv.errors import ConfigError, OutputError, writing
 from statekv.models.loading import read_device, read_dtype
 
 Setting = dict[str, str | int | float]
@@ -92,19 +95,31 @@ class Circumstances:
 
 def append(path: Path, rows: Iterable[Row], circumstances: Circumstances) -> None:
     """Add rows to a CSV file, with a header where it is new; a ConfigError where it has other columns, an OutputError
-    where it cannot be written.
+    where it cannot be written: then none of them is in it.
     """
     check_columns(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writerow(_HEADER)
+    writer.writerows(_cells(told(row, circumstances)) for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if path.stat().st_size == 0:
-                writer.writerow(_HEADER)
-            for row in rows:
-                writer.writerow(_cells(row, circumstances))
+        _append_whole(path, text.getvalue().encode())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}", "make room, or name another file") from None
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """All of it or nothing: half a row would spoil the next one."""
+    with path.open("ab") as file:
+        before = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+        except OSError:
+            os.truncate(path, before)
+            raise
 
 
 def check_columns(path: Path) -> None:
@@ -118,21 +133,31 @@ def check_columns(path: Path) -> None:
         raise ConfigError(f"{path} does not begin with the columns of a benchmark", "give another file")
 
 
+_OF_THE_RUN = ("device", "threads", "versions", "commit", "date", "command")
 _HEADER = (
     *("bench", "subject", "setting", "unit", "p20", "p50", "p80", "runs", "floor", "distance", "ratio", "remark"),
-    *("device", "threads", "versions", "commit", "date", "command"),
+    *_OF_THE_RUN,
 )
 
 
-def _cells(row: Row, at: Circumstances) -> list[str | int]:
-    figures = [_figure(row.quantile(share) if row.samples else None) for share in (0.2, 0.5, 0.8)]
-    limits = [_figure(found) for found in (row.floor, row.distance, row.ratio)]
-    measured: list[str | int] = [row.bench, row.subject, json.dumps(row.setting), row.unit, *figures, len(row.samples)]
-    told: list[str | int] = [at.device, at.threads, at.versions, at.commit, at.date, at.command]
-    return [*measured, *limits, row.remark, *told]
+def told(row: Row, at: Circumstances) -> dict[str, Any]:
+    """A row and where it was measured by the names of the file's columns; None where there is no such figure."""
+    p20, p50, p80 = (row.quantile(share) if row.samples else None for share in (0.2, 0.5, 0.8))
+    figures = {"p20": p20, "p50": p50, "p80": p80, "runs": len(row.samples)}
+    limits = {"floor": row.floor, "distance": row.distance, "ratio": row.ratio, "remark": row.remark}
+    measured = {"bench": row.bench, "subject": row.subject, "setting": row.setting, "unit": row.unit}
+    return measured | figures | limits | {name: getattr(at, name) for name in _OF_THE_RUN}
 
 
-def _figure(value: float | None) -> str:
+def _cells(found: Mapping[str, Any]) -> list[str | int]:
+    return [_cell(found[name]) for name in _HEADER]
+
+
+def _cell(value: Any) -> str | int:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, (str, int)):
+        return value
     return "" if value is None else f"{value:.6g}"
 
 
@@ -312,8 +337,8 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 2 * across), frameon=False)
     figure.suptitle(title, fontsize="medium", wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
 
 
 def read_methods(written: Iterable[str]) -> dict[str, Config]:

@@ -12,7 +12,7 @@ from statekv.cache.policies.base import LOG_WEIGHTS, Candidates, Policy
 from statekv.cache.policies.wrappers import IMPORTANCE, Covered, Decayed, Noted, Pinned, Sloped, ValueNorms, Wrapper
 from statekv.config import CARRIES, Config, check_attention
 from statekv.config.spelling import load_named
-from statekv.errors import ConfigError, PolicyError, StateKVError
+from statekv.errors import ConfigError, PolicyError, StateKVError, kind_of
 
 _OWN_KEYS = 16  # of the step of a trial
 _TRIED_BUDGET = 4096  # at most: a policy may count on its budget, but a trial should take no time
@@ -66,9 +66,7 @@ class Checked(Wrapper):
         if type(inner).log_weights is not Policy.log_weights and not inner.weighs:
             self._refuse("has log_weights, but does not say so", "set weighs = True")
         if not isinstance(inner.state, Mapping):
-            self._refuse(
-                f"declares its state as a {type(inner.state).__name__}", "give a dict, from name to first value"
-            )
+            self._refuse(f"declares its state as {kind_of(inner.state)}", "give a dict, from name to first value")
         for name, value in inner.state.items():
             if name in (LOG_WEIGHTS, IMPORTANCE) or not isinstance(name, str):
                 self._refuse(f"declares the state {name!r}, which is not its own", "choose another name")

@@ -35,6 +35,7 @@ def attention(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Time attention with key scores in every way, beside stock attention without scores."""
     from statekv.bench.attention import load_peer, measure, panels, shapes
@@ -43,7 +44,7 @@ def attention(
     where, kind = place(device, dtype)
     found = shapes(names(models), numbers("budgets", budgets), queries)
     stranger = None if peer is None else load_peer(peer)
-    report, rows = Report("attention", csv, picture), []
+    report, rows = Report("attention", csv, picture, as_json), []
     rate = matmul_rate(where, kind, rows=queries)
     with progress() as bar:
         for shape in bar.track(found, description="shapes"):
@@ -58,6 +59,7 @@ def flops(
     frames: Annotated[str, typer.Option(help="Lengths of the video, with commas.")] = "64,512,3600",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Compute a video's prefill FLOPs by method and length, and check the formula against torch's count."""
     import torch
@@ -65,7 +67,7 @@ def flops(
     from statekv.bench.floor import check, measure, panel
 
     chosen, carried, lengths = names(models), numbers("budgets", budgets), numbers("frames", frames)
-    report, rows = Report("flops", csv, picture), []
+    report, rows = Report("flops", csv, picture, as_json), []
     with progress() as bar:
         for name in bar.track(chosen, description="models"):
             rows += [check(name, budget, steps=[256] * 3) for budget in (None, 300)]
@@ -83,6 +85,7 @@ def memory(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Weigh both caches against the formula, count what growing copies, and find a step's peak."""
     from statekv.bench.harness import place
@@ -90,7 +93,7 @@ def memory(
 
     where, kind = place(device, dtype)
     chosen, carried, counts = names(models), numbers("budgets", budgets), numbers("steps", steps)
-    report, rows = Report("memory", csv, picture), []
+    report, rows = Report("memory", csv, picture, as_json), []
     with progress() as bar:
         for name in bar.track(chosen, description="models"):
             rows += peak_rows(name, where, kind, carried)
@@ -144,6 +147,7 @@ def prefill(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Time a step against its number, for full, and for statekv or other methods at each budget; far steps start from
     filled caches.
@@ -157,7 +161,7 @@ def prefill(
     carried, wanted = tuple(numbers("budgets", budgets)), tuple(numbers("steps", steps))
     others = read_methods(method or ["statekv"])
     plans = {size.name: Plan(size, wanted, carried, tokens, runs, seconds, plain, others) for size in sizes}
-    report = Report("prefill", csv, picture)
+    report = Report("prefill", csv, picture, as_json)
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
     report.publish("prefill", rows, panels(rows), where)
 
@@ -174,6 +178,7 @@ def answer(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Time an answer's first token and each further one, against the length of the stream."""
     from statekv.bench.answer import Plan, measure, panels
@@ -185,7 +190,7 @@ def answer(
     sizes = [size_of(name, layers) for name in names(models)]
     lengths = tuple(numbers("steps", steps))
     plans = {size.name: Plan(size, lengths, tokens, question, answer, runs) for size in sizes}
-    report = Report("answer", csv, picture)
+    report = Report("answer", csv, picture, as_json)
     machine = Machine.measured(where, kind)
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind, machine=machine))
     rates = f"products at {machine.flops / 1e9:.0f} GFLOP/s, memory at {machine.read / 1e9:.1f} GB/s"
@@ -206,6 +211,7 @@ def sessions(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Step several sessions as one batch and in turn, all of them with full carried caches."""
     from statekv.bench.harness import place
@@ -215,7 +221,7 @@ def sessions(
     chosen = [name if name == DEMO else names(name)[0] for name in dict.fromkeys(models.replace(" ", "").split(","))]
     numbered = tuple(numbers("sessions", count))
     plans = {name: Plan(name, numbered, settings["budget"], tokens, layers, runs, seconds) for name in chosen}
-    report = Report("sessions", csv, picture)
+    report = Report("sessions", csv, picture, as_json)
     rows = _each(plans, lambda name: measure(plans[name], device=where, dtype=kind))
     report.publish("sessions, ms per step of one session", rows, panels(rows), where)
 
@@ -227,6 +233,7 @@ def video(
     runs: options.Runs = 5,
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
     loading: options.Loading,
     method: options.Method = None,
     settings: options.Settings,
@@ -238,7 +245,7 @@ def video(
     check_file(file)
     from statekv.bench.video import measure
 
-    report = Report("video", csv, picture)
+    report = Report("video", csv, picture, as_json)
     engine = load(**loading, method=method, **settings)
     rows, panels = measure(engine, file, runs)
     report.publish(f"video, {loading.get('model', 'demo')}", rows, panels, engine.model.model.device)
@@ -264,6 +271,7 @@ def pretrained(
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
     picture: options.Picture = None,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Read text with real weights by several methods, and compare the next tokens with full attention's."""
     from statekv.bench.harness import place, read_methods
@@ -272,7 +280,7 @@ def pretrained(
 
     where, kind = place(device, dtype)
     plan = Plan(tokens=tokens, step=step, shares=percents(shares), methods=read_methods(method or [METHODS]))
-    report, words = Report("pretrained", csv, picture), read_text(text)
+    report, words = Report("pretrained", csv, picture, as_json), read_text(text)
     with doing("loading the model"):
         found, tokenizer, name = load_text(model, where, kind)
     cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked, choosing)

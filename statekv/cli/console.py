@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -212,27 +213,32 @@ class Report:
     Args:
         csv: file to append to; None: benchmarks/results/ where there is such a folder, else statekv-bench/.
         picture: PNG to write; None: beside the CSV.
+        as_json: rows are shown as JSON, not as a table.
 
     Raises:
         ConfigError: a place that cannot be written to.
     """
 
-    def __init__(self, bench: str, csv: Path | None, picture: Path | None) -> None:
+    def __init__(self, bench: str, csv: Path | None, picture: Path | None, as_json: bool) -> None:
         from statekv.bench.harness import check_columns
 
         results = Path("benchmarks", "results")
         self.csv = csv or (results if results.is_dir() else Path("statekv-bench")) / f"{bench}.csv"
         self.picture = picture or self.csv.with_suffix(".png")
+        self._as_json = as_json
         for path in (self.csv, self.picture):
             _check_place(path)
         check_columns(self.csv)
 
     def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel], device: torch.device) -> None:
-        """Show the table, append the rows, draw the panels, and say where they are."""
-        from statekv.bench.harness import Circumstances, append, draw
+        """Show the rows, append them, draw the panels, and say where they are."""
+        from statekv.bench.harness import Circumstances, append, draw, told
 
         here = Circumstances.here(" ".join(["statekv", *sys.argv[1:]]), device)
-        out().print(table(f"{title} · {here.device}, {here.threads} threads, {here.date}", rows))
+        if self._as_json:
+            typer.echo("\n".join(to_json(told(row, here)) for row in rows))
+        else:
+            out().print(table(f"{title} · {here.device}, {here.threads} threads, {here.date}", rows))
         append(self.csv, rows, here)
         written = f"rows: {self.csv}"
         if any(panel.lines for panel in panels):

@@ -44,6 +44,7 @@ Csv = Annotated[
     typer.Option("--csv", help="Rows are appended here; by default in benchmarks/results or statekv-bench."),
 ]
 Picture = Annotated[Path | None, typer.Option(help="PNG to write; by default beside the rows.")]
+RowsAsJson = Annotated[bool, typer.Option("--json", help="One JSON object for each row instead of the table.")]
 Runs = Annotated[int, typer.Option(help="Timed runs of each candidate, taken in turns.", min=1)]
 Sizes = Annotated[
     str | None, typer.Option("--models", help="Language models in real size, with commas; all if left out.")

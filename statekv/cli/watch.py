@@ -343,16 +343,18 @@ class Keeper:
     ) -> None:
         self._session, self._folder, self._every_seconds, self._say = session, folder, every_seconds, say
         self._tried_at = time.monotonic()
-        self._saved_frames = session.frames if restored else 0
+        self._saved_frames = self._tried_frames = session.frames if restored else 0
         self._spared = False
         self.told = ""
         self.failed = False
 
     def due(self) -> bool:
-        """Whether it is time: there is something new, and the last try is long enough ago."""
+        """Whether it is time: the last try is long enough ago, and the stream has gone on since, lest tries that fail
+        hold it up.
+        """
         if self._every_seconds is None or time.monotonic() - self._tried_at < self._every_seconds:
             return False
-        return self._something_new()
+        return self._session.frames > self._tried_frames and self._something_new()
 
     def save(self, pts_seconds: float) -> None:
         """Save what is new, if anything is; `pts_seconds` is the time of the newest step."""
@@ -370,7 +372,7 @@ class Keeper:
         else:
             self.failed, self._saved_frames = False, frames
             self.told = f"saved at {clock(pts_seconds)}"
-        self._tried_at = time.monotonic()
+        self._tried_at, self._tried_frames = time.monotonic(), frames
 
     def spare(self) -> None:
         """The session cannot go on any more: a save that can is not replaced by it."""

@@ -19,7 +19,7 @@ from statekv.engine.choice import gate_of, sampler_of, with_gate
 from statekv.engine.scheduler import OnEnd, OnStep, Scheduler
 from statekv.engine.session import Session
 from statekv.engine.snapshot import load_session
-from statekv.errors import ConfigError, HorizonError, VideoWarning
+from statekv.errors import ConfigError, HorizonError, VideoWarning, kind_of
 from statekv.models.adapter import VideoModel
 from statekv.models.loading import load_model
 from statekv.runner.runner import ModelRunner, with_methods
@@ -162,11 +162,11 @@ class Engine:
                 failed[session] = error
 
         if not isinstance(sessions, Iterable):
-            raise ConfigError(f"a {type(sessions).__name__} cannot be watched", "give a list of sessions")
+            raise ConfigError(f"{kind_of(sessions)} cannot be watched", "give a list of sessions")
         rounds = self.scheduler(on_step, note)
         for number, session in enumerate(sessions, 1):
             if not isinstance(session, Session):
-                raise ConfigError(f"a {type(session).__name__} cannot be watched", "give sessions of this engine")
+                raise ConfigError(f"{kind_of(session)} cannot be watched", "give sessions of this engine")
             rounds.add(session)
             if len(rounds) < number:
                 raise ConfigError("one session is named twice", "name it once, or watch a fork of it")

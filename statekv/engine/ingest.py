@@ -15,7 +15,7 @@ from statekv.engine.choice import gate_of, sampler_of
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot
-from statekv.errors import ConfigError, MemoryLimitError, PolicyError, StateKVError
+from statekv.errors import ConfigError, MemoryLimitError, PolicyError, StateKVError, kind_of
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
 from statekv.reduce.base import check_memory, own_memory
@@ -262,7 +262,7 @@ class VisionPrefetch:
         name, memory = type(self._gate).__name__, own_memory(self._state.memories.get(_GATE, {}))
         found = self._gate.admit(frame, memory)
         if not isinstance(found, bool):
-            raise ConfigError(f"gate {name} returned a {type(found).__name__}", "return True or False")
+            raise ConfigError(f"gate {name} returned {kind_of(found)}", "return True or False")
         check_memory(f"gate {name}", memory)
         self._state.memories = {**self._state.memories, _GATE: memory}
         return found
@@ -352,7 +352,7 @@ def _hand_over(seen: EncodedStep, done: torch.cuda.Event | None) -> None:
 def check_frame(frame: Frame) -> None:
     """Raise ConfigError unless this is a frame."""
     if not isinstance(frame, Frame):
-        raise ConfigError(f"a {type(frame).__name__} was pushed", "push statekv.Frame(data, pts_seconds)")
+        raise ConfigError(f"{kind_of(frame)} was pushed", "push statekv.Frame(data, pts_seconds)")
 
 
 def same_size(one: Frame, other: Frame) -> bool:

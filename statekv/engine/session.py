@@ -20,7 +20,7 @@ from statekv.engine.ingest import FrameQueue, PendingStep
 from statekv.engine.interrupts import deferred_interrupts
 from statekv.engine.progress import Progress, Seconds
 from statekv.engine.snapshot import SessionSnapshot, save_session
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, kind_of
 from statekv.models.encoded import EncodedStep
 from statekv.ops import implementation
 from statekv.runner.decoding import SamplingParams
@@ -211,9 +211,7 @@ class Session(Awaitable):
             with self.lock:
                 self.queue.ahead.offer(seen)
         if not isinstance(frames, Iterable):
-            raise ConfigError(
-                f"a {type(frames).__name__} was pushed", "push a list of statekv.Frame(data, pts_seconds)"
-            )
+            raise ConfigError(f"{kind_of(frames)} was pushed", "push a list of statekv.Frame(data, pts_seconds)")
         for frame in frames:
             with self._turn():
                 self.queue.check()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from statekv.config import BYTES, METHODS, SETTINGS, Config, bytes_of, told
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, writing
 from statekv.evals import open_task
 from statekv.evals.results import Results, read
 from statekv.evals.task import REFERENCE, Rows, Task
@@ -304,8 +304,8 @@ def draw(figures: Sequence[Figures], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
 
 
 def _draw_method(axes: Any, method: str, figures: Sequence[Figures], color: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from statekv.errors import ConfigError, ModelError
+from statekv.errors import ConfigError, ModelError, kind_of
 from statekv.models.checkpoint import MISFITS, read_checkpoint_file, read_checkpoint_json, told
 
 Layout = Literal["hf", "release"]
@@ -100,7 +100,7 @@ class Prompt:
 
     def _check(self, question: str) -> None:
         if not isinstance(question, str):
-            raise ConfigError(f"the question is a {type(question).__name__}, but must be a text", "give a string")
+            raise ConfigError(f"the question is {kind_of(question)}, but must be a text", "give a string")
         if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
             raise ConfigError(f"the question {question!r} holds half a character", "decode its bytes as UTF-8")
         if not question.strip():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from statekv.errors import ConfigError, StateKVError
+from statekv.errors import ConfigError, StateKVError, kind_of
 from statekv.models.encoded import EncodedStep
 
 # What a method remembers of a stream from step to step, by name: tensors, and what JSON holds.
@@ -81,13 +81,13 @@ def check_memory(who: str, memory: Memory) -> None:
     """Raise a ConfigError that names `who` unless a save can hold what it remembers."""
     for key, value in memory.items():
         if not (isinstance(key, str) and (isinstance(value, torch.Tensor) or _is_json(value))):
-            rule = f"{who} remembers {key!r} as a {type(value).__name__}, which a save cannot hold"
+            rule = f"{who} remembers {key!r} as {kind_of(value)}, which a save cannot hold"
             raise ConfigError(rule, "remember tensors, numbers, strings, lists and dicts under strings")
 
 
 def _check_step(name: str, given: EncodedStep, found: object) -> None:
     if not isinstance(found, EncodedStep):
-        raise ConfigError(f"reducer {name} returned a {type(found).__name__}", "return step.keep(…)")
+        raise ConfigError(f"reducer {name} returned {kind_of(found)}", "return step.keep(…)")
     if found.grid != given.grid or [*map(id, found.frames)] != [*map(id, given.frames)]:
         rule = f"reducer {name} returned a step with other frames, or a grid of {found.grid} for {given.grid}"
         raise ConfigError(rule, "return step.keep(…): kept says what is left of the grid")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from statekv.errors import VideoError
+from statekv.errors import VideoError, kind_of
 
 
 # Compared by identity: comparing two pictures has no single truth value.
@@ -39,7 +39,7 @@ class Frame:
         if isinstance(self.data, np.ndarray):
             object.__setattr__(self, "data", _tensor(self.data))
         if not isinstance(self.data, torch.Tensor):
-            told = f"frame data is a {type(self.data).__name__}, must be a tensor or a numpy array"
+            told = f"frame data is {kind_of(self.data)}, must be a tensor or a numpy array"
             raise VideoError(told, "give pixels [3, H, W] uint8")
         shape = list(self.data.shape)
         if len(shape) != 3 or shape[0] != 3 or 0 in shape:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from statekv.errors import ConfigError
+from statekv.errors import ConfigError, kind_of
 from statekv.video.frame import Frame, Pixels
 from statekv.video.sampling import FrameSampler, Sampler
 
@@ -107,7 +107,7 @@ def as_source(frames: Iterable[Frame]) -> Source:
     if isinstance(frames, Source):
         return frames
     if not isinstance(frames, Iterable):
-        rule = f"frames cannot be drawn from a {type(frames).__name__}"
+        rule = f"frames cannot be drawn from {kind_of(frames)}"
         raise ConfigError(rule, "give an iterator of statekv.Frame, or a source of statekv.video")
     return IteratorSource(frames)
 
@@ -305,7 +305,7 @@ class PushedSource(Source):
         elif isinstance(picture, torch.Tensor):
             picture = picture.clone()
         else:
-            raise ConfigError(f"a {type(picture).__name__} was put", "put a statekv.Frame, or pixels [3, H, W] uint8")
+            raise ConfigError(f"{kind_of(picture)} was put", "put a statekv.Frame, or pixels [3, H, W] uint8")
         if pts_seconds is None:
             pts_seconds = self._start_seconds if self._seconds is None else self._seconds + now - self._came
         return Frame(picture, pts_seconds)

@@ -15,6 +15,7 @@ from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from statekv.runner import memory
 from tests.bench.small import FAMILIES
+from tests.cache.test_folder import files_of_at_most
 from tests.cli.test_cli import Result, command
 from tests.cli.test_errors import complaint, interrupt, refused
 
@@ -49,6 +50,29 @@ def test_a_bench_leaves_a_table_rows_and_a_picture(line: tuple[str, ...], tmp_pa
     assert "× floor" in found.out
     with Image.open(picture) as image:
         assert image.format == "PNG"
+
+
+def test_rows_as_json_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    shown = [json.loads(line) for line in bench(*FLOPS, "--csv", path, "--json").out.splitlines()]
+    written = rows_of(path)
+    assert [{name: row[name] for name in ("subject", "unit", "command")} for row in written] == [
+        {name: row[name] for name in ("subject", "unit", "command")} for row in shown
+    ]
+    assert [json.loads(row["setting"]) for row in written] == [row["setting"] for row in shown]
+    assert [float(row["p50"]) if row["p50"] else None for row in written] == [row["p50"] for row in shown]
+    assert list(written[0]) == list(shown[0])
+
+
+def test_where_there_is_no_room_no_row_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    bench(*FLOPS, "--csv", path)
+    before = path.read_bytes()
+    with files_of_at_most(len(before) + 100):
+        found = bench(*FLOPS, "--csv", path)
+    assert (found.code, len(found.err.splitlines())) == (1, 1)
+    assert f"{path} cannot be written" in found.err
+    assert path.read_bytes() == before
 
 
 def test_rows_are_appended(tmp_path: Path) -> None:

@@ -436,7 +436,7 @@ def test_any_frames_can_be_opened_but_what_gives_none_cannot(tmp_path: Path) -> 
         file.save(tmp_path / "file")
     with pytest.raises(ConfigError, match="which pushed frames cannot go on with"):
         engine.restore(tmp_path / "file", PushedSource())
-    with pytest.raises(ConfigError, match="cannot be drawn from a int"):
+    with pytest.raises(ConfigError, match="cannot be drawn from a whole number"):
         engine.open(5)  # type: ignore[arg-type]
 
 

@@ -143,7 +143,7 @@ class Broken(FrameGate):
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("says nothing", "gate Broken returned a NoneType"), ("remembers a set", "gate Broken remembers 'seen' as a set")],
+    [("says nothing", "gate Broken returned None"), ("remembers a set", "gate Broken remembers 'seen' as a set")],
 )
 def test_what_is_no_gate_is_told_and_the_stream_stays_as_it_was(how: str, told: str) -> None:
     session = opened("internvl", gate=Broken(how))
@@ -156,7 +156,7 @@ def test_what_is_no_gate_is_told_and_the_stream_stays_as_it_was(how: str, told: 
 
 
 def test_what_cannot_be_a_gate_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a str was pushed"):
+    with pytest.raises(ConfigError, match="a text was pushed"):
         opened("internvl").push(["frame"])  # type: ignore[list-item]
     for gate, told in [
         ("movement", "unknown `?gate`? 'movement'"),

@@ -61,6 +61,7 @@ sys.stdin = open(0, closefd=False)
 sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
 sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 sys.argv = ["statekv", *call["arguments"]]
+exec(call["first"], {})
 runpy.run_module("statekv", run_name="__main__", alter_sys=True)
 """
 
@@ -83,6 +84,7 @@ class Process:
         streams: file descriptors of its standard input, output and error.
         environment: all of its variables.
         background: Ctrl-C is ignored, as in what a script has started with `&`.
+        first: code that it runs before the command.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Process:
         streams: tuple[int, int, int],
         environment: Mapping[str, str] = os.environ,
         background: bool = False,
+        first: str = "",
     ) -> None:
         self._told, tells = os.pipe()
         call = {"arguments": [*map(str, arguments)], "environment": dict(environment), "background": background}
+        call["first"] = first
         socket.send_fds(_nursery(), [json.dumps(call).encode()], [*streams, tells])
         os.close(tells)
         self.returncode: int | None = None

@@ -39,7 +39,7 @@ def with_kept(kept: Any, tokens: int = 2) -> Callable[[EncodedStep, Memory], Enc
 
 
 WRONG: list[tuple[Callable[[EncodedStep, Memory], Any], str]] = [
-    (lambda step, memory: None, r"returned a NoneType.*step\.keep"),
+    (lambda step, memory: None, r"returned None.*step\.keep"),
     (lambda step, memory: step.features, r"returned a Tensor"),
     (lambda step, memory: step.keep(torch.zeros(6, dtype=torch.bool)), r"left no token.*at least one"),
     (lambda step, memory: step.keep(torch.tensor([1, 99])), r"numbers from 1 to 99 for 6 tokens.*from 0 to 5"),
@@ -66,7 +66,7 @@ WRONG: list[tuple[Callable[[EncodedStep, Memory], Any], str]] = [
     (with_kept(torch.tensor([1, 2, 3])), r"must be 2 times \[3, 2\]"),
     (lambda step, memory: memory.update(seen={1, 2}) or step, r"remembers 'seen' as a set, which a save cannot hold"),
     (lambda step, memory: memory.update(seen=[(1, 2)]) or step, r"remembers 'seen' as a list"),
-    (lambda step, memory: memory.update(dict.fromkeys(cast("list[str]", [3]))) or step, r"remembers 3 as a NoneType"),
+    (lambda step, memory: memory.update(dict.fromkeys(cast("list[str]", [3]))) or step, r"remembers 3 as None"),
 ]
 
 

@@ -80,7 +80,7 @@ def test_a_source_is_taken_as_it_is():
 
 
 def test_what_gives_no_frames_is_no_source():
-    with pytest.raises(ConfigError, match="cannot be drawn from a int"):
+    with pytest.raises(ConfigError, match="cannot be drawn from a whole number"):
         as_source(5)  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_frame_is_refused_and_the_next_is_taken():
         source.put(torch.zeros(3, 4, 6))
     with pytest.raises(VideoError, match="must be finite"):
         source.put(PICTURE, float("nan"))
-    with pytest.raises(ConfigError, match="a bytes was put"):
+    with pytest.raises(ConfigError, match="a bytes object was put"):
         source.put(b"jpeg")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"has the time 1\.0 s already"):
         source.put(frame(1.0), 2.0)

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.wrong_inputs import calls, commands, files, models, playlists, saves
+from tests.wrong_inputs import calls, commands, disks, files, models, playlists, saves, signals
 from tests.wrong_inputs.trying import Try
 
 # By kind: what generates them in a folder from a seed, how many are tried by hand, and how many by the tests.
@@ -16,5 +16,7 @@ KINDS: Mapping[str, tuple[Callable[[Path, int, int], Iterator[Try]], int, int]] 
     "models": (models.tries, 400, 24),
     "files": (files.tries, 200, 10),
     "saves": (saves.tries, 400, 20),
+    "disks": (disks.tries, 100, 6),
+    "signals": (signals.tries, 90, 3),
     "playlists": (playlists.tries, 150, 12),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
 
+from tests.runner.demo import demo_read_once
 from tests.wrong_inputs import KINDS
 from tests.wrong_inputs.trying import FINE, ends
 
@@ -23,7 +24,7 @@ def main() -> None:
     found: Counter[str] = Counter()
     for kind in given.kinds or KINDS:
         tries, count, _ = KINDS[kind]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, demo_read_once():
             some = list(ends(tries(Path(folder), given.seed, count)))
         tell(kind, here := Counter(end if end in FINE else "bad" for _, end in some))
         for told, end in some:

@@ -13,6 +13,7 @@ from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.engine.progress import Progress
 from statekv.engine.session import Session
+from statekv.errors import writing
 from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, KINDS, Question, questions, write_story
 from statekv.evals.data import make_folder
@@ -158,5 +159,5 @@ def draw_step_times(results: Sequence[MethodResult], path: Path, title: str) -> 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
