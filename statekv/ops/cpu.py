@@ -59,9 +59,8 @@ def attention_with_key_scores(
             asking = stacked[head, row].float()
             shape = (*asking.shape[:2], keys)
             logits = block[: shape[0] * shape[1] * keys].view(shape)  # [h, r, K]
-            torch.baddbmm(logits, asking, transposed, beta=0, alpha=scale, out=logits)
-            if bias is not None:
-                logits += bias.reshape(pairs, 1, keys)[head]
+            added = logits if bias is None else bias.reshape(pairs, 1, keys)[head]
+            torch.baddbmm(added, asking, transposed, beta=bias is not None, alpha=scale, out=logits)
             if hidden is not None:
                 stream = 0 if len(hidden) == 1 else torch.arange(head.start, head.stop, device=query.device) // kv_heads
                 logits[..., keys - hidden.shape[2] :].masked_fill_(hidden[stream, row], float("-inf"))
