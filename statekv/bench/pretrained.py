@@ -19,10 +19,7 @@ from statekv.runner.runner import ModelRunner
 
 PAPER = "statekv"
 # Every control with sinks and without.
-METHODS = (
-    f"{PAPER},{PAPER}:sinks=4,recency_window,recency_window:sinks=4,random:sinks=0,random,"
-    "statekv_weighted,statekv_weighted:carry=weighted(output_error=True)"
-)
+METHODS = f"{PAPER},{PAPER}:sinks=4,recency_window,recency_window:sinks=4,random:sinks=0,random,statekv_weighted"
 _DRAWS, _LEVEL = 2000, 0.95  # of the bootstrap
 _LEAST = 1e-9  # KL: below it float32 tells nothing apart
 

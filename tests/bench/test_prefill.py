@@ -104,9 +104,9 @@ def test_steps_without_graphs_are_measured_beside_the_others() -> None:
 
 
 def test_other_methods_are_measured_at_each_budget() -> None:
-    others = read_methods(["statekv,full", "statekv_weighted,statekv:carry=weighted(output_error=True)"])
+    others = read_methods(["statekv,full", "statekv_weighted,statekv:carry=weighted(output_error=False)"])
     rows = measured(replace(PLAN, steps=(9,), budgets=(8,), others=others))
-    spelled = ["statekv", "statekv_weighted", "statekv:carry=weighted(output_error=True)"]
+    spelled = ["statekv", "statekv_weighted", "statekv:carry=weighted(output_error=False)"]
     assert [(row.subject, row.setting.get("budget")) for row in rows] == [
         ("full", None),
         *((spelling, 8) for spelling in spelled),

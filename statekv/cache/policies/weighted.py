@@ -17,7 +17,8 @@ _LEAST = 1e-30  # a size: a key that nobody attends to goes first, but its prior
 
 @dataclass(frozen=True)
 class Weighted(Policy):
-    """Priority sampling of the keys, by size: the attention that a key received from each query that could see it.
+    """Priority sampling of the keys, by size: how far the mixed values would move without a key (`Caote`), by what it
+    received from each query that could see it.
 
     Where the paper's rule forgets what it drops, each later softmax runs over too few keys. Here a key's priority is
     its size over a lot u in 0 … 1; the highest stay, and a key of a size below the highest priority among the dropped
@@ -29,7 +30,7 @@ class Weighted(Policy):
 
     Attributes:
         cap: highest log weight: less variance for some bias; 0 is a sample without weights.
-        output_error: sizes are how far the mixed values would move without the key (`Caote`), not its attention.
+        output_error: False: sizes are the attention alone, which costs less.
         seed: of the lots; None: the configuration's.
 
     Raises:
@@ -40,13 +41,13 @@ class Weighted(Policy):
     weighs = True
     sinks = 4
 
-    cap: float = 4.0
-    output_error: bool = False
+    cap: float = 2.0
+    output_error: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.cap >= 0:
-            raise ConfigError(f"cap is {self.cap!r}, but must be a number of at least 0", "leave it out for 4")
+            raise ConfigError(f"cap is {self.cap!r}, but must be a number of at least 0", "leave it out for 2")
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         return self._sizes(candidates) / self._lots(candidates)
