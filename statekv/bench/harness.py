@@ -315,8 +315,44 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
 
+    def draw(self, axes: Any, colours: Mapping[str, str]) -> dict[str, Any]:
+        """Draw the lines; what the legend shows of each."""
+        handles = {}
+        for name, points in self.lines.items():
+            (handles[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=colours[name])
+        axes.set(xlabel=self.x, ylabel=self.y)
+        axes.set_xscale("log", base=2) if self.log_x else axes.set_xlim(left=0)
+        axes.set_yscale("log") if self.log_y else axes.set_ylim(bottom=0)
+        return handles
 
-def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
+
+@dataclass(frozen=True)
+class Bars:
+    """One system of axes with a bar for each name, and x named with its unit.
+
+    Attributes:
+        lines: value, and the ends of its interval, by name.
+        mark: a value that bars are held against.
+    """
+
+    title: str
+    x: str
+    lines: Mapping[str, tuple[float, float, float]]
+    mark: float
+
+    def draw(self, axes: Any, colours: Mapping[str, str]) -> dict[str, Any]:
+        """Draw the bars, the first one on top; no legend is needed."""
+        names = list(self.lines)[::-1]
+        values, lows, highs = zip(*(self.lines[name] for name in names), strict=True)
+        spread = [[value - low for value, low in zip(values, lows, strict=True)]]
+        spread += [[high - value for value, high in zip(values, highs, strict=True)]]
+        axes.barh(names, values, xerr=spread, color=[colours[name] for name in names], ecolor="0.3", capsize=3)
+        axes.axvline(self.mark, color="0.3", linewidth=1)
+        axes.set(xlabel=self.x)
+        return {}
+
+
+def draw(panels: Sequence[Panel | Bars], path: Path, title: str = "") -> None:
     """Write a PNG."""
     from matplotlib.figure import Figure
 
@@ -324,18 +360,16 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "") -> None:
     down = -(-len(panels) // across)
     size = (max(6.0, _INCHES[0] * across), _INCHES[1] * down + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    handles = {}
+    names = dict.fromkeys(name for panel in panels for name in panel.lines)
+    colours, handles = {name: f"C{number}" for number, name in enumerate(names)}, {}
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(down, across, index + 1)
-        for name, points in panel.lines.items():
-            (handles[name],) = axes.plot(*zip(*points, strict=True), marker=".", color=f"C{names.index(name)}")
-        axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
-        axes.title.set_fontsize("medium")
-        axes.set_xscale("log", base=2) if panel.log_x else axes.set_xlim(left=0)
-        axes.set_yscale("log") if panel.log_y else axes.set_ylim(bottom=0)
+        handles |= panel.draw(axes, colours)
+        axes.set_title(panel.title, fontsize="medium")
         axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 2 * across), frameon=False)
+    if handles:
+        columns = min(6, 2 * across)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title, fontsize="medium", wrap=True)
     with writing(path):
         figure.savefig(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from statekv.bench.harness import FULL, Panel, Row, Setting, read_methods
+from statekv.bench.harness import FULL, Bars, Panel, Row, Setting, read_methods
 from statekv.cache.stream import StreamState
 from statekv.config import Config
 from statekv.errors import ConfigError
@@ -205,9 +205,17 @@ def _logs(values: Sequence[float], others: Sequence[float]) -> list[float]:
     return [math.log(a / b) for a, b in pairs]
 
 
-def panels(rows: Iterable[Row]) -> list[Panel]:
-    """Mean KL against the share that is carried, a line for each rule."""
+def panels(rows: Sequence[Row]) -> list[Panel | Bars]:
+    """How many times the paper's KL each method's is, with intervals; for several shares also mean KL against them."""
+    papers = {row.setting["share"]: row.samples for row in rows if row.subject == PAPER}
+    drawn: list[Panel | Bars] = []
+    for share, paper in papers.items():
+        beside = {row.subject: row.samples for row in rows if row.setting["share"] == share}
+        bars = {name: (ratio(kl, paper), *interval(kl, paper)) for name, kl in beside.items()}
+        drawn.append(Bars(f"{share} carried", "KL to full attention ÷ the paper's", bars, mark=1.0))
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(row.subject, []).append((float(str(row.setting["share"]).split()[0]), mean(row.samples)))
-    return [Panel("distance from full attention", "carried, %", "KL, nats", lines, log_x=True, log_y=True)]
+    if len({row.setting["share"] for row in rows}) > 1:
+        drawn.append(Panel("distance from full attention", "carried, %", "KL, nats", lines, log_x=True, log_y=True))
+    return drawn

@@ -26,7 +26,7 @@ from statekv.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     import torch
 
-    from statekv.bench.harness import Panel, Row
+    from statekv.bench.harness import Bars, Panel, Row
     from statekv.engine.engine import Engine
 
 notes = Console(stderr=True, highlight=False)  # progress and remarks: --quiet keeps them
@@ -230,7 +230,7 @@ class Report:
             _check_place(path)
         check_columns(self.csv)
 
-    def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel], device: torch.device) -> None:
+    def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel | Bars], device: torch.device) -> None:
         """Show the rows, append them, draw the panels, and say where they are."""
         from statekv.bench.harness import Circumstances, append, draw, told
 

@@ -6,6 +6,7 @@ import csv
 import datetime
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from statekv.bench.harness import (
+    Bars,
     Circumstances,
     Panel,
     Row,
@@ -196,8 +198,11 @@ RISING = Panel("rising", "step", "ms", {"full": [(1, 1.0), (8, 9.0)], "statekv":
 LOG = Panel("log", "budget", "ms", {"sdpa": [(256, 1.0), (4096, 12.0)]}, log_x=True, log_y=True)
 
 
-@pytest.mark.parametrize("panels", [[RISING], [RISING, LOG] * 4])
-def test_a_png_with_something_on_it(tmp_path: Path, panels: list[Panel]) -> None:
+BARS = Bars("bars", "times", {"full": (1.0, 1.0, 1.0), "a method with a long name": (0.7, 0.5, 0.9)}, mark=1.0)
+
+
+@pytest.mark.parametrize("panels", [[RISING], [BARS], [RISING, BARS, LOG] * 3])
+def test_a_png_with_something_on_it(tmp_path: Path, panels: list[Panel | Bars]) -> None:
     path = tmp_path / "new" / "picture.png"
     draw(panels, path, "a title")
     with Image.open(path) as picture:
@@ -209,6 +214,10 @@ def test_a_png_with_something_on_it(tmp_path: Path, panels: list[Panel]) -> None
 
 
 def test_other_points_give_another_picture(tmp_path: Path) -> None:
+    lower = replace(BARS, lines={name: (value / 2, 0.1, high) for name, (value, _, high) in BARS.lines.items()})
+    draw([BARS], tmp_path / "bars.png")
+    draw([lower], tmp_path / "lower.png")
+    assert (tmp_path / "bars.png").read_bytes() != (tmp_path / "lower.png").read_bytes()
     flat = Panel("rising", "step", "ms", {name: [(x, 1.0) for x, _ in line] for name, line in RISING.lines.items()})
     for name, panel in (("rising", RISING), ("again", RISING), ("flat", flat)):
         draw([panel], tmp_path / f"{name}.png")

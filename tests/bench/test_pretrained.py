@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statekv.bench.harness import read_methods
+from statekv.bench.harness import Bars, Panel, read_methods
 from statekv.bench.pretrained import (
     Plan,
     interval,
@@ -37,7 +37,14 @@ def found(folder: Path, shares: tuple[float, ...]) -> list[tuple[float, ...]]:
     plan = Plan(tokens=96, asked=16, step=16, shares=shares, methods=METHODS)
     rows = measure(model, windows_of(own_text(), tokenizer, 3, 112), plan, name, lambda: None)
     assert [row.subject for row in rows] == list(METHODS) * len(shares)
-    assert [len(panels(rows)[0].lines), len(panels(rows)[0].lines["statekv"])] == [len(METHODS), len(shares)]
+    drawn = panels(rows)
+    bars = [panel for panel in drawn if isinstance(panel, Bars)]
+    assert [panel.title for panel in bars] == [f"{share:g} % carried" for share in shares]
+    assert all(list(panel.lines) == list(METHODS) and panel.lines["statekv"] == (1, 1, 1) for panel in bars)
+    lines = [panel.lines for panel in drawn if isinstance(panel, Panel)]
+    assert [[len(points) for points in found.values()] for found in lines] == (
+        [[len(shares)] * len(METHODS)] if len(shares) > 1 else []
+    )
     assert all("the paper's" in row.remark for row in rows if row.subject != "statekv")
     return [row.samples for row in rows]
 
