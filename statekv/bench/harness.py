@@ -361,7 +361,8 @@ def draw(panels: Sequence[Panel | Bars], path: Path, title: str = "") -> None:
     size = (max(6.0, _INCHES[0] * across), _INCHES[1] * down + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     names = dict.fromkeys(name for panel in panels for name in panel.lines)
-    colours, handles = {name: f"C{number}" for number, name in enumerate(names)}, {}
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    handles: dict[str, Any] = {}
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(down, across, index + 1)
         handles |= panel.draw(axes, colours)
@@ -369,7 +370,7 @@ def draw(panels: Sequence[Panel | Bars], path: Path, title: str = "") -> None:
         axes.grid(alpha=0.3)
     if handles:
         columns = min(6, 2 * across)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title, fontsize="medium", wrap=True)
     with writing(path):
         figure.savefig(path)
