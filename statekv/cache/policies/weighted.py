@@ -41,13 +41,13 @@ class Weighted(Policy):
     weighs = True
     sinks = 4
 
-    cap: float = 2.0
+    cap: float = 3.0
     output_error: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.cap >= 0:
-            raise ConfigError(f"cap is {self.cap!r}, but must be a number of at least 0", "leave it out for 2")
+            raise ConfigError(f"cap is {self.cap!r}, but must be a number of at least 0", "leave it out for 3")
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         return self._sizes(candidates) / self._lots(candidates)
