@@ -193,10 +193,16 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> float:
 
 def interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """Within which `ratio` lies in 95 % of bootstrap draws over the pairs."""
-    logs = torch.tensor(_logs(values, others), dtype=torch.float64)
-    drawn = torch.randint(len(logs), (_DRAWS, len(logs)), generator=torch.Generator().manual_seed(0))
+    low, high = interval_of_mean(_logs(values, others))
+    return math.exp(low), math.exp(high)
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Within which the mean lies in 95 % of bootstrap draws over the values."""
+    known = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(known), (_DRAWS, len(known)), generator=torch.Generator().manual_seed(0))
     ends = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
-    low, high = logs[drawn].mean(1).quantile(ends).exp().tolist()
+    low, high = known[drawn].mean(1).quantile(ends).tolist()
     return low, high
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,12 @@ from statekv.config import Config
 from statekv.errors import ConfigError, MemoryLimitError
 
 if TYPE_CHECKING:
-    from statekv.bench.harness import Row
+    from statekv.bench.harness import Bars, Panel, Row
+    from statekv.bench.pretrained import Plan
+    from statekv.models.families.text import TextModel
+
+    Measured = tuple[list[Row], Sequence[Bars | Panel]]
+    Loaded = tuple[TextModel, Callable[[str], list[int]], str]  # a model, what makes tokens for it, its name
 
 app = typer.Typer(
     name="bench",
@@ -259,13 +264,16 @@ def pretrained(
     text: Annotated[
         Path | None, typer.Option(help="What is read; Python's own language reference if left out.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of the text.", min=2)] = 20,
+    tasks: Annotated[
+        str, typer.Option("--task", help="With commas: text, or questions about stories: needle, order, count.")
+    ] = "text",
+    windows: Annotated[int, typer.Option(help="Windows of the text, or stories.", min=2)] = 20,
     tokens: Annotated[int, typer.Option(help="Tokens read in each.", min=64)] = 1024,
     step: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 64,
     shares: Annotated[str, typer.Option(help="Percent of the tokens that are carried, with commas.")] = "10",
     method: options.Methods = None,
     choosing: Annotated[
-        bool, typer.Option("--choosing", help="Read the windows between: settings are chosen on other ones.")
+        bool, typer.Option("--choosing", help="Read other windows, or stories, to choose settings on.")
     ] = False,
     device: options.BenchDevice = "auto",
     dtype: options.BenchDtype = "auto",
@@ -273,21 +281,50 @@ def pretrained(
     picture: options.Picture = None,
     as_json: options.RowsAsJson = False,
 ) -> None:
-    """Read text with real weights by several methods, and compare the next tokens with full attention's."""
+    """Read text, or stories, with real weights by several methods, and compare what follows with full attention's."""
     from statekv.bench.harness import place, read_methods
-    from statekv.bench.pretrained import METHODS, Plan, measure, panels, read_text, windows_of
+    from statekv.bench.pretrained import METHODS, Plan, read_text
+    from statekv.bench.words.tasks import TEXT, read_tasks
     from statekv.models.families.text import load_text
 
     where, kind = place(device, dtype)
     plan = Plan(tokens=tokens, step=step, shares=percents(shares), methods=read_methods(method or [METHODS]))
+    chosen = read_tasks(tasks)
+    if text is not None and TEXT not in chosen:
+        raise ConfigError(
+            f"text is {text}, but none of the tasks {tasks} reads it", "leave it out, or add the task text"
+        )
     report, words = Report("pretrained", csv, picture, as_json), read_text(text)
     with doing("loading the model"):
-        found, tokenizer, name = load_text(model, where, kind)
-    cut = windows_of(words, tokenizer, windows, plan.tokens + plan.asked, choosing)
+        found = load_text(model, where, kind)
+    rows, panels = _texts(found, words, plan, windows, choosing) if TEXT in chosen else ([], [])
+    if kinds := [name for name in chosen if name != TEXT]:
+        more, drawn = _stories(found, kinds, plan, windows, choosing)
+        rows, panels = rows + more, [*panels, *drawn]
+    report.publish("pretrained", rows, panels, where)
+
+
+def _texts(loaded: Loaded, words: str, plan: Plan, windows: int, choosing: bool) -> Measured:
+    from statekv.bench.pretrained import measure, panels, windows_of
+
+    model, encode, name = loaded
+    cut = windows_of(words, encode, windows, plan.tokens + plan.asked, choosing)
     with progress() as bar:
         task = bar.add_task("windows", total=len(cut))
-        rows = measure(found, cut, plan, name, lambda: bar.advance(task))
-    report.publish("pretrained", rows, panels(rows), where)
+        rows = measure(model, cut, plan, name, lambda: bar.advance(task))
+    return rows, panels(rows)
+
+
+def _stories(loaded: Loaded, kinds: list[str], plan: Plan, count: int, choosing: bool) -> Measured:
+    from statekv.bench.words.stories import tell
+    from statekv.bench.words.tasks import measure, panels, rows
+
+    model, encode, name = loaded
+    stories = [tell(seed, plan.tokens, plan.step, encode) for seed in range(choosing, 2 * count, 2)]
+    with progress() as bar:
+        task = bar.add_task("stories", total=count)
+        asked = measure(model, stories, plan, kinds, encode, lambda: bar.advance(task))
+    return rows(asked, plan, name), panels(asked)
 
 
 def _each(models: Iterable[str], measure: Callable[[str], list[Row]]) -> list[Row]:
