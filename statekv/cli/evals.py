@@ -16,18 +16,21 @@ from typer.core import TyperGroup
 
 from statekv.cli import options
 from statekv.cli.bench import numbers
-from statekv.cli.console import columned, complain, load, notes, out, progress, rounded, to_json
+from statekv.cli.console import columned, complain, doing, load, notes, out, progress, rounded, to_json
 from statekv.config import METHODS, SETTINGS, Config
-from statekv.config.spelling import read_method, split_methods
+from statekv.config.spelling import check_name, read_method, split_methods
 from statekv.errors import ConfigError
+from statekv.evals.paper.table import BUDGET, MEANS, TABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from statekv.engine.engine import Engine
+    from statekv.evals.paper.check import DataCheck, WeightsCheck
     from statekv.evals.report import Figures
+    from statekv.evals.results import Shard
     from statekv.evals.task import Task
 
 _METHODS = "full,statekv,statekv_weighted,recency_window,random"
+_ALL = ",".join(TABLE)
 
 
 TaskName = Annotated[str, typer.Argument(help="cards, videomme, mlvu, ovo_realtime, ovo_backward.", show_default=False)]
@@ -79,7 +82,6 @@ def run(
 ) -> None:
     """Answer a benchmark's questions with several methods side by side. Run again, it goes on where it stopped."""
     from statekv.evals.results import Shard
-    from statekv.evals.runner import evaluate
 
     chosen = _open_task(task, folder, frames, videos)
     configs = _configs(method or [_METHODS], numbers("budgets", budgets), chosen.settings, settings)
@@ -89,6 +91,13 @@ def run(
     if next(iter(chosen.videos()), None) is None:  # data that are not there are told before the model is loaded
         raise ConfigError(f"{chosen.name} has no videos", "check the folder of its data")
     engine = load(**loading | {"device": _device(loading.get("device", "auto"))})
+    _evaluate(engine, chosen, configs, place, model=model, revision=revision, shard=part, most=videos)
+
+
+def _evaluate(engine: Engine, task: Task, configs: Mapping[str, Config], place: Path, **named: Any) -> None:
+    """Run it with a bar, tell what failed, and where the results are."""
+    from statekv.evals.runner import evaluate
+
     failed: list[str] = []
     with progress() as bar:
         line = bar.add_task("videos", total=None)
@@ -99,9 +108,7 @@ def run(
             _tell(video, failures)
 
         try:
-            evaluate(
-                engine, chosen, configs, place, model=model, revision=revision, shard=part, most=videos, on_video=show
-            )
+            evaluate(engine, task, configs, place, on_video=show, **named)
         except KeyboardInterrupt:
             complain(f"interrupted; {place} holds the videos that are done, and the same command goes on from there")
             raise typer.Exit(130) from None
@@ -159,6 +166,116 @@ def _device(device: str) -> str:
 
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and device == "auto" and torch.cuda.is_available() else device
+
+
+Data = Annotated[list[Path], typer.Argument(help="Folders of Video-MME, MLVU, OVO-Bench.", show_default=False)]
+Table = Annotated[
+    str, typer.Option("--method", help=f"Of {', '.join(TABLE)}, with commas; one at a time takes less memory.")
+]
+Budget = Annotated[int, typer.Option(help="Tokens that each carries; 4096 is the paper's.")]
+First = Annotated[int | None, typer.Option(help="The first so many videos of each alone.", min=1)]
+Check = Annotated[bool, typer.Option("--check", help="Say what is there and what it will take, and stop.")]
+Partly = Annotated[bool, typer.Option("--partly", help="Go on although videos are missing or of no use.")]
+PaperOut = Annotated[Path | None, typer.Option("--out", help="Folder of the results; statekv-eval/paper/MODEL.")]
+
+
+@app.command()
+@options.generated([])
+def paper(
+    data: Data,
+    *,
+    loading: options.Loading,
+    table: Table = _ALL,
+    budget: Budget = BUDGET,
+    videos: First = None,
+    out: PaperOut = None,
+    partly: Partly = False,
+    check: Check = False,
+) -> None:
+    """Run the paper's table on a folder of weights (--model) and folders of data, once both are found whole.
+
+    Frames, time and memory are told before it starts. Run again, it goes on where it stopped.
+    """
+    from statekv.evals.paper.check import check_room, check_weights
+    from statekv.evals.paper.plan import weights_told
+    from statekv.evals.report import load as load_results
+    from statekv.evals.results import Shard
+    from statekv.models.loading import DEMO
+
+    methods = list(dict.fromkeys(name.strip() for name in table.split(",")))
+    for name in methods:
+        check_name("method", name, TABLE)
+    model, part = loading.get("model", "demo"), Shard.launched()
+    weights = check_weights(DEMO if model == "demo" else Path(model))
+    _say("weights", weights_told(weights))
+    found = [_look(folder, videos, partly) for folder in data]
+    if len(runs := {each.task.name: _configs(methods, [budget], each.task.settings, {}) for each in found}) < len(data):
+        raise ConfigError("two of the folders hold the same data set", "give each one once")
+    place = out or Path("statekv-eval", "paper", weights.name)
+    check_room(place, sum(len(each.questions) for each in found), len(methods))
+    loading |= {"device": _device(loading.get("device", "auto"))}
+    engine = _plan(found, runs, place, part, loading, weights)
+    if check:
+        _say("to go on", f"the same without --check; results go to {place}")
+        return
+    for each in found if engine is not None else []:
+        assert engine is not None
+        named = {"model": weights.name, "shard": part, "most": videos}
+        _evaluate(engine, each.task, runs[each.task.name], place / each.task.name, **named)
+    for shown in _by_place(load_results([place])):
+        _show(shown)
+
+
+def _say(what: str, text: str) -> None:
+    out().print(f"{what:<9} {text}", markup=False, soft_wrap=True)
+
+
+def _look(folder: Path, videos: int | None, partly: bool) -> DataCheck:
+    """What lies in a folder of data, told; a ConfigError for one that is not whole, unless that is enough."""
+    from statekv.evals.paper.check import check_data
+    from statekv.evals.paper.plan import data_told, faults_told
+
+    with progress() as bar:
+        line = bar.add_task(f"videos of {folder}", total=None)
+        found = check_data(folder, videos, lambda: bar.advance(line))
+    _say("data", data_told(found, folder))
+    if faults := faults_told(found):
+        if not partly:
+            raise ConfigError(faults, "get them, or go on without them by --partly")
+        complain(faults)
+    return found
+
+
+def _plan(
+    found: Sequence[DataCheck],
+    runs: Mapping[str, Mapping[str, Config]],
+    place: Path,
+    part: Shard,
+    loading: Mapping[str, Any],
+    weights: WeightsCheck,
+) -> Engine | None:
+    """The loaded model, once what is left and what that will take is told; None where nothing is left.
+
+    Raises:
+        MemoryLimitError: weights or caches do not fit.
+    """
+    from statekv.evals.paper.check import left
+    from statekv.evals.paper.estimate import trial
+    from statekv.evals.paper.plan import Part, check_memory, check_weights_fit, plan_told
+
+    waiting = [left(each, place, runs[each.task.name], part) for each in found]
+    if not any(waiting):
+        _say("time", "none: all videos are done")
+        return None
+    check_weights_fit(weights, loading)
+    engine = load(**loading)
+    with doing("trying a few steps and an answer"):
+        tried = [trial(engine, each.longest, runs[each.task.name]) for each in found]
+    parts = [Part(*each) for each in zip(found, waiting, tried, strict=True)]
+    for what, text in plan_told(parts, part.count):
+        _say(what, text)
+    check_memory(parts)
+    return engine
 
 
 Paths = Annotated[list[Path], typer.Argument(help="Result files, or folders of them.", show_default=False)]
@@ -219,13 +336,15 @@ def _show(runs: Sequence[Figures]) -> None:
         "paper, %": [_percent(run.paper, digits=2) for run in runs],
         "failed": [str(len(run.failed) or "") for run in runs],
     }
-    title = f"{place}: {_asked(runs)}; guessing gets {_percent(runs[0].chance)} %"
+    title = f"{place}: {_asked(runs)}; guessing gets {_percent(runs[0].chance)} %\n{_frames(runs)}"
     others = [name for name in runs[0].headlines if name != headline]
     parts = {"method": columns["method"], "budget": columns["budget"]}
     parts |= {name: [_percent(run.headlines.get(name)) for run in runs] for name in others}
     out().print(columned(title, columns, ("method",)))
     if others:
         out().print(columned("parts, %", parts, ("method",)))
+    if any(run.paper is not None for run in runs):
+        out().print(f"paper: {MEANS[runs[0].task]}.", markup=False, soft_wrap=True)
     _tell_figures(runs)
 
 
@@ -247,6 +366,18 @@ def _asked(runs: Sequence[Figures]) -> str:
     questions, videos = max(counts)
     told = f"{questions} questions on {videos} videos"
     return told if len(counts) == 1 else f"{told}, fewer for some methods"
+
+
+def _frames(runs: Sequence[Figures]) -> str:
+    """How densely videos were sampled, where that is the same for all."""
+    limits = {(run.fps, run.max_frames) for run in runs}
+    if len(limits) > 1:
+        return "frames a second and in all differ"
+    ((fps, most),) = limits
+    rate = "every frame" if fps is None else f"at most {fps:g} frames/s"
+    ends = "" if most is None else f" and {most} frames"
+    seen = max((run.frames for run in runs if run.frames is not None), default=None)
+    return f"{rate}{ends}" + ("" if seen is None else f"; a question had seen {seen:.1f} on average")
 
 
 def _percent(share: float | None, sign: bool = False, digits: int = 1) -> str:

@@ -84,9 +84,9 @@ def generated(
 ) -> Callable[[Callable[..., None]], Any]:
     """Give a command the options that are declared elsewhere.
 
-    It has `settings`, and `loading` if it loads a model, among its keyword-only parameters. Each is handed what was
-    typed, by name, and nothing else: so a command knows what was asked for. In the errors that it raises settings are
-    spelled as the options that they are.
+    It has `settings` if it takes some, and `loading` if it loads a model, among its keyword-only parameters. Each is
+    handed what was typed, by name, and nothing else: so a command knows what was asked for. In the errors that it
+    raises settings are spelled as the options that they are.
 
     What the environment and the user's file say (`statekv.cli.defaults`) goes with `loading`, so that it becomes the
     engine's, as far as it means something beside what was typed.
@@ -113,7 +113,8 @@ def generated(
             given |= {"method": None} if "method" in given and "method" not in near else {}
             values = {group: {each.name: given.pop(each.name) for each in options} for group, options in groups.items()}
             try:
-                given |= _shared_out(values, given.get("method"), near, fixed)
+                shared = _shared_out(values, given.get("method"), near, fixed)
+                given |= {group: shared[group] for group in values}
                 command(**given, **({"context": context} if "context" in own else {}))
             except StateKVError as error:
                 raise error.spelled(lambda name: spelling.get(name, name)) from error

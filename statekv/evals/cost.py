@@ -31,9 +31,14 @@ def clip_tokens(session: Session) -> list[int]:
 
 def flops_of(session: Session, lengths: Sequence[int]) -> int:
     """FLOPs of the language model for segments of so many tokens, entering one after the other."""
+    return sum(segment_flops(session, lengths))
+
+
+def segment_flops(session: Session, lengths: Sequence[int]) -> list[int]:
+    """Those of each segment."""
     widths = Widths.of(session.runner.model.text_config)
     budget = None if session.state.policy is None else session.state.config.budget
-    return sum(step_flops(widths, lengths, budget, _products(session)))
+    return list(step_flops(widths, lengths, budget, _products(session)))
 
 
 def _products(session: Session) -> int:

@@ -57,6 +57,15 @@ class DataSet:
             told = f"no record in {files[0]} can be used; the first {first}" if first else f"{files[0]} has no records"
             raise ConfigError(told, "docs/evals.md lists the fields")
 
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder has records of this data set, one at least with all the fields; the hub is not asked.
+
+        Raises:
+            ConfigError: a file that cannot be read.
+        """
+        rows = (row for file in self._matches(folder) for row in _rows(file))
+        return any(not reason and not fault(fields, self.needed) for _, fields, reason in rows)
+
     def _matches(self, folder: Path) -> list[Path]:
         return next((found for pattern in self.patterns if (found := sorted(folder.glob(pattern)))), [])
 

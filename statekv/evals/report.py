@@ -4,17 +4,12 @@ How far a benchmark's figure can be trusted: a bootstrap over videos.
 
 Questions of one video share its frames, and a headline may be a mean of means, so that neither the questions'
 number nor a normal approximation tells: whole videos are drawn, with replacement, and the headline is computed anew.
-
-The paper's own table: accuracy in percent at ≤ 1 frame/s and ≤ 512 frames, without subtitles, B = 4096.
-
-Source: arXiv 2605.31598. Its middle column, "ReKV (R = 16)", retrieves nothing: it is a recency window.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +20,7 @@ import numpy as np
 from statekv.config import BYTES, METHODS, SETTINGS, Config, bytes_of, told
 from statekv.errors import ConfigError, writing
 from statekv.evals import open_task
+from statekv.evals.paper.table import paper_share
 from statekv.evals.results import Results, read
 from statekv.evals.task import REFERENCE, Rows, Task
 
@@ -81,6 +77,8 @@ class Figures:
 
     Attributes:
         task, variant, model, method, budget: what was run; no budget where all tokens are carried.
+        fps, max_frames: frames per second and frames of a video at most; None: no limit.
+        frames: that had been seen when a question was asked; the mean, None where the files do not say.
         failed: why further videos, which are not in the figures, failed.
         headlines: the benchmark's figures by name, the first being the one that is talked about.
         low, high: 95 % interval of the first.
@@ -99,6 +97,9 @@ class Figures:
     model: str
     method: str
     budget: int | None
+    fps: float | None
+    max_frames: int | None
+    frames: float | None
     questions: int
     videos: int
     failed: Mapping[str, str]
@@ -166,6 +167,9 @@ def _figures(run: Run, reference: Run | None) -> Figures:
         model=header.model,
         method=run.method,
         budget=run.budget,
+        fps=config.fps,
+        max_frames=config.max_frames,
+        frames=_mean([row["frames"] for row in rows if "frames" in row]),
         questions=len(rows),
         videos=len(run.rows),
         failed=run.failed,
@@ -338,34 +342,3 @@ def _title(figures: Sequence[Figures]) -> str:
         raise ConfigError(f"the results are of {told}", "give those of one task and model")
     questions = max(run.questions for run in figures)
     return f"{', '.join(part for part in places.pop() if part)}: {questions} questions, numbers are budgets"
-
-
-_TASKS = ("videomme", "mlvu", "ovo_realtime")
-_METHODS = ("full", "recency_window", "statekv")
-_BUDGET = 4096
-
-# For each task of `_TASKS` the methods of `_METHODS`.
-_ROWS: Mapping[str, tuple[tuple[float, float, float], ...]] = {
-    "internvl3-1b": ((46.19, 37.11, 45.80), (47.05, 33.44, 46.35), (55.79, 37.75, 55.44)),
-    "internvl3-2b": ((55.81, 31.78, 54.15), (56.61, 5.49, 57.31), (60.22, 33.33, 61.05)),
-    "qwen3-vl-2b": ((58.67, 49.44, 58.00), (58.83, 45.60, 57.72), (60.45, 46.71, 60.93)),
-    "qwen3-vl-4b": ((66.59, 52.63, 65.89), (68.98, 49.91, 67.80), (64.76, 49.22, 64.87)),
-    "internvl3-8b": ((64.19, 54.56, 62.52), (61.14, 31.11, 62.85), (71.45, 56.03, 70.25)),
-    "eagle2.5-8b": ((69.81, 58.70, 67.96), (73.85, 55.01, 70.52), (69.30, 55.44, 68.70)),
-    "qwen3-vl-8b": ((70.52, 55.52, 68.11), (75.82, 50.91, 71.38), (67.86, 53.88, 64.99)),
-}
-
-
-def paper_share(task: str, model: str, config: Config) -> float | None:
-    """What the paper reports, as a share of 1; None where it does not.
-
-    Args:
-        model: a hub id or a folder, whose last part names the checkpoint.
-        config: how it was run; full attention, or one of the paper's methods at its budget.
-    """
-    name = re.split(r"[/\\]", model.rstrip("/\\"))[-1].lower()
-    known = next((known for known in _ROWS if re.fullmatch(rf"{re.escape(known)}(-hf|-instruct)?", name)), None)
-    method = config.method
-    if known is None or task not in _TASKS or method not in _METHODS or (method != "full" and config.budget != _BUDGET):
-        return None
-    return _ROWS[known][_TASKS.index(task)][_METHODS.index(method)] / 100

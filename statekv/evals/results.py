@@ -228,3 +228,8 @@ class Shard:
     def of(self, things: Iterable[T]) -> Iterator[T]:
         """This shard's share of things in order."""
         return islice(things, self.index, None, self.count)
+
+
+def file_name(configuration: str, shard: Shard) -> str:
+    """Where a configuration's results of a share of the work lie in the folder of a run."""
+    return f"{configuration}.{shard.index}-of-{shard.count}.jsonl"

@@ -14,7 +14,7 @@ from statekv.config import Config
 from statekv.engine.engine import Engine
 from statekv.errors import StateKVError
 from statekv.evals.cost import clip_tokens, flops_of, prefill_flops
-from statekv.evals.results import Header, Line, ResultFile, Shard
+from statekv.evals.results import Header, Line, ResultFile, Shard, file_name
 from statekv.evals.task import REFERENCE, Broken, EvalQuestion, EvalVideo, Maker, Task
 from statekv.models.encoded import EncodedStep
 from statekv.video.frame import Frame
@@ -50,8 +50,8 @@ def evaluate(
     files = {}
     for name, config in configs.items():
         header = _header(engine, task, config, model, revision, shard)
-        files[name] = ResultFile(out / f"{name}.{shard.index}-of-{shard.count}.jsonl", header)
-    for video in shard.of(_distinct(islice(task.videos(), most))):
+        files[name] = ResultFile(out / file_name(name, shard), header)
+    for video in shard.of(distinct_videos(islice(task.videos(), most))):
         missing = [name for name, file in files.items() if video.id not in file.done]
         if not missing:
             continue
@@ -161,7 +161,7 @@ def _failed(video: str, reason: str) -> Line:
     return {"type": "failed", "video": video, "reason": " ".join(reason.split())}
 
 
-def _distinct(videos: Iterable[EvalVideo | Broken]) -> Iterator[EvalVideo | Broken]:
+def distinct_videos(videos: Iterable[EvalVideo | Broken]) -> Iterator[EvalVideo | Broken]:
     """Videos as they come; one whose id, or whose question's id, has been there before is told and not watched."""
     videos_seen: set[str] = set()
     questions_seen: set[str] = set()

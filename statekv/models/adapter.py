@@ -192,6 +192,10 @@ class VideoModel(ABC):
             One for each step, in order; no step's depends on another's but by rounding.
         """
 
+    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """(height, width) in pixels that frames of this size get in a video of so many."""
+        return height, width
+
     @abstractmethod
     def step_text(self, seen: EncodedStep, state: StreamState) -> str:
         """The text around one step's pictures, with a placeholder for each token of the whole picture."""

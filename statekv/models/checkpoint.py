@@ -1,16 +1,22 @@
-"""Text files of a checkpoint, on the hub or in a folder, read as the stock classes search for them."""
+"""Files of a checkpoint: texts, on the hub or in a folder, read as the stock classes search for them; what weights are
+there, without loading them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from statekv.errors import ModelError
@@ -123,3 +129,65 @@ def read_checkpoint_file(name_or_path: str, filename: str, **hub_kwargs: Any) ->
             return file.read()
     except (OSError, UnicodeDecodeError):
         raise ModelError(f"{filename} of {name_or_path} is no text in UTF-8", "download it again") from None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the files of weights in a folder say of themselves.
+
+    Attributes:
+        files: how many there are.
+        elements: of all tensors, by dtype.
+    """
+
+    files: int
+    elements: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(self.elements.values())
+
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SHORT = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_POINTER = b"version https://git-lfs"
+
+
+def look_at_weights(folder: Path) -> Weights:
+    """Read the headers of all files of weights in a folder: whether they are all there, and whole.
+
+    Raises:
+        ModelError: none there, one that is missing or cut off, or one that lacks a tensor of the index.
+    """
+    index = read_checkpoint_json(str(folder), _INDEX) or {}
+    wanted: Mapping[str, str] = index.get("weight_map") or {"": _SINGLE}
+    names = sorted(set(wanted.values()))
+    if lost := [name for name in names if not (folder / name).is_file()]:
+        rule = f"{folder} lacks {len(lost)} of {len(names)} files of weights, such as {lost[0]}"
+        raise ModelError(rule, "download them; weights are read as safetensors")
+    elements: Counter[str] = Counter()
+    there: set[str] = {""}
+    for name in names:
+        for tensor, (dtype, count) in _header(folder / name).items():
+            elements[dtype] += count
+            there.add(tensor)
+    if lost := sorted(set(wanted) - there):
+        raise ModelError(f"the weights in {folder} lack {len(lost)} tensors, such as {lost[0]}", "download them again")
+    return Weights(len(names), dict(elements))
+
+
+def _header(file: Path) -> dict[str, tuple[str, int]]:
+    """Of each tensor in a file, the dtype and the number of its elements."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ModelError(f"{file} is a pointer of git-lfs, not the weights", "run git lfs pull, or download it")
+    try:
+        with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call]
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {
+                name: (_SHORT.get(part.get_dtype(), part.get_dtype()), math.prod(part.get_shape()))
+                for name, part in parts.items()
+            }
+    except SafetensorError as error:
+        raise ModelError(f"{file} is cut off, or no safetensors: {told(error)}", "download it again") from None

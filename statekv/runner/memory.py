@@ -126,7 +126,7 @@ def _growth(states: Iterable[StreamState]) -> Counter[_Place]:
     for state in states:
         config, devices, held = state.config, state.spec.devices, state.nbytes
         here = sum(count for name, count in held.items() if name not in _ELSEWHERE) - _untouched(state)
-        least = config.memory if isinstance(config.memory, int) else _carried(state)
+        least = config.memory if isinstance(config.memory, int) else carried_bytes(state)
         for device in dict.fromkeys(devices):
             found[device] += max(0, least - here) * devices.count(device) // len(devices)
         for tier, cap in caps_below(config).items():
@@ -142,7 +142,7 @@ def _untouched(state: StreamState) -> int:
     return cache.nbytes - cache.lengths[-1] * spec.bytes_per_token * spec.streams
 
 
-def _carried(state: StreamState) -> int:
+def carried_bytes(state: StreamState) -> int:
     """Bytes of a carried cache at full size; never more tokens than a stream that does not compact has positions."""
     config, spec = state.config, state.spec
     if state.policy is None:

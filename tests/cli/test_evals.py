@@ -1,11 +1,13 @@
-"""`statekv eval`: a run, its table, its picture; going on, sharing the work; bad input gets one line."""
+"""`statekv eval`: a run, its table, its picture; the paper's table; going on, sharing work; bad input gets one line."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +17,9 @@ from statekv.evals import TASKS
 from statekv.evals.results import ResultFile, read
 from tests.cli.test_cli import Result, command
 from tests.cli.test_errors import complaint, interrupt, refused
+from tests.evals.data_sets import videomme, write_lines, write_mlvu, write_videomme
 from tests.evals.small import header, lines
+from tests.tiny import tiny
 
 METHODS = ("--method", "full,statekv", "--method", "uniform", "--budgets", "60,120")
 NAMES = ("full", "statekv-120", "statekv-60", "uniform")
@@ -208,3 +212,153 @@ def test_an_interrupted_run_can_be_gone_on_with(films: Path, tmp_path: Path, mon
         assert line.endswith("the same command goes on from there")
     assert cards(films, tmp_path, "--method", "uniform").code == 0
     assert len(read(tmp_path / "uniform.0-of-1.jsonl").videos) == 1
+
+
+# The paper's table
+
+BOTH = ("full", "statekv-9")
+
+
+def paper(*line: str | Path) -> Result:
+    return command("eval", "paper", *line, "--budget", "9")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A small MLVU and a small Video-MME."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("mlvu", "video-mme")]
+    write_mlvu(folders[0])
+    write_videomme(folders[1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def reproduced(sets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Two of the methods on the first data set."""
+    out = tmp_path_factory.mktemp("results") / "paper"
+    return out, paper(sets[0], "--method", "full,statekv", "--out", out)
+
+
+def test_what_it_takes_is_told_before_anything_is_run(sets: list[Path], tmp_path: Path) -> None:
+    found = paper(*sets, "--out", tmp_path / "out", "--check")
+    assert (found.code, found.err) == (0, "")
+    told = [line.split()[0] for line in found.out.splitlines()]
+    each = ["frames", "figure"]
+    assert told == ["weights", "data", "data", *each, *each, "methods", "memory", "time", "to"]
+    lines = dict(line.split(maxsplit=1) for line in found.out.splitlines())
+    assert lines["methods"].startswith("full, recency_window-9 (the release's ")
+    assert lines["methods"].endswith(", statekv-9, statekv_weighted-9")
+    assert "2 of 2 of mlvu, 2 of 2 of videomme" in lines["time"]
+    assert lines["to"] == f"go on  the same without --check; results go to {tmp_path / 'out'}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_papers_table_is_run_and_shown(reproduced: tuple[Path, Result]) -> None:
+    out, found = reproduced
+    assert found.code == 0
+    assert sorted(path.name for path in (out / "mlvu").iterdir()) == [f"{name}.0-of-1.jsonl" for name in BOTH]
+    assert "mlvu, demo: 3 questions on 2 videos" in found.out
+    assert "mean of task types" in found.out
+    assert "mean of questions" in found.out
+    assert "at most 1 frames/s and 512 frames; a question had seen 11.0 on average" in found.out
+
+
+def test_run_again_only_its_table_is_shown(
+    reproduced: tuple[Path, Result], sets: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("statekv.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    out, before = reproduced
+    found = paper(sets[0], "--method", "full,statekv", "--out", out)
+    assert (found.code, found.err) == (0, "")
+    plan, table = found.out.split("time      none: all videos are done\n")
+    assert plan.startswith("weights ")
+    assert before.out.endswith(table)
+
+
+def test_killed_it_goes_on_where_it_was(reproduced: tuple[Path, Result], sets: list[Path], tmp_path: Path) -> None:
+    whole, before = reproduced
+    shutil.copytree(whole, tmp_path / "out")
+    full, killed = (tmp_path / "out" / "mlvu" / f"{name}.0-of-1.jsonl" for name in BOTH)
+    data = killed.read_bytes()
+    killed.write_bytes(data[: data.index(b'"video": "b.mp4"') + 40])  # in the middle of a line of the second video
+    found = paper(sets[0], "--method", "full,statekv", "--out", tmp_path / "out")
+    assert "videos that are not done yet, 1 of 2 of mlvu" in found.out
+    assert read(killed).questions == read(whole / "mlvu" / killed.name).questions
+    assert full.read_bytes() == (whole / "mlvu" / full.name).read_bytes()
+    assert found.out.splitlines()[-8:] == before.out.splitlines()[-8:]
+
+
+def test_missing_videos_stop_it_unless_that_is_wanted(tmp_path: Path) -> None:
+    write_videomme(tmp_path)
+    write_lines(tmp_path / "test.jsonl", [videomme(number, name) for number, name in enumerate("abc")])
+    line = (tmp_path, "--method", "statekv", "--out", tmp_path / "out")
+    found = paper(*line)
+    assert found.code == 1
+    assert "2 questions on 2 videos; 1 videos missing" in found.out
+    assert found.err.startswith(f"statekv: videomme: {tmp_path / 'c.mp4'} is not there (get them")
+    partly = paper(*line, "--partly")
+    assert partly.code == 0
+    assert f"{tmp_path / 'c.mp4'} is not there" in partly.err.splitlines()[0]
+    assert list(read(tmp_path / "out" / "videomme" / "statekv-9.0-of-1.jsonl").videos) == ["a", "b"]
+
+
+def test_the_papers_figures_stand_beside_those_of_its_models(tmp_path: Path) -> None:
+    named: dict[str, Any] = {"task": "ovo_realtime", "variant": "", "model": "internvl3-1b", "max_frames": 512}
+    ResultFile(tmp_path / "full.jsonl", header("full", **named)).append(lines("a", [True, False], letter=True))
+    found = command("eval", "report", tmp_path).out
+    assert "55.79" in found
+    assert "paper: the mean of the sub-tasks stands beside the paper's" in found
+
+
+def test_a_folder_of_weights_is_looked_at_first(sets: list[Path], tmp_path: Path) -> None:
+    weights = tiny("qwen3_vl").save(tmp_path / "weights")
+    line = (sets[0], "--model", weights, "--method", "statekv", "--out", tmp_path / "out")
+    found = paper(*line, "--check")
+    assert found.code == 0
+    assert found.out.startswith("weights   qwen3_vl, none of the paper's models; 0.")
+    assert "of 56 x 40 pixels, seen as " in found.out
+    assert f"results go to {tmp_path / 'out'}" in found.out
+    file = weights / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors is cut off" in complaint(paper(*line))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            ("--method", "full,random"),
+            "unknown method 'random' (known: full, recency_window, statekv, statekv_weighted)",
+        ),
+        (("--model", "nowhere"), "nowhere is not a folder of weights"),
+        (("--budget", "0"), "budget is 0, but must be"),
+    ],
+)
+def test_a_table_that_cannot_be_run_is_one_line(line: tuple[str, ...], told: str, sets: list[Path]) -> None:
+    found = command("eval", "paper", sets[0], *line)
+    assert found.code
+    assert told in " ".join(found.err.split())
+
+
+def test_data_that_cannot_be_used_are_told_before_the_model_is_loaded(
+    sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("statekv.load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    write_lines(tmp_path / "other" / "test.jsonl", [{"question": "What?"}])
+    for folders, told in (
+        ([tmp_path], "holds records of none of videomme, mlvu, ovo_realtime"),
+        ([sets[1], tmp_path / "other"], "holds records of none of videomme, mlvu, ovo_realtime"),
+        ([sets[0], sets[0]], "two of the folders hold the same data set"),
+    ):
+        found = paper(*folders)
+        (line,) = found.err.splitlines()
+        assert found.code == 1
+        assert told in line
+
+
+def test_results_need_room_before_the_model_is_loaded(sets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statekv.load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("statekv.evals.paper.check.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    found = paper(sets[0])
+    assert found.code == 1
+    assert "are free (make room, or give another --out)" in found.err

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from statekv.video.writer import write_video
+from tests.tiny import video as pictures
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any] | str]) -> Path:
@@ -65,3 +69,29 @@ def ovo(number: int, video: str, seconds: float, **fields: Any) -> dict[str, Any
         "options": ["Right.", "Left.", "Above.", "Below."],
         "gt": 1,
     } | fields
+
+
+def write_videos(folder: Path, *names: str) -> None:
+    """Videos of 11 seconds at two frames a second, 56 x 40 pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(folder / names[0], pictures(22), fps=2)
+    for name in names[1:]:
+        shutil.copy(folder / names[0], folder / name)
+
+
+def write_videomme(folder: Path) -> None:
+    """Three questions on two videos."""
+    write_videos(folder, "a.mp4", "b.mp4")
+    write_lines(folder / "test.jsonl", [videomme(number, name) for number, name in enumerate(("a", "a", "b"))])
+
+
+def write_mlvu(folder: Path) -> None:
+    """The same."""
+    write_videos(folder, "a.mp4", "b.mp4")
+    write_lines(folder / "test.jsonl", [mlvu(f"{name}.mp4") for name in ("a", "b", "a")])
+
+
+def write_ovo(folder: Path) -> None:
+    """Three questions on two videos, the second watched to its end."""
+    write_videos(folder, "a.mp4", "b.mp4")
+    write_lines(folder / "realtime" / "data.jsonl", [ovo(1, "a.mp4", 4.0), ovo(2, "a.mp4", 7.5), ovo(3, "b.mp4", 99.0)])

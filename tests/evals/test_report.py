@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from statekv.config import Config
 from statekv.errors import ConfigError
-from statekv.evals.report import Figures, draw, figures, find, interval, load, merge, paper_share
+from statekv.evals.report import Figures, draw, figures, find, interval, load, merge
 from statekv.evals.results import ResultFile, read
 from statekv.evals.task import Rows
 from tests.evals.small import header, lines
@@ -146,8 +145,9 @@ def test_runs_are_told_apart_by_every_setting(tmp_path: Path) -> None:
 
 def test_beside_the_paper(tmp_path: Path) -> None:
     model = "OpenGVLab/InternVL3-1B-hf"
-    write(tmp_path / "0.jsonl", lines("a", [True]), task="mlvu", variant="", model=model)
-    write(tmp_path / "1.jsonl", lines("a", [True]), task="mlvu", variant="", model=model, method="statekv")
+    named: dict[str, Any] = {"max_frames": 512, "task": "mlvu", "variant": "", "model": model}
+    write(tmp_path / "0.jsonl", lines("a", [True]), **named)
+    write(tmp_path / "1.jsonl", lines("a", [True]), **named, method="statekv")
     assert [run.paper for run in load([tmp_path])] == pytest.approx([0.4705, 0.4635])
 
 
@@ -218,6 +218,9 @@ RUN = Figures(
     model="demo",
     method="full",
     budget=None,
+    fps=1.0,
+    max_frames=None,
+    frames=600.0,
     questions=100,
     videos=10,
     failed={},
@@ -283,37 +286,3 @@ def test_what_does_not_belong_together(tmp_path: Path, runs: list[Figures], told
     with pytest.raises(ConfigError, match=told):
         draw(runs, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("task", "model", "method", "share"),
-    [
-        ("videomme", "OpenGVLab/InternVL3-1B-hf", "full", 0.4619),
-        ("mlvu", "OpenGVLab/InternVL3-2B-hf", "recency_window", 0.0549),
-        ("ovo_realtime", "Qwen/Qwen3-VL-8B-Instruct", "statekv", 0.6499),
-        ("mlvu", "/models/Qwen3-VL-4B-Instruct/", "statekv", 0.6780),
-        ("videomme", "nvidia/Eagle2.5-8B", "statekv", 0.6796),
-    ],
-)
-def test_rows_of_the_paper(task: str, model: str, method: str, share: float) -> None:
-    assert paper_share(task, model, Config.of(method)) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("task", "model", "config"),
-    [
-        ("cards", "OpenGVLab/InternVL3-1B-hf", Config.of("full")),
-        ("ovo_backward", "OpenGVLab/InternVL3-1B-hf", Config.of("full")),
-        ("videomme", "demo", Config.of("full")),
-        ("videomme", "OpenGVLab/InternVL3-14B-hf", Config.of("full")),
-        ("videomme", "Qwen/Qwen3-VL-8B-Thinking", Config.of("full")),
-        ("videomme", "OpenGVLab/InternVL3-1B-hf", Config.of("statekv", budget=1024)),
-        ("videomme", "OpenGVLab/InternVL3-1B-hf", Config.of("random")),
-    ],
-)
-def test_what_the_paper_does_not_say(task: str, model: str, config: Config) -> None:
-    assert paper_share(task, model, config) is None
-
-
-def test_full_attention_has_no_budget() -> None:
-    assert paper_share("mlvu", "Qwen/Qwen3-VL-2B-Instruct", Config.of("full", seed=7)) == pytest.approx(0.5883)

@@ -1,4 +1,4 @@
-"""The text files of a checkpoint folder, in the order of the stock classes."""
+"""The text files of a checkpoint folder, in the order of the stock classes, and whether its weights are whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from statekv.errors import ModelError
-from statekv.models.checkpoint import read_checkpoint_file, read_checkpoint_json, read_processor_config, why_hub_is_away
+from statekv.models.checkpoint import (
+    Weights,
+    look_at_weights,
+    read_checkpoint_file,
+    read_checkpoint_json,
+    read_processor_config,
+    why_hub_is_away,
+)
 
 
 def put(folder: Path, **files: object) -> str:
@@ -92,3 +101,47 @@ def test_whether_the_hub_can_be_asked(serving: str, told: str, monkeypatch: pyte
 def test_offline_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert why_hub_is_away() == "HF_HUB_OFFLINE is set"
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def in_two(tmp_path: Path) -> Path:
+    """Weights in two files with an index."""
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / ONE)
+    save_file({"c": torch.zeros(5, dtype=torch.bfloat16)}, tmp_path / TWO)
+    index = {"weight_map": {"a": ONE, "b": ONE, "c": TWO}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return tmp_path
+
+
+def test_weights_are_told_by_their_headers(in_two: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = look_at_weights(in_two)
+    assert found == Weights(2, {"float32": 6, "bfloat16": 9})
+    assert found.parameters == 15
+    alone = tmp_path_factory.mktemp("alone")
+    save_file({"a": torch.zeros(2, 3, dtype=torch.float16)}, alone / "model.safetensors")
+    assert look_at_weights(alone) == Weights(1, {"float16": 6})
+
+
+def test_weights_that_are_not_whole_are_told(in_two: Path) -> None:
+    whole = (in_two / TWO).read_bytes()
+    cases = {
+        whole[:-3]: r"model-00002-of-00002\.safetensors is cut off",
+        b"": r"model-00002-of-00002\.safetensors is cut off",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a pointer of git-lfs",
+        (in_two / ONE).read_bytes(): "lack 1 tensors, such as c",
+    }
+    for data, told in cases.items():
+        (in_two / TWO).write_bytes(data)
+        with pytest.raises(ModelError, match=told):
+            look_at_weights(in_two)
+    (in_two / TWO).unlink()
+    with pytest.raises(ModelError, match=f"lacks 1 of 2 files of weights, such as {TWO}"):
+        look_at_weights(in_two)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lacks 1 of 1 files of weights, such as model\.safetensors"):
+        look_at_weights(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from statekv.evals.data import DataSet, Record, gathered
 from statekv.evals.scoring import chosen_letter, letter_before_bracket, sole_letter
-from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, shares
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, share, shares
 
 TASK_TYPES = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA", "topic_reasoning")
 _CLOSING = "\nOnly give the best option.\nBest option: ("
@@ -29,13 +29,14 @@ class MLVU:
 
     name = "mlvu"
     variant = ""
+    data = _DATA
     settings: Mapping[str, Any] = {"fps": 1.0, "max_frames": 512, "max_new_tokens": 16}
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path("statekv-eval", self.name)
 
     def videos(self) -> Iterator[EvalVideo | Broken]:
-        yield from gathered(self.folder, _DATA.read(self.folder), "video_name", _question)
+        yield from gathered(self.folder, self.data.read(self.folder), "video_name", _question)
 
     def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:
         early = letter_before_bracket(answered)
@@ -44,7 +45,8 @@ class MLVU:
 
     def headlines(self, rows: Rows) -> Mapping[str, float]:
         # lmms-eval divides by seven also where a type is missing; on the whole set that is the same.
-        return {"mean of task types": macro_share(rows, "kind"), **shares(rows, "kind")}
+        means = {"mean of task types": macro_share(rows, "kind"), "mean of questions": share(rows)}
+        return {**means, **shares(rows, "kind")}
 
 
 def _question(record: Record) -> EvalQuestion | Broken:

@@ -13,7 +13,7 @@ from typing import Any
 
 from statekv.evals.data import DataSet, Record, VideoFiles, distinct, fault
 from statekv.evals.scoring import sole_letter
-from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, shares
+from statekv.evals.task import Broken, EvalQuestion, EvalVideo, Rows, macro_share, share, shares
 
 REALTIME = ("OCR", "ACR", "ATR", "STU", "FPD", "OJR")
 BACKWARD = ("EPM", "ASI", "HLD")
@@ -27,7 +27,7 @@ _NEEDED: Mapping[str, type] = {"realtime": float, "question": str, "options": li
 
 
 class OVOBench:
-    """Accuracy for each sub-task, then their unweighted mean.
+    """Accuracy for each sub-task, then their unweighted mean; beside it that of all questions, for both are published.
 
     Verdicts: "score" is the benchmark's, which looks for the right capital letter anywhere in the answer, so that "An
     apple" is right wherever A is; "letter" is the strict one.
@@ -46,7 +46,7 @@ class OVOBench:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path("statekv-eval", "ovo")
-        self._data = DataSet(
+        self.data = DataSet(
             repository="kcz358/OVOBench",
             patterns=(*(f"{self.part}/*.{kind}" for kind in ("parquet", "jsonl", "json")), "ovo_bench_new.json"),
             needed={"id": int, "task": str, "video": str},
@@ -54,7 +54,7 @@ class OVOBench:
 
     def videos(self) -> Iterator[EvalVideo | Broken]:
         asked: list[tuple[str, EvalQuestion]] = []
-        for record in distinct(self._data.read(self.folder), "id"):
+        for record in distinct(self.data.read(self.folder), "id"):
             question = _question(record, self.tasks) if isinstance(record, Record) else record
             if isinstance(record, Record) and isinstance(question, EvalQuestion):
                 asked.append((record.fields["video"], question))
@@ -71,8 +71,9 @@ class OVOBench:
         return {"score": question.expected in answered, "letter": sole_letter(answered) == question.expected}
 
     def headlines(self, rows: Rows) -> Mapping[str, float]:
+        means = {"mean of sub-tasks": macro_share(rows, "kind"), "mean of questions": share(rows)}
         strict = {"mean, strict letter": macro_share(rows, "kind", "letter")}
-        return {"mean of sub-tasks": macro_share(rows, "kind"), **strict, **shares(rows, "kind")}
+        return {**means, **strict, **shares(rows, "kind")}
 
 
 class OVORealtime(OVOBench):

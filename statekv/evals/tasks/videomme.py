@@ -33,13 +33,14 @@ class VideoMME:
 
     name = "videomme"
     variant = ""
+    data = _DATA
     settings: Mapping[str, Any] = {"fps": 1.0, "max_frames": 512, "max_new_tokens": 16}
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path("statekv-eval", self.name)
 
     def videos(self) -> Iterator[EvalVideo | Broken]:
-        yield from gathered(self.folder, distinct(_DATA.read(self.folder), "question_id"), "videoID", _question)
+        yield from gathered(self.folder, distinct(self.data.read(self.folder), "question_id"), "videoID", _question)
 
     def right(self, question: EvalQuestion, answered: str) -> Mapping[str, bool]:
         readings = {"score": chosen_letter(answered), "letter": sole_letter(answered), "early": first_letter(answered)}

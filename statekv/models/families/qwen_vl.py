@@ -57,8 +57,7 @@ class QwenVL(VideoModel):
         return int(self.model.config.video_token_id)
 
     @abstractmethod
-    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """(height, width) in pixels that frames of this size get in a video of so many."""
+    def size(self, height: int, width: int, frames: int) -> tuple[int, int]: ...
 
     def text_positions(self, start: int, length: int) -> torch.Tensor:
         return text_positions(start, length, self.model.device)

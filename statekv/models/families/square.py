@@ -58,6 +58,9 @@ class SquareFrames(VideoModel):
             rule = f"the video processor makes pictures of {found} pixels, the model looks at {sides}"
             raise ModelError(rule, "use the JSON files of the same checkpoint")
 
+    def size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        return self.recipe.height, self.recipe.width
+
     @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the tower makes of frames: float32 [n, 3, H, W] → [n, tokens, hidden]."""

@@ -117,7 +117,8 @@ def test_figures_weigh_sub_tasks_alike() -> None:
     rows = [{"kind": "EPM", "score": True, "letter": False} for _ in range(3)]
     rows += [{"kind": "ASI", "score": False, "letter": False}]
     figures = OVOBackward().headlines(rows)
-    assert figures == {"mean of sub-tasks": 0.5, "mean, strict letter": 0.0, "EPM": 1.0, "ASI": 0.0}
+    parts = {"mean, strict letter": 0.0, "EPM": 1.0, "ASI": 0.0}
+    assert figures == {"mean of sub-tasks": 0.5, "mean of questions": 0.75, **parts}
     assert next(iter(figures)) == "mean of sub-tasks"
 
 
