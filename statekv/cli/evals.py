@@ -38,6 +38,7 @@ Folder = Annotated[Path | None, typer.Argument(help="Where the data are, or film
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; statekv-eval/TASK/MODEL if left out.")]
 Frames = Annotated[int | None, typer.Option(help="Length of the films of cards; 1024 if left out.")]
 Videos = Annotated[int | None, typer.Option(help="The first so many videos alone; 20 films of cards.", min=1)]
+First = Annotated[int | None, typer.Option(help="Number of the first film of cards; 0 if left out.")]
 Part = Annotated[str | None, typer.Option(help="0/2 is the first half; under accelerate launch its own share.")]
 
 
@@ -74,6 +75,7 @@ def run(
     out: Out = None,
     frames: Frames = None,
     videos: Videos = None,
+    first: First = None,
     shard: Part = None,
     loading: options.Loading,
     method: options.Methods = None,
@@ -83,7 +85,7 @@ def run(
     """Answer a benchmark's questions with several methods side by side. Run again, it goes on where it stopped."""
     from statekv.evals.results import Shard
 
-    chosen = _open_task(task, folder, frames, videos)
+    chosen = _open_task(task, folder, frames, videos, first)
     configs = _configs(method or [_METHODS], numbers("budgets", budgets), chosen.settings, settings)
     part = Shard.launched() if shard is None else Shard.parse(shard)
     model, revision = loading.get("model", "demo"), loading.get("revision")
@@ -123,14 +125,18 @@ def _tell(video: str, failures: Mapping[str, str]) -> None:
         complain(f"{video} failed with {names}: {reason}")
 
 
-def _open_task(name: str, folder: Path | None, frames: int | None, videos: int | None) -> Task:
+def _open_task(name: str, folder: Path | None, frames: int | None, videos: int | None, first: int | None) -> Task:
     from statekv.evals import open_task
 
     if name == "cards":
-        sizes = {"frames": frames, "films": videos}
+        sizes = {"frames": frames, "films": videos, "first": first}
         return open_task(name, folder, **{size: value for size, value in sizes.items() if value is not None})
     if frames is not None:
         raise ConfigError(f"frames is {frames}, but the videos of {name} are as long as they are", "use --max-frames")
+    if first is not None:
+        raise ConfigError(
+            f"first is {first}, but the videos of {name} have no numbers", "use --shard for a part of them"
+        )
     return open_task(name, folder)
 
 

@@ -173,6 +173,8 @@ def test_videos_that_fail_are_told(tmp_path: Path) -> None:
         (("cards", "--layout", "other"), "unknown --layout 'other'"),
         (("cards", "--on-horizon", "hope"), "unknown --on-horizon 'hope'"),
         (("mlvu", "--frames", "200"), "frames is 200"),
+        (("mlvu", "--first", "20"), "first is 20, but the videos of mlvu have no numbers"),
+        (("cards", "--first", "-1"), "first is -1"),
         (("report", "nowhere"), "there are no results at nowhere"),
         (("report", "nowhere", "--json", "--csv"), "--json and --csv"),
         (("picture", "nowhere"), "there are no results at nowhere"),

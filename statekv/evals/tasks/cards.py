@@ -36,25 +36,29 @@ class Cards:
     Args:
         folder: where films are written, and found again; None: statekv-eval/films.
         frames: length of the films, at one frame a second.
+        films, first: so many, from this one on. The same film of another length has the same cards at like times, so
+            that what was chosen on some films is measured on others by their numbers.
 
     Raises:
-        ConfigError: a length outside 128 … 4,096 frames, or no films.
+        ConfigError: a length outside 128 … 4,096 frames, no films, or a first one below 0.
     """
 
     name = "cards"
     settings: Mapping[str, Any] = {"fps": 1.0, "max_new_tokens": 8}
 
-    def __init__(self, folder: Path | None = None, frames: int = 1024, films: int = 20) -> None:
+    def __init__(self, folder: Path | None = None, frames: int = 1024, films: int = 20, first: int = 0) -> None:
         if not _SHORTEST <= frames <= _LONGEST:
             raise ConfigError(f"frames is {frames}, but must be {_SHORTEST} to {_LONGEST}", "for example 1024")
         if films < 1:
             raise ConfigError(f"films is {films}, but must be at least 1", "for example 20")
+        if first < 0:
+            raise ConfigError(f"first is {first}, but must be at least 0", "leave it out for the first film")
         self.folder = folder or Path("statekv-eval", "films")
-        self.frames, self.films = frames, films
+        self.frames, self.films, self.first = frames, films, first
         self.variant = f"{frames} frames"
 
     def videos(self) -> Iterator[EvalVideo]:
-        for number in range(self.films):
+        for number in range(self.first, self.first + self.films):
             story = self._story(number)
             name = f"cards-{self.frames}-{number}"
             yield EvalVideo(name, self.folder / f"{name}.mp4", tuple(_ask(story, name)))

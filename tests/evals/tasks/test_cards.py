@@ -49,6 +49,7 @@ def test_a_film_is_written_once_and_has_its_length(tmp_path: Path) -> None:
 def test_the_same_films_and_questions_every_time() -> None:
     assert list(Cards(frames=300, films=3).videos()) == list(Cards(frames=300, films=9).videos())[:3]
     assert list(Cards(frames=300).videos()) != list(Cards(frames=301).videos())
+    assert list(Cards(frames=300, films=2, first=3).videos()) == list(Cards(frames=300, films=5).videos())[3:]
 
 
 def test_ids_are_unique_and_times_in_order() -> None:
@@ -133,7 +134,7 @@ def test_scores_and_headlines() -> None:
     assert list(found.items()) == [("accuracy", 2 / 3), ("color", 0.5), ("count", 1.0), ("early", 1.0), ("late", 0.0)]
 
 
-@pytest.mark.parametrize("settings", [{"frames": 127}, {"frames": 4097}, {"films": 0}])
+@pytest.mark.parametrize("settings", [{"frames": 127}, {"frames": 4097}, {"films": 0}, {"first": -1}])
 def test_lengths_that_are_not_offered(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(settings))} is {next(iter(settings.values()))}"):
         Cards(**settings)
