@@ -38,7 +38,7 @@ Folder = Annotated[Path | None, typer.Argument(help="Where the data are, or film
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; statekv-eval/TASK/MODEL if left out.")]
 Frames = Annotated[int | None, typer.Option(help="Length of the films of cards; 1024 if left out.")]
 Videos = Annotated[int | None, typer.Option(help="The first so many videos alone; 20 films of cards.", min=1)]
-First = Annotated[int | None, typer.Option(help="Number of the first film of cards; 0 if left out.")]
+FirstFilm = Annotated[int | None, typer.Option(help="Number of the first film of cards; 0 if left out.")]
 Part = Annotated[str | None, typer.Option(help="0/2 is the first half; under accelerate launch its own share.")]
 
 
@@ -75,7 +75,7 @@ def run(
     out: Out = None,
     frames: Frames = None,
     videos: Videos = None,
-    first: First = None,
+    first: FirstFilm = None,
     shard: Part = None,
     loading: options.Loading,
     method: options.Methods = None,
