@@ -61,8 +61,9 @@ def sizes(seed: int, longest: int, steps: int = 40) -> list[int]:
     return [draw.randint(1, longest) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize(("budget", "longest"), [(20, 7), (20, 20), (20, 55), (1, 3)])
+@pytest.mark.parametrize(
+    ("budget", "longest", "streams"), [(20, 7, 1), (20, 20, 2), (20, 55, 1), (20, 55, 2), (1, 3, 2)]
+)
 @pytest.mark.parametrize("carry", CARRIES)
 def test_stays_within_the_budget_and_whole(carry: str, budget: int, longest: int, streams: int) -> None:
     cache = carried(budget, carry, kv_spec(streams=streams), sinks=0 if budget == 1 else 4)

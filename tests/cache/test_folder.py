@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,8 +18,8 @@ import torch
 from statekv.cache import folder as subject
 from statekv.cache.folder import FACTS, FORMAT, Piece, read_folder, write_folder
 from statekv.errors import SaveError
+from tests.processes import forked
 
-ROOT = Path(__file__).parent.parent.parent
 SIZE = 5_000  # elements of a tensor
 SAME = "tokens-000000000"
 
@@ -154,7 +152,7 @@ def test_killed_at_any_moment_the_old_or_the_new_is_left(saved: Path, tmp_path: 
     """SIGKILL before and after each write, sync, rename and removal, and in the middle of files."""
     rounds = tmp_path / "rounds"
     rounds.mkdir()
-    subprocess.run([sys.executable, "-c", _KILLED, str(saved), str(rounds)], cwd=ROOT, check=True, timeout=120)
+    forked.run(saved, rounds, program=_KILLED).check_returncode()
     folders = sorted(rounds.iterdir(), key=lambda path: int(path.name))
     found = [number_of(folder) for folder in folders]
     assert found == sorted(found)  # once it is the new one, it stays that

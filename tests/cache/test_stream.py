@@ -388,17 +388,17 @@ ENDLESS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", ENDLESS.values(), ids=ENDLESS)
-def test_thousands_of_tiny_steps_leave_no_more_behind_than_hundreds(settings: dict[str, Any]) -> None:
+def test_a_thousand_tiny_steps_leave_no_more_behind_than_hundreds(settings: dict[str, Any]) -> None:
     config = Config.of(**{"budget": 16, "max_new_tokens": 2, **settings})
     state = StreamState(kv_spec(layers=1, kv_heads=1), config, horizon=800, compacts=True, rotary=Still())
-    watch(state, 500)
+    watch(state, 300)
     before = growth(state)
-    watch(state, 1500, first=500)
+    watch(state, 900, first=300)
     after = growth(state)
-    assert state.tokens == 4000
-    assert state.frames == 2000
+    assert state.tokens == 2400
+    assert state.frames == 1200
     assert after.nbytes <= before.nbytes
-    assert after.spans <= 1.1 * before.spans + 20
-    assert after.objects <= before.objects + 100
+    assert after.spans <= 1.1 * before.spans + 12
+    assert after.objects <= before.objects + 60
     gaps = {span.start for span in state.spans if span.kind == "gap"}
     assert gaps <= {span.start for span in state.spans if span.kind == "step"}

@@ -49,7 +49,10 @@ def test_json_of_a_checkpoint_in_a_folder(family: str, film: Path, tmp_path: Pat
     assert 0 < told["captured_by_carried"] <= told["captured_by_best"] < 1
 
 
-def test_a_budget_above_the_stream_is_fine_and_said(film: Path, tmp_path: Path) -> None:
+def test_a_budget_above_the_stream_is_fine_and_said(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("statekv.analysis.plots.draw_curves", lambda *_: [])
     found = command("analyze", film, "--out", tmp_path)
     assert found.code == 0
     told, _ = found.err.splitlines()

@@ -19,6 +19,7 @@ from unittest import mock
 
 import pytest
 from transformers.utils import logging
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import statekv
@@ -55,6 +56,7 @@ def command(*arguments: str | Path) -> Result:
         mock.patch.object(sys, "argv", ["statekv", *map(str, arguments)]),
         mock.patch.object(sys.modules["__main__"], "__package__", None),  # else it calls itself pytest
         mock.patch.object(console, "SECONDS_OF_SILENCE", 3600.0),  # on a machine that is busy all take their time
+        mock.patch("typer.main.get_command", _made_once),
         warnings.catch_warnings(),
         _quiet_transformers(),
     ):
@@ -68,6 +70,9 @@ def command(*arguments: str | Path) -> Result:
             code = left.code or 0
     assert isinstance(code, int)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+_made_once = functools.cache(get_command)  # what typer makes of the signatures of all commands, else at every start
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from statekv.config import Config
 from statekv.evals import TASKS
 from statekv.evals.results import ResultFile, read
+from statekv.evals.tasks import cards as task
 from tests.cli.test_cli import Result, command
 from tests.cli.test_errors import complaint, interrupt, refused
 from tests.evals.data_sets import videomme, write_lines, write_mlvu, write_videomme
@@ -31,13 +34,20 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_films() -> Iterator[None]:
+    """They allow the same questions as those of 128 frames."""
+    with mock.patch.object(task, "_SHORTEST", 32):
+        yield
+
+
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("films")
 
 
 def cards(films: Path, out: Path, *line: str) -> Result:
-    return command("eval", "cards", films, "--frames", "128", "--videos", "1", "--out", out, *line)
+    return command("eval", "cards", films, "--frames", "32", "--videos", "1", "--out", out, *line)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +62,10 @@ def test_a_run_leaves_a_file_for_each_configuration(ran: tuple[Path, Result], fi
     assert (found.code, found.out) == (0, "")
     assert found.err.splitlines() == [f"results: {out}    table: statekv eval report {out}"]
     assert [path.name for path in sorted(out.iterdir())] == [f"{name}.0-of-1.jsonl" for name in NAMES]
-    assert [path.name for path in films.iterdir()] == ["cards-128-0.mp4"]
+    assert [path.name for path in films.iterdir()] == ["cards-32-0.mp4"]
     for path in out.iterdir():
         results = read(path)
-        assert (results.header.task, results.header.variant, results.header.model) == ("cards", "128 frames", "demo")
+        assert (results.header.task, results.header.variant, results.header.model) == ("cards", "32 frames", "demo")
         assert len(results.questions) > 10
         assert {"kl", "agrees", "score"} <= results.questions[0].keys()
     assert read(out / "statekv-60.0-of-1.jsonl").header.config["budget"] == 60
@@ -71,7 +81,7 @@ def test_run_again_it_has_nothing_to_do(ran: tuple[Path, Result], films: Path) -
 def test_the_table(ran: tuple[Path, Result]) -> None:
     found = command("eval", "report", ran[0])
     assert (found.code, found.err) == (0, "")
-    assert "cards, 128 frames, demo" in found.out
+    assert "cards, 32 frames, demo" in found.out
     assert max(map(len, found.out.splitlines())) <= 120
     rows = [line.split() for line in found.out.splitlines()]
     assert [row[:2] for row in rows if row and row[0] == "statekv"] == [["statekv", "60"], ["statekv", "120"]] * 2
@@ -132,7 +142,7 @@ def test_methods_with_settings_of_their_own(tmp_path: Path, monkeypatch: pytest.
 
 def test_where_results_go_unless_told_otherwise(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ("eval", "run", "cards", films, "--frames", "128", "--videos", "1", "--method", "uniform")
+    line = ("eval", "run", "cards", films, "--frames", "32", "--videos", "1", "--method", "uniform")
     assert "results: statekv-eval/cards/demo " in command(*line).err
     assert Path("statekv-eval", "cards", "demo", "uniform.0-of-1.jsonl").exists()
 
@@ -147,11 +157,11 @@ def test_what_a_reader_must_know_is_told_once(tmp_path: Path) -> None:
 
 
 def test_videos_that_fail_are_told(tmp_path: Path) -> None:
-    (tmp_path / "cards-128-0.mp4").write_text("no video", encoding="utf-8")
+    (tmp_path / "cards-32-0.mp4").write_text("no video", encoding="utf-8")
     found = cards(tmp_path, tmp_path / "out", "--method", "full,uniform")
     failed, results = found.err.splitlines()
     assert found.code == 0
-    assert failed.startswith("statekv: cards-128-0 failed with full, uniform: cards-128-0.mp4")
+    assert failed.startswith("statekv: cards-32-0 failed with full, uniform: cards-32-0.mp4")
     assert "; videos that failed: 1" in results
 
 

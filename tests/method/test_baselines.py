@@ -25,9 +25,10 @@ from tests.talk import (
     stock_answer,
     stock_model,
 )
-from tests.tiny import FAMILIES, video
+from tests.tiny import FAMILIES, TWO_FAMILIES, video
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+BOTH_STEPS = pytest.mark.parametrize("family", TWO_FAMILIES)  # one frame to a step, and two
 
 
 def clip_of(family: str, start: int, stop: int) -> Session:
@@ -55,7 +56,7 @@ def test_last_frames_are_what_the_stock_model_sees_of_them() -> None:
     assert_same_answer(session_answer(session), stock_answer(made, inputs_of(made, video(12)[-4:], QUESTION)))
 
 
-@EVERY_FAMILY
+@BOTH_STEPS
 def test_nothing_enters_and_asking_changes_nothing(family: str) -> None:
     asked, never = (shared_engine(family).open(method="last_frames") for _ in range(2))
     told: list[Progress] = []
@@ -74,10 +75,10 @@ def test_nothing_enters_and_asking_changes_nothing(family: str) -> None:
     assert asked.steps == 12 // per_step
 
 
-@EVERY_FAMILY
+@BOTH_STEPS
 def test_memory_does_not_grow_with_the_video(family: str) -> None:
     session, held = shared_engine(family).open(method="last_frames"), []
-    for frame in some_frames(30):
+    for frame in some_frames(20):
         session.push([frame])
         session.ask(QUESTION, max_new_tokens=2)
         held.append(session.state.nbytes)
@@ -142,8 +143,9 @@ def test_generate_has_no_frames_to_choose_from(method: str) -> None:
         statekv.generate(made.model, method=method, **inputs, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("method", ["rekv", "statekv_retrieve"])
-@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "rekv") for family in FAMILIES), ("internvl", "statekv_retrieve")]
+)
 def test_generate_retrieves(family: str, method: str) -> None:
     made = stock_model(family)
     inputs = inputs_of(made, video(8), QUESTION)

@@ -33,10 +33,11 @@ from tests.talk import (
     some_frames,
     stock_model,
 )
-from tests.tiny import EVERY_MODEL, FAMILIES, video
+from tests.tiny import EVERY_MODEL, FAMILIES, TWO_FAMILIES, video
 
 EVERY_KIND = pytest.mark.parametrize("family", EVERY_MODEL)
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+BOTH_STEPS = pytest.mark.parametrize("family", TWO_FAMILIES)  # one frame to a step, and two
 PLACE = "tests.reduce.methods:Rotating(by=2)"
 
 
@@ -143,7 +144,7 @@ def test_the_newest_frames_are_a_clip_whose_memory_begins_anew_at_each_question(
     assert sum(clip_tokens(session)) < sum(clip_tokens(plain))
 
 
-@EVERY_KIND
+@BOTH_STEPS
 def test_forks_go_their_own_ways(family: str) -> None:
     frames = some_frames(12)
     one, other, alone = opened(family), opened(family), opened(family)
@@ -158,7 +159,7 @@ def test_forks_go_their_own_ways(family: str) -> None:
     assert_same(one, alone)
 
 
-@EVERY_KIND
+@BOTH_STEPS
 def test_saved_and_restored_it_goes_on_as_if_nothing_had_happened(family: str, tmp_path: Path) -> None:
     never, going = opened(family, Rotating(3)), opened(family, Rotating(3))
     never.push(some_frames(11))
@@ -236,17 +237,16 @@ def test_a_step_that_the_reducer_spoils_leaves_the_stream_as_it_was(wrong: str) 
     session.queue.check()
 
 
-@EVERY_FAMILY
+@BOTH_STEPS
 def test_where_older_steps_are_moved_for_room_the_reducer_sees_each_step_once(family: str) -> None:
     reducer = noting()
     session = opened(family, reducer, horizon=200, on_horizon="compact", budget=20)
     session.push(some_frames(60))
     assert [count for count, _ in reducer.seen] == list(range(session.steps))
-    if family != "qwen2_5_vl":  # whose steps share their text positions
-        assert session.state.compaction.factor > 1
+    assert session.state.compaction.factor > 1
 
 
-@EVERY_FAMILY
+@BOTH_STEPS
 def test_sessions_that_step_together_remember_what_each_would_alone(family: str) -> None:
     """Reducers of the same effect in one batch, another one beside them: tokens decide who goes together."""
     engine, count = shared_engine(family), 8

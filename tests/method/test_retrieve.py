@@ -156,17 +156,22 @@ def told(session: Session) -> Told:
     return session.runner.told
 
 
+WAYS: list[dict[str, Any]] = [
+    {"retrieve": 2},
+    {"retrieve": 1, "retrieve_newest": 2},
+    {"retrieve": 2, "retrieve_carried": True},
+    {"retrieve": 2, "method": "rekv"},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {"retrieve": 2},
-        {"retrieve": 1, "retrieve_newest": 2},
-        {"retrieve": 2, "retrieve_carried": True},
-        {"retrieve": 2, "method": "rekv"},
+        *((family, settings) for family in ("internvl", "qwen2_5_vl") for settings in WAYS),
+        *((family, WAYS[2]) for family in ("qwen3_vl", "llava_onevision")),
     ],
     ids=str,
 )
-@EVERY_FAMILY
 def test_an_answer_is_that_of_the_loop_by_hand(family: str, settings: dict[str, Any]) -> None:
     compare(family, settings)
 
@@ -202,8 +207,10 @@ def compare(family: str, settings: dict[str, Any]) -> None:
     assert_close(torch.cat(found.hidden, dim=1)[0], hidden.float())
 
 
-@pytest.mark.parametrize("method", ["statekv", "full", "recency_window"])
-@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "statekv") for family in FAMILIES), ("internvl", "full"), ("qwen3_vl", "recency_window")],
+)
 def test_with_every_step_retrieved_it_is_full_recall(family: str, method: str) -> None:
     steps = FRAMES // shared_engine(family).model.frames_per_step
     settings = filled({"method": method}, budget=24)
@@ -249,8 +256,11 @@ def test_what_is_not_chosen_is_never_read(family: str) -> None:
     assert session.logits(QUESTION).isnan().all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"retrieve_carried": True}], ids=str)
-@EVERY_FAMILY
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [*((family, {"retrieve_carried": True}) for family in FAMILIES), ("internvl", {}), ("qwen3_vl", {})],
+    ids=str,
+)
 def test_asking_changes_nothing(family: str, settings: dict[str, Any]) -> None:
     asked, never = (watched(family, 7, method="statekv_retrieve", budget=24, retrieve=1, **settings) for _ in range(2))
     first = session_answer(asked)

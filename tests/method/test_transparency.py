@@ -26,7 +26,7 @@ from tests.talk import (
     stock_answer,
     stock_model,
 )
-from tests.tiny import EVERY_MODEL, FAMILIES, Tiny, video
+from tests.tiny import EVERY_MODEL, FAMILIES, TWO_FAMILIES, Tiny, video
 
 UNBOUNDED = (UNLIMITED, {"budget": 100_000})  # everything is carried; so much is that nothing is lost
 
@@ -49,8 +49,9 @@ def test_pushed_frame_by_frame_and_asked_after_each(family: str) -> None:
             assert_same_answer(session_answer(session), answer)
 
 
-@pytest.mark.parametrize("frames", [4, 7])
-@pytest.mark.parametrize("family", EVERY_MODEL)
+@pytest.mark.parametrize(
+    ("family", "frames"), [*((family, 7) for family in EVERY_MODEL), *((family, 4) for family in TWO_FAMILIES)]
+)
 def test_watched_from_a_file(family: str, frames: int, tmp_path: Path) -> None:
     made, path = stock_model(family), tmp_path / "clip.mp4"
     write_video(path, video(frames), fps=2)

@@ -59,8 +59,12 @@ def check(shape: Shape, device: torch.device, ragged: bool, ways: Ways, biased: 
     torch.testing.assert_close(scores, scores_naive, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
-@pytest.mark.parametrize("shape", [*SHAPES, *HEADS], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "ragged"),
+    # So many tiles take as long as all others together, and are tried with a last slot that is not in use.
+    [(shape, ragged) for shape in (*SHAPES, *HEADS) for ragged in (False, True) if ragged or shape.keys < 300],
+    ids=str,
+)
 def test_float32_equals_the_definition(shape: Shape, ragged: bool, device: torch.device) -> None:
     check(shape, device, ragged, {})
 

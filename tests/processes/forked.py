@@ -1,6 +1,7 @@
-"""`statekv` in a process of its own that need not wait for torch: it is forked from one that has imported everything.
+"""A process of its own that need not wait for torch: it is forked from one that has imported everything.
 
-What is about the start itself, such as the installed command and its variables, starts a process anew instead.
+It runs `statekv`, or a program. What is about the start itself, such as the installed command and its variables, starts
+a process anew instead.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ signal.signal(signal.SIGINT, signal.SIG_IGN if call["background"] else signal.de
 sys.stdin = open(0, closefd=False)
 sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
 sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-sys.argv = ["statekv", *call["arguments"]]
+sys.argv = ["statekv" if call["program"] is None else "-c", *call["arguments"]]
 exec(call["first"], {})
-runpy.run_module("statekv", run_name="__main__", alter_sys=True)
+if call["program"] is None:
+    runpy.run_module("statekv", run_name="__main__", alter_sys=True)
+else:
+    exec(call["program"], {"__name__": "__main__"})
 """
 
 
@@ -77,10 +81,11 @@ def _nursery() -> socket.socket:
 
 
 class Process:
-    """A command that runs; as much of `subprocess.Popen` as is needed.
+    """What runs; as much of `subprocess.Popen` as is needed.
 
     Args:
-        arguments: of the command.
+        arguments: of `statekv`, or of the program.
+        program: as after `python -c`; None: `statekv`.
         streams: file descriptors of its standard input, output and error.
         environment: all of its variables.
         background: Ctrl-C is ignored, as in what a script has started with `&`.
@@ -90,14 +95,20 @@ class Process:
     def __init__(
         self,
         *arguments: str | Path,
+        program: str | None = None,
         streams: tuple[int, int, int],
         environment: Mapping[str, str] = os.environ,
         background: bool = False,
         first: str = "",
     ) -> None:
         self._told, tells = os.pipe()
-        call = {"arguments": [*map(str, arguments)], "environment": dict(environment), "background": background}
-        call["first"] = first
+        call = {
+            "arguments": [*map(str, arguments)],
+            "program": program,
+            "environment": dict(environment),
+            "background": background,
+            "first": first,
+        }
         socket.send_fds(_nursery(), [json.dumps(call).encode()], [*streams, tells])
         os.close(tells)
         self.returncode: int | None = None
@@ -140,12 +151,15 @@ class Process:
 
 
 def run(
-    *arguments: str | Path, environment: Mapping[str, str] = os.environ, out: int | None = None
+    *arguments: str | Path,
+    program: str | None = None,
+    environment: Mapping[str, str] = os.environ,
+    out: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """A command with nothing to read, and what it wrote; of standard output only where `out` is not given."""
+    """With nothing to read, and what it wrote; of standard output only where `out` is not given."""
     with open(os.devnull) as nothing, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
         streams = nothing.fileno(), said.fileno() if out is None else out, told.fileno()
-        code = Process(*arguments, streams=streams, environment=environment).wait()
+        code = Process(*arguments, program=program, streams=streams, environment=environment).wait()
         for file in (said, told):
             file.seek(0)
-        return subprocess.CompletedProcess(["statekv", *map(str, arguments)], code, said.read(), told.read())
+        return subprocess.CompletedProcess([*map(str, arguments)], code, said.read(), told.read())

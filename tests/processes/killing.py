@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).parent.parent.parent
+from tests.processes import forked
 
 # Moments are the beginnings and ends of calls. Each child has a folder of its own, named by the moment of its death.
 _PROGRAM = """
@@ -60,4 +58,4 @@ def kill_at_moments(imports: str, calls: str, ready: str, run: str, rounds: Path
         stride: moments from one death to the next.
     """
     program = _PROGRAM.format(imports=imports, calls=calls, ready=ready, run=run)
-    subprocess.run([sys.executable, "-c", program, str(rounds), str(stride)], cwd=_ROOT, check=True, timeout=300)
+    forked.run(rounds, str(stride), program=program).check_returncode()

@@ -3,9 +3,8 @@
 import contextlib
 import http.server
 import itertools
+import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -18,6 +17,7 @@ import torch
 from statekv.errors import VideoError, VideoWarning
 from statekv.video.file import probe, read_frames
 from statekv.video.live import LiveSettings, LiveSource
+from tests.processes.forked import Process
 from tests.video.fixtures.broadcast import FPS, HOST, TcpServer, background, encoded, free_port, paced, send_datagrams
 from tests.video.fixtures.clips import closest_index, write_clip
 from tests.video.fixtures.rtsp import RtspServer
@@ -232,17 +232,18 @@ for frame in LiveSource("-", LiveSettings(depth=99, max_lag_seconds=99)):
 
 @pytest.mark.parametrize(("format", "codec"), [("mpegts", "mpeg2video"), ("mjpeg", "mjpeg")])
 def test_a_pipe(format, codec):
-    line = [sys.executable, "-c", READ_STDIN]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
-        assert reader.stdin is not None
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == b"ready\n"
-        for piece in paced(encoded(15, format=format, codec=codec)):
-            reader.stdin.write(piece)
-            reader.stdin.flush()
-        reader.stdin.close()
-        told = [tuple(map(float, one.split())) for one in reader.stdout]
-    assert reader.returncode == 0
+    (reads, writes), (hears, tells) = os.pipe(), os.pipe()
+    reader = Process(program=READ_STDIN, streams=(reads, tells, 2))
+    os.close(reads)
+    os.close(tells)
+    with open(hears) as said:
+        assert said.readline() == "ready\n"
+        with open(writes, "wb") as pipe:
+            for piece in paced(encoded(15, format=format, codec=codec)):
+                pipe.write(piece)
+                pipe.flush()
+        told = [tuple(map(float, one.split())) for one in said]
+    assert reader.wait() == 0
     shown = [closest_index(torch.tensor(mean), 37) for _, mean in told]
     assert shown == list(range(15))
     pts = [pts for pts, _ in told]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +15,7 @@ import pytest
 from statekv.cache.tiers import disk as subject
 from statekv.cache.tiers.disk import BLOCKS, SpillDir
 from statekv.errors import StorageError
-
-ROOT = Path(__file__).parents[3]
+from tests.processes.forked import Process
 
 _HOLDER = """
 import sys
@@ -34,15 +30,18 @@ sys.stdin.readline()
 
 
 @contextmanager
-def holder(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process that has a room with blocks in it; ends by itself when its input does."""
-    command = [sys.executable, "-c", _HOLDER, str(parent)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        folder = Path(process.stdout.readline().strip())
-        assert {path.name for path in folder.iterdir()} == {"lock", BLOCKS}
-        yield process, folder
+def holder(parent: Path) -> Iterator[tuple[Process, Path]]:
+    """Another process that has a room with blocks in it, for so long; then it ends by itself unless it has been."""
+    (reads, ends), (hears, tells) = os.pipe(), os.pipe()
+    process = Process(parent, program=_HOLDER, streams=(reads, tells, 2))
+    os.close(reads)
+    os.close(tells)
+    with open(hears) as said:
+        folder = Path(said.readline().strip())
+    assert {path.name for path in folder.iterdir()} == {"lock", BLOCKS}
+    yield process, folder
+    os.close(ends)
+    process.wait()
 
 
 def fill(room: SpillDir) -> None:
@@ -92,15 +91,15 @@ def test_goes_with_the_object(tmp_path: Path) -> None:
 
 def test_goes_when_the_process_ends(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, _):
-        process.communicate("\n", timeout=60)
+        pass
     assert process.returncode == 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_leaves_it_to_the_next_one(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, folder):
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(60)
+        process.kill()
+        process.wait()
     assert (folder / BLOCKS).exists()
     room = SpillDir(tmp_path)
     assert room.folder != folder

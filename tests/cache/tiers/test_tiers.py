@@ -42,14 +42,19 @@ LOWER: dict[str, dict[str, Any]] = {
     "disk": {"disk": "1GiB"},
     "host and disk": {"host_memory": "40KiB", "disk": "1GiB"},
 }
-EVERY_LOWER = pytest.mark.parametrize("lower", LOWER.values(), ids=LOWER)
+# Each with one frame to a step; with two, and positions of three axes, where a block passes through all tiers.
+EVERY_LOWER = pytest.mark.parametrize(
+    ("family", "lower"),
+    [*(("internvl", lower) for lower in LOWER.values()), ("qwen2_5_vl", LOWER["host and disk"])],
+    ids=str,
+)
 CARRY = {
     **chosen("attention", "random"),
     "pinned": preset("pinned", pin_newest=1),
     "decay": preset("decay", value_norms=True),
     "retrieve": preset("retrieve", retrieve=3, retrieve_carried=True),
 }
-EVERY_CARRY = pytest.mark.parametrize("carry", CARRY.values(), ids=CARRY)
+BOTH_RECALLS = [CARRY[name] for name in ("attention", "retrieve")]
 
 
 def opened(family: str, **settings: Any) -> Session:
@@ -130,8 +135,11 @@ def spots(session: Session) -> tuple[list[int], list[int]]:
     return [each.start for each in entries], [each.start + each.length for each in entries]
 
 
-@EVERY_CARRY
-@TWO_FAMILIES
+@pytest.mark.parametrize(
+    ("family", "carry"),
+    [*(("internvl", carry) for carry in CARRY.values()), *(("qwen2_5_vl", carry) for carry in BOTH_RECALLS)],
+    ids=str,
+)
 def test_a_cap_that_is_not_reached_changes_nothing(family: str, carry: dict[str, Any]) -> None:
     capped, free = watched(family, memory="1GiB", **carry), uncapped(family, **carry)
     assert_same_stream(capped, free)
@@ -140,14 +148,14 @@ def test_a_cap_that_is_not_reached_changes_nothing(family: str, carry: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("carry", "lower"),
+    ("family", "carry", "lower"),
     [
-        *((carry, LOWER["host and disk"]) for carry in CARRY.values()),
-        *((CARRY["retrieve"], lower) for lower in LOWER.values()),
+        *(("internvl", carry, LOWER["host and disk"]) for carry in CARRY.values()),
+        *(("internvl", CARRY["retrieve"], LOWER[name]) for name in ("host", "disk")),
+        *(("qwen2_5_vl", carry, LOWER["host and disk"]) for carry in BOTH_RECALLS),
     ],
     ids=str,
 )
-@TWO_FAMILIES
 def test_lower_tiers_hold_every_bit_and_answer_the_same(
     family: str, carry: dict[str, Any], lower: dict[str, Any]
 ) -> None:
@@ -164,7 +172,6 @@ def test_lower_tiers_hold_every_bit_and_answer_the_same(
 
 
 @EVERY_LOWER
-@TWO_FAMILIES
 def test_questions_change_nothing(family: str, lower: dict[str, Any]) -> None:
     settings = tight(family, recall="retrieve", retrieve=4, **lower)
     asked, silent = opened(family, **settings), opened(family, **settings)
@@ -180,7 +187,6 @@ def test_questions_change_nothing(family: str, lower: dict[str, Any]) -> None:
 
 
 @EVERY_LOWER
-@TWO_FAMILIES
 def test_where_no_step_is_left_out_retrieval_is_full_recall_to_the_bit(family: str, lower: dict[str, Any]) -> None:
     session = watched(family, **tight(family, recall="retrieve", retrieve=FRAMES, **lower))
     assert len(tiered(session).manager)
@@ -200,8 +206,7 @@ def test_steps_asked_for_lately_are_not_read_again(family: str, monkeypatch: pyt
     assert len(fetcher.recent)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@TWO_FAMILIES
+@pytest.mark.parametrize(("family", "bits"), [*(("internvl", bits) for bits in (8, 4, 2)), ("qwen2_5_vl", 4)])
 def test_quantised_steps_are_what_quantising_makes_of_them_once(family: str, bits: int) -> None:
     capped, free = watched(family, **tight(family, bits=bits, host_memory="20KiB", disk="1GiB")), uncapped(family)
     starts, stops = spots(capped)
@@ -221,21 +226,32 @@ def test_quantised_steps_are_what_quantising_makes_of_them_once(family: str, bit
             assert (here - there).abs().max() <= once.scale.float().max() / 2 * 1.01
 
 
-@TWO_FAMILIES
-def test_eight_bits_are_nearer_than_four_and_these_than_two(family: str) -> None:
-    expected = uncapped(family).logits(QUESTION)
-    far = [
-        float((watched(family, **tight(family, bits=bits, host_memory="1GiB")).logits(QUESTION) - expected).abs().max())
-        for bits in (8, 4, 2)
-    ]
+def test_eight_bits_are_nearer_than_four_and_these_than_two() -> None:
+    expected, far = uncapped("internvl").logits(QUESTION), []
+    for bits in (8, 4, 2):
+        session = watched("internvl", **tight("internvl", bits=bits, host_memory="1GiB"))
+        far.append(float((session.logits(QUESTION) - expected).abs().max()))
     assert 0 < far[0] < far[1] < far[2]
 
 
+CAPS: list[dict[str, Any]] = [
+    {},
+    {"host_memory": "20KiB"},
+    {"disk": "24KiB"},
+    {"bits": 8, "host_memory": "3KiB", "disk": "4KiB"},
+]
+RETRIEVED = {"recall": "retrieve", "retrieve": 3}
+
+
 @pytest.mark.parametrize(
-    "lower", [{}, {"host_memory": "20KiB"}, {"disk": "24KiB"}, {"bits": 8, "host_memory": "3KiB", "disk": "4KiB"}]
+    ("family", "recall", "lower"),
+    [
+        *(("internvl", recall, lower) for recall in ({}, RETRIEVED) for lower in CAPS),
+        *(("qwen2_5_vl", {}, lower) for lower in CAPS),
+        ("qwen2_5_vl", RETRIEVED, CAPS[-1]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("recall", [{}, {"recall": "retrieve", "retrieve": 3}], ids=["all", "retrieve"])
-@TWO_FAMILIES
 def test_caps_hold_at_every_step(family: str, recall: dict[str, Any], lower: dict[str, Any]) -> None:
     session = opened(family, **tight(family, **recall, **lower))
     caps: dict[str, Any] = {
@@ -258,8 +274,9 @@ def test_caps_hold_at_every_step(family: str, recall: dict[str, Any], lower: dic
         assert session.state.blocks.table[:, 0].tolist() == steps
 
 
-@pytest.mark.parametrize("lower", [{}, {"host_memory": "20KiB"}, {"disk": "24KiB"}], ids=str)
-@TWO_FAMILIES
+@pytest.mark.parametrize(
+    ("family", "lower"), [*(("internvl", lower) for lower in CAPS[:3]), ("qwen2_5_vl", CAPS[1])], ids=str
+)
 def test_what_is_forgotten_was_never_there(family: str, lower: dict[str, Any]) -> None:
     """An answer equals that of an uncapped stream whose detailed cache lacks the same steps."""
     capped, free = watched(family, **tight(family, **lower)), uncapped(family)
@@ -306,7 +323,6 @@ def test_steps_in_blocks_move_with_the_stream(family: str) -> None:
 
 
 @EVERY_LOWER
-@TWO_FAMILIES
 def test_forks_share_blocks_and_go_their_own_ways(family: str, lower: dict[str, Any]) -> None:
     settings = tight(family, **lower)
     going, alone = watched(family, **settings), watched(family, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -127,16 +128,16 @@ def test_answers_are_spread(duration: float) -> None:
     assert len(answers["when"]) > duration / 2
 
 
+@functools.cache
+def asked_of_many(duration: float) -> list[Question]:
+    return [question for story in stories(duration, 2000, FIRST_TEST_SEED) for question in asked(story, per_kind=3)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("duration", [24.0, 512.0])
 def test_no_constant_answer_beats_chance(kind: str, duration: float) -> None:
     """What is printed as the share that guessing gets is not less than what it gets."""
-    found = [
-        question
-        for story in stories(duration, 2000, FIRST_TEST_SEED)
-        for question in asked(story, per_kind=3)
-        if question.kind == kind
-    ]
+    found = [question for question in asked_of_many(duration) if question.kind == kind]
     answer, times = Counter(question.answer for question in found).most_common(1)[0]
     chance = sum(question.chance for question in found) / len(found)
     share = times / len(found)
