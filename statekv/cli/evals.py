@@ -206,18 +206,16 @@ def paper(
     from statekv.evals.paper.plan import weights_told
     from statekv.evals.report import load as load_results
     from statekv.evals.results import Shard
-    from statekv.models.loading import DEMO
 
     methods = list(dict.fromkeys(name.strip() for name in table.split(",")))
     for name in methods:
         check_name("method", name, TABLE)
-    model, part = loading.get("model", "demo"), Shard.launched()
-    weights = check_weights(DEMO if model == "demo" else Path(model))
+    part, weights = Shard.launched(), check_weights(loading.get("model", "demo"))
     _say("weights", weights_told(weights))
     found = [_look(folder, videos, partly) for folder in data]
     if len(runs := {each.task.name: _configs(methods, [budget], each.task.settings, {}) for each in found}) < len(data):
         raise ConfigError("two of the folders hold the same data set", "give each one once")
-    place = out or Path("statekv-eval", "paper", weights.name)
+    place = out or Path("statekv-eval", "paper", Path(weights.name).name)
     check_room(place, sum(len(each.questions) for each in found), len(methods))
     loading |= {"device": _device(loading.get("device", "auto"))}
     engine = _plan(found, runs, place, part, loading, weights)
@@ -269,7 +267,7 @@ def _plan(
     from statekv.evals.paper.estimate import trial
     from statekv.evals.paper.plan import Part, check_memory, check_weights_fit, plan_told
 
-    waiting = [left(each, place, runs[each.task.name], part) for each in found]
+    waiting = [left(each, place, runs[each.task.name], part, weights.name) for each in found]
     if not any(waiting):
         _say("time", "none: all videos are done")
         return None

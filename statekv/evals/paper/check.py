@@ -12,7 +12,6 @@ from typing import Any
 
 from statekv.config import SETTINGS, told
 from statekv.errors import ConfigError, ModelError, VideoError
-from statekv.evals.paper.table import paper_name
 from statekv.evals.results import Shard, file_name, read
 from statekv.evals.runner import distinct_videos
 from statekv.evals.task import EvalQuestion, EvalVideo
@@ -21,6 +20,7 @@ from statekv.evals.tasks.ovo import OVORealtime
 from statekv.evals.tasks.videomme import VideoMME
 from statekv.models import adapter_of
 from statekv.models.checkpoint import Weights, check_config, look_at_weights, read_checkpoint_json
+from statekv.models.loading import DEMO
 from statekv.models.size import Size
 from statekv.video.file import VideoInfo, count_frames, probe
 
@@ -34,9 +34,9 @@ class WeightsCheck:
     """A folder of weights that can be loaded, as far as that is known before.
 
     Attributes:
-        name: as results call it: the paper's name of the model, else the folder's.
+        name: as results call it: the folder, from the root on, or "demo".
         family: the `model_type`.
-        known: whose sizes its configuration has, one of the public models; None: none of them.
+        known: which of the public models its configuration has the sizes of; None: none of them.
         weights: by the headers of its files.
     """
 
@@ -46,8 +46,13 @@ class WeightsCheck:
     weights: Weights
 
 
-def check_weights(folder: Path) -> WeightsCheck:
-    """Look at a checkpoint without loading it; a ModelError for one that is not whole, or of no supported family."""
+def check_weights(model: str) -> WeightsCheck:
+    """Look at a checkpoint, a folder or "demo", without loading it.
+
+    Raises:
+        ModelError: not a folder, one that is not whole, or of no supported family.
+    """
+    folder = DEMO if model == "demo" else Path(model)
     if not folder.is_dir():
         rule = f"{folder} is not a folder of weights"
         raise ModelError(rule, "hf download OpenGVLab/InternVL3-1B-hf --local-dir FOLDER is one way to get one")
@@ -60,7 +65,7 @@ def check_weights(folder: Path) -> WeightsCheck:
     sizes = adapter_of(family).sizes
     check_config(str(folder), values)
     known = next((size.name for size in sizes if _is(size, values["text_config"])), None)
-    name = paper_name(str(folder)) or known or folder.resolve().name
+    name = model if model == "demo" else str(folder.absolute())
     return WeightsCheck(name, family, known, look_at_weights(folder))
 
 
@@ -183,8 +188,19 @@ def check_room(out: Path, questions: int, methods: int) -> None:
         raise ConfigError(rule, "make room, or give another --out")
 
 
-def left(found: DataCheck, place: Path, names: Iterable[str], part: Shard) -> list[Clip]:
-    """Clips of a share of the work whose results are not complete with each configuration of these names."""
+def left(found: DataCheck, place: Path, names: Iterable[str], part: Shard, model: str) -> list[Clip]:
+    """Clips of a share of the work whose results are not complete with each configuration of these names.
+
+    Raises:
+        ConfigError: results of another model, or such as cannot be read.
+    """
     files = [place / found.task.name / file_name(name, part) for name in names]
-    done = [set(read(file).videos) if file.is_file() and file.stat().st_size else set() for file in files]
+    done = [_done(file, model) if file.is_file() and file.stat().st_size else set() for file in files]
     return [clip for clip in part.of(found.clips) if not all(clip.video.id in videos for videos in done)]
+
+
+def _done(file: Path, model: str) -> set[str]:
+    found = read(file)
+    if found.header.model != model:
+        raise ConfigError(f"{file} is of {found.header.model}, not of {model}", "give another --out, or move it away")
+    return set(found.videos)

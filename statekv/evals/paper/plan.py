@@ -13,7 +13,7 @@ from statekv.config import told
 from statekv.errors import MemoryLimitError
 from statekv.evals.paper.check import Clip, DataCheck, WeightsCheck
 from statekv.evals.paper.estimate import Trial, room, weight_bytes
-from statekv.evals.paper.table import MEANS
+from statekv.evals.paper.table import MEANS, paper_name
 from statekv.models.loading import read_device, read_dtype
 from statekv.runner.memory import check_fits
 
@@ -49,6 +49,8 @@ def weights_told(found: WeightsCheck) -> str:
     """What lies in the folder of weights."""
     kinds = " and ".join(found.weights.elements)
     sizes = f", the sizes of {found.known}" if found.known else ", none of the paper's models"
+    if found.known and paper_name(found.name) is None:
+        sizes += " (whose figures stand beside those of a folder of its name alone)"
     files = "1 file" if found.weights.files == 1 else f"{found.weights.files} files"
     return f"{found.family}{sizes}; {_count(found.weights.parameters)} parameters in {files}, {kinds}"
 

@@ -17,7 +17,6 @@ from statekv.errors import ConfigError, ModelError
 from statekv.evals.paper.check import check_data, check_room, check_weights, left
 from statekv.evals.results import ResultFile, Shard, file_name
 from statekv.models.families.internvl import InternVL
-from statekv.models.loading import DEMO
 from statekv.video.file import read_frames
 from tests.evals.data_sets import (
     ovo,
@@ -36,30 +35,27 @@ from tests.tiny import tiny
 
 def test_a_checkpoint_of_a_family(tmp_path: Path) -> None:
     folder = tiny("qwen3_vl").save(tmp_path / "own")
-    found = check_weights(folder)
-    assert (found.name, found.family, found.known) == ("own", "qwen3_vl", None)
+    found = check_weights(str(folder))
+    assert (found.name, found.family, found.known) == (str(tmp_path / "own"), "qwen3_vl", None)
     assert found.weights.parameters == sum(weight.numel() for weight in tiny("qwen3_vl").model.parameters())
     assert set(found.weights.elements) == {"float32"}
-    assert check_weights(DEMO).name == "demo"
+    assert check_weights("demo").name == "demo"
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [("snapshot", "internvl3-8b"), ("InternVL3-8B-hf", "internvl3-8b"), ("tuned", "internvl3-8b")]
-)
-def test_one_of_the_papers_is_known_by_its_sizes(folder: str, name: str, tmp_path: Path) -> None:
-    size = next(size for size in InternVL.sizes if size.name == name)
+def test_one_of_the_papers_is_known_by_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = next(size for size in InternVL.sizes if size.name == "internvl3-8b")
     names = {"hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers"}
     names |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
     text = {named: asdict(size)[ours] for ours, named in names.items()}
     values = {"model_type": "internvl", "text_config": text, "vision_config": {"depth": 1}}
-    place = tmp_path / folder
-    place.mkdir()
-    (place / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    save_file({"a": torch.zeros(1)}, place / "model.safetensors")
-    assert (check_weights(place).name, check_weights(place).known) == (name, name)
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = check_weights(".")
+    assert (found.name, found.known) == (str(tmp_path), "internvl3-8b")
     text["num_hidden_layers"] += 1
-    (place / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    assert check_weights(place).known is None
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    assert check_weights(".").known is None
 
 
 @pytest.mark.parametrize(
@@ -76,12 +72,12 @@ def test_what_is_no_checkpoint_of_ours(config: dict | None, told: str, tmp_path:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match=told):
-        check_weights(tmp_path)
+        check_weights(str(tmp_path))
 
 
 def test_a_folder_of_weights_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere is not a folder of weights"):
-        check_weights(tmp_path / "nowhere")
+        check_weights(str(tmp_path / "nowhere"))
 
 
 # Data
@@ -155,7 +151,7 @@ def test_what_is_left_is_what_some_method_has_not_done(tmp_path: Path) -> None:
     found, place = check_data(tmp_path), tmp_path / "out"
 
     def ids(part: Shard = Shard()) -> list[str]:  # noqa: B008
-        return [clip.video.id for clip in left(found, place, ("full", "statekv-9"), part)]
+        return [clip.video.id for clip in left(found, place, ("full", "statekv-9"), part, "demo")]
 
     assert ids() == ["a", "b"]
     for name, videos in (("full", "ab"), ("statekv-9", "b")):
@@ -164,3 +160,5 @@ def test_what_is_left_is_what_some_method_has_not_done(tmp_path: Path) -> None:
             file.append(lines(done, [True]))
     assert ids() == ["a"]
     assert ids(Shard(1, 2)) == ["b"]
+    with pytest.raises(ConfigError, match="is of demo, not of other"):
+        left(found, place, ("full",), Shard(), "other")

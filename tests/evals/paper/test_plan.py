@@ -12,7 +12,16 @@ from statekv.errors import MemoryLimitError
 from statekv.evals.paper import plan
 from statekv.evals.paper.check import Clip, DataCheck, WeightsCheck
 from statekv.evals.paper.estimate import trial
-from statekv.evals.paper.plan import Part, check_memory, check_weights_fit, clock, data_told, faults_told, plan_told
+from statekv.evals.paper.plan import (
+    Part,
+    check_memory,
+    check_weights_fit,
+    clock,
+    data_told,
+    faults_told,
+    plan_told,
+    weights_told,
+)
 from statekv.evals.task import EvalVideo
 from statekv.evals.tasks.ovo import OVORealtime
 from statekv.models.checkpoint import Weights
@@ -46,6 +55,16 @@ def test_everything_is_told(part: Part) -> None:
     )
     assert "3 x " in told["memory"]
     assert told["time"].endswith("for videos that are not done yet, 1 of 2 of ovo_realtime, this process of 2")
+
+
+def test_weights_are_told_with_what_they_are_compared_with() -> None:
+    weights = Weights(4, {"bfloat16": 7_940_000_000})
+    named = WeightsCheck("/models/InternVL3-8B-hf", "internvl", "internvl3-8b", weights)
+    sizes = "internvl, the sizes of internvl3-8b"
+    assert weights_told(named) == f"{sizes}; 7.94 B parameters in 4 files, bfloat16"
+    alone = " (whose figures stand beside those of a folder of its name alone); 7.94 B"
+    assert weights_told(replace(named, name="/models/tuned")).startswith(sizes + alone)
+    assert weights_told(replace(named, known=None)).startswith("internvl, none of the paper's models; 7.94 B")
 
 
 def test_short_videos_need_no_word_about_positions(part: Part) -> None:
