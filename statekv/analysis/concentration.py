@@ -22,8 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
 import torch
+
+from statekv.config import Config
+from statekv.errors import ConfigError
 
 BUDGETS = tuple(2**power for power in range(15))
 _NEVER = BUDGETS[-1]  # rank of a token that was not among the best
@@ -50,6 +55,46 @@ class LayerShares:
     def churn(self) -> tuple[float, ...]:
         """Share of the best keys that a step replaces."""
         return tuple(1 - share for share in self.retention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """What was found in a stream of so many steps and tokens.
+
+    Attributes:
+        budget: keys that were carried.
+        shares: a row for each layer.
+    """
+
+    budget: int
+    steps: int
+    tokens: int
+    kv_heads: int
+    shares: list[LayerShares]
+
+    @property
+    def length(self) -> str:
+        """In words."""
+        return f"{self.steps} steps, {self.tokens} tokens"
+
+    def mean_shares(self) -> LayerShares:
+        """The mean over layers, as layer -1."""
+        captured, recall, retention = (
+            tuple(np.mean([getattr(row, name) for row in self.shares], axis=0).tolist())
+            for name in ("captured", "recall", "retention")
+        )
+        best, carried = fmean(row.best for row in self.shares), fmean(row.carried for row in self.shares)
+        return LayerShares(-1, captured, recall, retention, best, carried)
+
+
+def layers_to_look_at(layers: Sequence[int] | None, known: int, config: Config) -> Sequence[int]:
+    """Those that were named, or all of so many; a ConfigError for one that is not there, or where all is carried."""
+    if config.carry == "all":
+        raise ConfigError("carry is 'all', but where every key is carried there is nothing to look into", "set carry")
+    for layer in layers or ():
+        if not 0 <= layer < known:
+            raise ConfigError(f"layer {layer} is not there, the model has 0 to {known - 1}", "leave it out")
+    return range(known) if layers is None else sorted(set(layers))
 
 
 class Concentration:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from statekv.analysis.concentration import Concentration, LayerShares
+from statekv.analysis.concentration import Concentration, Curves, layers_to_look_at
 from statekv.cache.carried import CarriedCache
 from statekv.cache.stream import StreamState
 from statekv.engine.engine import Engine
 from statekv.engine.session import Session
-from statekv.errors import ConfigError, VideoError
+from statekv.errors import VideoError
 from statekv.models.adapter import Segment
 from statekv.models.encoded import EncodedStep
 
@@ -127,39 +126,28 @@ def reduced(pixels: torch.Tensor) -> NDArray[np.uint8]:
     return small
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """What was found in a stream of so many frames, steps and tokens.
+@dataclass(frozen=True, kw_only=True)
+class Analysis(Curves):
+    """What was found in a video.
 
     Attributes:
-        frames, steps, tokens: of the stream.
-        shares: a row for each layer.
         pictures: one for each step.
         moments: the carried cache as time goes by; the last one is the end.
     """
 
-    budget: int
     frames: int
-    steps: int
-    tokens: int
-    kv_heads: int
-    shares: list[LayerShares]
     pictures: list[Picture]
     moments: list[Moment]
+
+    @property
+    def length(self) -> str:
+        """In words."""
+        return f"{self.frames} frames, {self.tokens} tokens"
 
     @property
     def text(self) -> float:
         """Share of the stream's tokens that are no patches."""
         return 1 - sum(int((picture.tokens >= 0).sum()) for picture in self.pictures) / self.tokens
-
-    def mean_shares(self) -> LayerShares:
-        """The mean over layers, as layer -1."""
-        captured, recall, retention = (
-            tuple(np.mean([getattr(row, name) for row in self.shares], axis=0).tolist())
-            for name in ("captured", "recall", "retention")
-        )
-        best, carried = fmean(row.best for row in self.shares), fmean(row.carried for row in self.shares)
-        return LayerShares(-1, captured, recall, retention, best, carried)
 
 
 def analyse(
@@ -187,7 +175,7 @@ def analyse(
         VideoError: the video cannot be opened, or has too few frames for three steps.
         HorizonError, MemoryLimitError: as `Session.push`.
     """
-    chosen = _checked(engine, layers)
+    chosen = layers_to_look_at(layers, engine.model.kv_spec().layers, engine.config)
     with engine.open(video, max_frames=max_frames) as session, torch.inference_mode():
         return watch(session, chosen, max_frames, on_step)
 
@@ -220,19 +208,16 @@ def watch(
         rule = f"the video gave {state.frames} frames, must be at least {3 * runner.model.frames_per_step}"
         raise VideoError(rule, "raise `fps` or `max_frames`")
     holdings.finish(_carried(state), state.tokens)
-    counts, found = (state.frames, len(holdings.pictures), state.tokens), concentration.shares()
-    heads = state.spec.kv_heads
-    return Analysis(state.config.budget, *counts, heads, found, holdings.pictures, holdings.moments)
-
-
-def _checked(engine: Engine, layers: Sequence[int] | None) -> Sequence[int]:
-    if engine.config.carry == "all":
-        raise ConfigError("carry is 'all', but where every key is carried there is nothing to look into", "set carry")
-    known = engine.model.kv_spec().layers
-    for layer in layers or ():
-        if not 0 <= layer < known:
-            raise ConfigError(f"layer {layer} is not there, the model has 0 to {known - 1}", "leave it out")
-    return range(known) if layers is None else sorted(set(layers))
+    return Analysis(
+        budget=state.config.budget,
+        frames=state.frames,
+        steps=len(holdings.pictures),
+        tokens=state.tokens,
+        kv_heads=state.spec.kv_heads,
+        shares=concentration.shares(),
+        pictures=holdings.pictures,
+        moments=holdings.moments,
+    )
 
 
 def _carried(state: StreamState) -> CarriedCache:

@@ -10,21 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from statekv.analysis.concentration import BUDGETS
+from statekv.analysis.concentration import BUDGETS, Curves
 from statekv.analysis.holdings import Analysis, Moment, Picture, Shares
 from statekv.errors import writing
 
 _LAYER_COLORS = "viridis"
 
 
-def draw_curves(found: Analysis, name: str, folder: Path) -> list[Path]:
-    """Write concentration.png, recall.png and churn.png (the paper's figures 6, 7, 8), and held-map.png."""
+def draw_curves(found: Curves, name: str, folder: Path) -> list[Path]:
+    """Write concentration.png, recall.png and churn.png (the paper's figures 6, 7, 8), and of a video held-map.png."""
     pictures = {
         "concentration.png": _by_layer(found, name, "captured", "historical attention captured by the best B keys"),
         "recall.png": _by_layer(found, name, "recall", "weighted recall in the candidate pool"),
         "churn.png": _over_layers(found, name),
-        "held-map.png": _held_map(found, name),
     }
+    if isinstance(found, Analysis):
+        pictures["held-map.png"] = _held_map(found, name)
     for file, figure in pictures.items():
         with writing(folder / file):
             figure.savefig(folder / file)
@@ -38,7 +39,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _by_layer(found: Analysis, name: str, field: str, label: str) -> Any:
+def _by_layer(found: Curves, name: str, field: str, label: str) -> Any:
     """One line for each layer, coloured by depth; the carried cache's own catch as stars."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -62,7 +63,7 @@ def _by_layer(found: Analysis, name: str, field: str, label: str) -> Any:
     return figure
 
 
-def _over_layers(found: Analysis, name: str) -> Any:
+def _over_layers(found: Curves, name: str) -> Any:
     figure, axes = _figure(5.6, 4.4)
     mean = found.mean_shares()
     axes.plot(BUDGETS, mean.retention, "o-", color="C0", label="retention")
@@ -74,7 +75,7 @@ def _over_layers(found: Analysis, name: str) -> Any:
     return figure
 
 
-def _budget_axis(axes: Any, found: Analysis) -> None:
+def _budget_axis(axes: Any, found: Curves) -> None:
     """B from 1 to 2^14; where B holds the whole stream, nothing is left to choose, and the ground is grey."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(BUDGETS)
@@ -113,8 +114,8 @@ def _edges(centres: Sequence[float]) -> Any:
     return np.concatenate([[first], between, [last if last > first else first + 1]])
 
 
-def _title(found: Analysis, name: str) -> str:
-    return f"{name} · {found.frames} frames, {found.tokens} tokens"
+def _title(found: Curves, name: str) -> str:
+    return f"{name} · {found.length}"
 
 
 _CELL = 96  # pixels of a picture's longer side

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from statekv.analysis.concentration import BUDGETS
+from statekv.analysis.concentration import BUDGETS, Curves
 from statekv.analysis.holdings import Analysis
 from statekv.errors import writing
 
 
-def write_tables(found: Analysis, folder: Path) -> list[Path]:
-    """Write concentration.csv, layers.csv and held.csv.
+def write_tables(found: Curves, folder: Path) -> list[Path]:
+    """Write concentration.csv and layers.csv, and of a video held.csv.
 
     concentration.csv has a row for each layer and budget, as the figures 6 to 8; layers.csv what the carried cache
     captured in each layer; held.csv, for each moment, how much of each frame the carried cache held.
@@ -24,25 +24,27 @@ def write_tables(found: Analysis, folder: Path) -> list[Path]:
         for budget, *values in zip(BUDGETS, row.captured, row.recall, row.retention, row.churn, strict=True)
     ]
     layers = [(row.layer, found.budget, row.best, row.carried) for row in found.shares]
-    held = [
-        (moment.step, moment.pts_seconds, picture.step, picture.pts_seconds, round(float(share), 4))
-        for moment in found.moments
-        for picture, share in zip(found.pictures, moment.frames, strict=False)
-        if share
-    ]
-    return [
+    files = [
         _write(folder / "concentration.csv", "layer,budget,captured,weighted_recall,retention,churn", curves),
         _write(folder / "layers.csv", "layer,budget,captured_by_best,captured_by_carried", layers),
-        _write(folder / "held.csv", "after_step,after_seconds,step,seconds,share", held),
     ]
+    if isinstance(found, Analysis):
+        held = [
+            (moment.step, moment.pts_seconds, picture.step, picture.pts_seconds, round(float(share), 4))
+            for moment in found.moments
+            for picture, share in zip(found.pictures, moment.frames, strict=False)
+            if share
+        ]
+        files.append(_write(folder / "held.csv", "after_step,after_seconds,step,seconds,share", held))
+    return files
 
 
-def summary(found: Analysis) -> dict[str, Any]:
-    """The analysis as plain numbers: means over layers, and what the carried cache held at the end."""
-    mean, last = found.mean_shares(), found.moments[-1]
+def summary(found: Curves) -> dict[str, Any]:
+    """The analysis as plain numbers: means over layers, and of a video what the carried cache held at the end."""
+    mean = found.mean_shares()
     curves = {"captured": mean.captured, "weighted_recall": mean.recall, "churn": mean.churn}
-    return {
-        "frames": found.frames,
+    told: dict[str, Any] = {"frames": found.frames} if isinstance(found, Analysis) else {}
+    told |= {
         "steps": found.steps,
         "tokens": found.tokens,
         "budget": found.budget,
@@ -51,12 +53,17 @@ def summary(found: Analysis) -> dict[str, Any]:
         "by_budget": {name: dict(zip(map(str, BUDGETS), values, strict=True)) for name, values in curves.items()},
         "captured_by_best": mean.best,
         "captured_by_carried": mean.carried,
-        "held_at_the_end": {
-            "text": last.text,
-            "text_of_the_stream": found.text,
-            "newest_step": float(last.frames[-1]),
-            "oldest_half_of_the_steps": float(last.frames[: found.steps // 2].sum() / last.frames.sum()),
-        },
+    }
+    return {**told, "held_at_the_end": _end(found)} if isinstance(found, Analysis) else told
+
+
+def _end(found: Analysis) -> dict[str, float]:
+    last = found.moments[-1]
+    return {
+        "text": last.text,
+        "text_of_the_stream": found.text,
+        "newest_step": float(last.frames[-1]),
+        "oldest_half_of_the_steps": float(last.frames[: found.steps // 2].sum() / last.frames.sum()),
     }
 
 

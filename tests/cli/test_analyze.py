@@ -11,6 +11,7 @@ from statekv.evals.cards.render import write_film
 from statekv.evals.cards.world import FIRST_TEST_SEED, write_story
 from tests.cli.test_cli import command
 from tests.cli.test_errors import refused
+from tests.models.families.test_text import checkpoint
 from tests.tiny import tiny
 
 FILES = [
@@ -70,3 +71,20 @@ def test_what_is_wrong_is_one_line(film: Path, tmp_path: Path) -> None:
     assert "layer 7 is not there, the model has 0 to 4" in refused("analyze", film, "--layers", "7", *out)
     assert "cannot be a folder" in refused("analyze", film, "--out", film)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_text_has_the_curves_without_the_frames(tmp_path: Path) -> None:
+    model, text, out = checkpoint(tmp_path / "model"), tmp_path / "text", ("--out", tmp_path / "out")
+    text.write_text("a b c d " * 100, encoding="utf-8")
+    line = ("--text", text, "--model", model, "--budget", "20")
+    found = command("analyze", *line, "--tokens", "96", "--step", "16", *out)
+    assert found.code == 0, found.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES[:2], *FILES[3:6]])
+    assert "6 steps, 96 tokens" in found.out
+    assert "carried cache of 20 captured" in found.out
+    assert "tokens, but tokens is 9999" in refused("analyze", *line, "--tokens", "9999", *out)
+    assert "one of them is needed" in refused("analyze", "film.mp4", *line, *out)
+    assert "one of them is needed" in refused("analyze", *out)
+    assert "--fps is of videos" in refused("analyze", *line, "--fps", "2", *out)
+    assert "--revision is of videos" in refused("analyze", *line, "--revision", "main", *out)
+    assert "cannot be read as text" in refused("analyze", "--text", tmp_path / "none", "--model", model, *out)
