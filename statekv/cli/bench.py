@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Measure what a step, an answer, a video cost, and how far that is from the machine's floor.",
     no_args_is_help=True,
 )
+_MOST_TOKENS = 1 << 20
 _BUDGETS = "256,1024,4096,16384"
 
 
@@ -33,7 +34,7 @@ _BUDGETS = "256,1024,4096,16384"
 def attention(
     models: options.Sizes = None,
     budgets: options.Budgets = _BUDGETS,
-    queries: Annotated[int, typer.Option(help="Own tokens of a step.", min=1)] = 256,
+    queries: Annotated[int, typer.Option(help="Own tokens of a step.", min=1, max=_MOST_TOKENS)] = 256,
     runs: options.Runs = 20,
     peer: options.Peer = None,
     device: options.BenchDevice = "auto",
@@ -134,7 +135,7 @@ def percents(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-StepTokens = Annotated[int, typer.Option(help="Tokens of a step.", min=1)]
+StepTokens = Annotated[int, typer.Option(help="Tokens of a step.", min=1, max=_MOST_TOKENS)]
 Layers = Annotated[int | None, typer.Option(help="Measure the first so many layers; rows say so.")]
 
 
@@ -147,7 +148,10 @@ def prefill(
     method: options.Methods = None,
     plain: Annotated[bool, typer.Option("--plain", help="Also step without CUDA graphs.")] = False,
     runs: options.Runs = 20,
-    seconds: Annotated[float, typer.Option(help="Most seconds for one method at one step; less runs then.")] = 60.0,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Most seconds for one method at one step; less runs then.", min=0, callback=options.finite),
+    ] = 60.0,
     device: options.BenchDevice = "auto",
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
@@ -175,8 +179,8 @@ def answer(
     models: options.Sizes = None,
     steps: Annotated[str, typer.Option(help="Lengths of the stream in steps, with commas.")] = "1,4,16,64,256,1024",
     tokens: StepTokens = 256,
-    question: Annotated[int, typer.Option(help="Tokens of the question.", min=1)] = 32,
-    answer: Annotated[int, typer.Option(help="Tokens of the answer.", min=2)] = 16,
+    question: Annotated[int, typer.Option(help="Tokens of the question.", min=1, max=_MOST_TOKENS)] = 32,
+    answer: Annotated[int, typer.Option(help="Tokens of the answer.", min=2, max=_MOST_TOKENS)] = 16,
     layers: Layers = None,
     runs: options.Runs = 20,
     device: options.BenchDevice = "auto",
@@ -208,10 +212,15 @@ def sessions(
     models: Annotated[str, typer.Option(help="Language models in real size, or demo, with commas.")] = "demo",
     count: Annotated[str, typer.Option("--sessions", help="How many sessions, with commas.")] = "1,2,4,8",
     settings: options.Settings,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a step; by default the model's own.", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; by default the model's own.", min=1, max=_MOST_TOKENS)
+    ] = None,
     layers: Layers = None,
     runs: options.Runs = 20,
-    seconds: Annotated[float, typer.Option(help="Most seconds for one way with one number; less runs then.")] = 600.0,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Most seconds for one way with one number; less runs then.", min=0, callback=options.finite),
+    ] = 600.0,
     device: options.BenchDevice = "auto",
     dtype: options.BenchDtype = "auto",
     csv: options.Csv = None,
@@ -267,9 +276,9 @@ def pretrained(
     tasks: Annotated[
         str, typer.Option("--task", help="With commas: text, or questions about stories: needle, order, count.")
     ] = "text",
-    windows: Annotated[int, typer.Option(help="Windows of the text, or stories.", min=2)] = 20,
-    tokens: Annotated[int, typer.Option(help="Tokens read in each.", min=64)] = 1024,
-    step: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 64,
+    windows: Annotated[int, typer.Option(help="Windows of the text, or stories.", min=2, max=1_000_000)] = 20,
+    tokens: Annotated[int, typer.Option(help="Tokens read in each.", min=64, max=_MOST_TOKENS)] = 1024,
+    step: Annotated[int, typer.Option(help="Tokens of a step.", min=1, max=_MOST_TOKENS)] = 64,
     shares: Annotated[str, typer.Option(help="Percent of the tokens that are carried, with commas.")] = "10",
     method: options.Methods = None,
     choosing: Annotated[

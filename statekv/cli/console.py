@@ -224,10 +224,10 @@ class Report:
 
         results = Path("benchmarks", "results")
         self.csv = csv or (results if results.is_dir() else Path("statekv-bench")) / f"{bench}.csv"
-        self.picture = picture or self.csv.with_suffix(".png")
         self._as_json = as_json
-        for path in (self.csv, self.picture):
-            _check_place(path)
+        _check_place(self.csv)
+        self.picture = picture or self.csv.with_suffix(".png")
+        _check_place(self.picture)
         check_columns(self.csv)
 
     def publish(self, title: str, rows: Sequence[Row], panels: Sequence[Panel | Bars], device: torch.device) -> None:

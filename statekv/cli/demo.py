@@ -24,7 +24,7 @@ FilmFile = Annotated[Path, typer.Argument(help="Where it goes; a file that is th
 def film(
     file: FilmFile = Path("film.mp4"),
     *,
-    seconds: Annotated[float, typer.Option(help="How long it is.", min=2, max=36_000)] = 60.0,
+    seconds: Annotated[float, typer.Option(help="How long it is.", min=2, max=36_000, callback=options.finite)] = 60.0,
     seed: Annotated[int, typer.Option(help="Another one, another film.", min=0)] = 7,
 ) -> None:
     """Write a film of coloured cards, which is what the demo model knows, to begin with."""
@@ -42,8 +42,8 @@ def film(
 @options.generated(("budget",), budget=options.Default(None, "A tenth of a video's if left out."))
 def demo(
     *,
-    videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 10,
-    frames: Annotated[int, typer.Option(help="Frames of each video, at one a second.", min=20)] = 512,
+    videos: Annotated[int, typer.Option(help="How many videos.", min=1, max=10_000)] = 10,
+    frames: Annotated[int, typer.Option(help="Frames of each video, at one a second.", min=20, max=36_000)] = 512,
     folder: Annotated[Path, typer.Option(help="Where videos and picture go.")] = Path("statekv-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     settings: options.Settings,

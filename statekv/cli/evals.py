@@ -37,7 +37,9 @@ TaskName = Annotated[str, typer.Argument(help="cards, videomme, mlvu, ovo_realti
 Folder = Annotated[Path | None, typer.Argument(help="Where the data are, or films of cards go.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; statekv-eval/TASK/MODEL if left out.")]
 Frames = Annotated[int | None, typer.Option(help="Length of the films of cards; 1024 if left out.")]
-Videos = Annotated[int | None, typer.Option(help="The first so many videos alone; 20 films of cards.", min=1)]
+Videos = Annotated[
+    int | None, typer.Option(help="The first so many videos alone; 20 films of cards.", min=1, max=1_000_000)
+]
 FirstFilm = Annotated[int | None, typer.Option(help="Number of the first film of cards; 0 if left out.")]
 Part = Annotated[str | None, typer.Option(help="0/2 is the first half; under accelerate launch its own share.")]
 

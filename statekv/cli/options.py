@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,13 @@ from statekv.config import METHODS, SETTINGS, Config
 from statekv.errors import ConfigError, StateKVError
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
+
+
+def finite(value: float) -> float:
+    """What is given, unless it is no number, which no range refuses."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number.")
+    return value
 
 
 def variable(name: str) -> str:
@@ -45,7 +53,7 @@ Csv = Annotated[
 ]
 Picture = Annotated[Path | None, typer.Option(help="PNG to write; by default beside the rows.")]
 RowsAsJson = Annotated[bool, typer.Option("--json", help="One JSON object for each row instead of the table.")]
-Runs = Annotated[int, typer.Option(help="Timed runs of each candidate, taken in turns.", min=1)]
+Runs = Annotated[int, typer.Option(help="Timed runs of each candidate, taken in turns.", min=1, max=100_000)]
 Sizes = Annotated[
     str | None, typer.Option("--models", help="Language models in real size, with commas; all if left out.")
 ]

@@ -11,11 +11,14 @@ the same order is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from statekv.errors import ConfigError, ModelError, kind_of
@@ -26,6 +29,7 @@ Layout = Literal["hf", "release"]
 # Stands for the question where only the text before the video is wanted.
 _ANY_QUESTION = "?"
 _LONGEST = 1 << 20  # characters of a template's own
+_MOST_LINES, _CODE_OF_TEMPLATES = 200_000, "<template>"  # as jinja compiles them
 _FAILURES: tuple[type[Exception], ...] = (TemplateError, *MISFITS)
 _ORIGINAL = "use the chat template of the original checkpoint"
 
@@ -115,9 +119,10 @@ class Prompt:
         video = [{"type": "video", "video": ""}] if self.layout == "hf" else []
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*video, {"type": "text", "text": question}]}]
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-            )
+            with _bounded():
+                rendered = self._tokenizer.apply_chat_template(
+                    messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+                )
         except _FAILURES as error:  # it is a program, and comes with the checkpoint
             raise ModelError(f"the chat template fails: {told(error)}", _ORIGINAL) from None
         text = str(rendered)
@@ -144,6 +149,28 @@ class Prompt:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Let no template run for long: it is a program, and may have loops in loops."""
+    left = _MOST_LINES
+
+    def count(frame: FrameType, *_: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != _CODE_OF_TEMPLATES:
+            return None
+        left -= 1
+        if left < 0:
+            raise TemplateRuntimeError(f"it runs for more than {_MOST_LINES:,} lines")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def load_chat_template(name_or_path: str, tokenizer: PreTrainedTokenizerBase, **hub_kwargs: Any) -> str:

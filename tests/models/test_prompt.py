@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,20 @@ def test_a_template_without_the_placeholder_is_refused(model: Tiny) -> None:
 def test_internvl_tokenizer_without_its_tokens_is_refused() -> None:
     with pytest.raises(ModelError, match="start_image_token"):
         internvl_tokens(tiny("qwen3_vl").tokenizer)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_goes_on_for_ever_is_refused(loop: str) -> None:
+    model, before = tiny("internvl"), sys.gettrace()
+    with pytest.raises(ModelError, match=r"^the chat template fails: [^\n]*$"):
+        Prompt(model.tokenizer, loop + model.chat_template, tokens_of(model))
+    assert sys.gettrace() is before
 
 
 def test_chat_template_is_the_processors(model: Tiny, tmp_path: Path) -> None:

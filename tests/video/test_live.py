@@ -221,6 +221,28 @@ def test_neither_a_playlist_nor_a_redirection_reaches_a_local_file(site, tmp_pat
             LiveSource(url + path, ONCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("list.m3u8", "list.m3u8"), ("list.ts", "list.ts"), ("list.m3u8", "moved.ts")],
+    ids=["itself", "itself as a segment", "what moves for ever"],
+)
+def test_a_playlist_without_an_end_is_refused_in_time(site, name, names):
+    pages, url = site
+    asked = itertools.count()
+    pages[f"/{name}"] = lambda: [f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{names}\n#EXT-X-ENDLIST\n".encode()]
+    pages["/moved.ts"] = lambda: (next(asked), "/moved.ts")[1]
+    with pytest.raises(VideoError, match=r"cannot be opened: \w[^\n]*$"):
+        LiveSource(f"{url}/{name}", replace(ONCE, timeouts_seconds=(1, 1)))
+    assert next(asked) < 100
+
+
+def test_variants_that_name_themselves_are_refused_in_time(site):
+    pages, url = site
+    pages["/list.m3u8"] = lambda: [b"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nlist.m3u8\n"]
+    with pytest.raises(VideoError, match="holds no video stream"):
+        LiveSource(f"{url}/list.m3u8", replace(ONCE, timeouts_seconds=(1, 1)))
+
+
 READ_STDIN = """
 import sys
 from statekv.video.live import LiveSettings, LiveSource
