@@ -274,6 +274,21 @@ def test_caps_hold_at_every_step(family: str, recall: dict[str, Any], lower: dic
         assert session.state.blocks.table[:, 0].tolist() == steps
 
 
+def test_a_fork_lets_go_of_forgotten_steps_as_its_stream_does() -> None:
+    """Steps that are forgotten and still carried go with their last key, in each stream on its own."""
+    going, alone = (watched("internvl", **tight("internvl")) for _ in range(2))
+    assert (before := set(going.state.outlived))
+    other = going.fork()
+    for frame in frames_of(video(8, seed=6), start_seconds=FRAMES):
+        for session in (alone, other):
+            session.push([frame])
+    assert not before <= other.state.outlived
+    assert (other.state.outlived, other.state.forgotten) == (alone.state.outlived, alone.state.forgotten)
+    assert other.state.spans == alone.state.spans
+    assert going.state.outlived == before
+    assert before <= {span.start for span in going.state.spans}
+
+
 @pytest.mark.parametrize(
     ("family", "lower"), [*(("internvl", lower) for lower in CAPS[:3]), ("qwen2_5_vl", CAPS[1])], ids=str
 )
