@@ -89,6 +89,7 @@ class Circumstances:
     @classmethod
     def here(cls, command: str, device: torch.device) -> Circumstances:
         """This machine, now."""
+        command = command.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         return cls(command, device_name(device), torch.get_num_threads(), _versions(), _commit(), today)
 

@@ -105,6 +105,12 @@ def test_a_file_without_end_is_not_read_to_its_end() -> None:
         check_columns(Path("/dev/zero"))
 
 
+def test_names_of_files_need_not_be_utf_8(tmp_path: Path) -> None:
+    here = Circumstances.here("statekv bench x --csv \udcff.csv", torch.device("cpu"))
+    append(tmp_path / "rows.csv", [], here)
+    assert here.command == "statekv bench x --csv \\udcff.csv"
+
+
 def test_circumstances_of_this_machine() -> None:
     here = Circumstances.here("statekv bench x", torch.device("cpu"))
     assert here.command == "statekv bench x"
