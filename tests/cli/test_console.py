@@ -18,6 +18,7 @@ from typing import NoReturn
 from unittest import mock
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -163,6 +164,25 @@ def test_shells_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None
     # What typer makes of the commands depends on the variable, and is made once for all other tests.
     with mock.patch.dict(os.environ, NAMED_SHELL), mock.patch("tests.cli.test_cli._made_once", get_command):
         assert "_STATEKV_COMPLETE" in succeed("--show-completion", shell)
+
+
+def test_a_small_model_has_one_thread_unless_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        console.load(model="demo")
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(console, "_SMALL", 1000)
+        console.load(model="demo")
+        assert torch.get_num_threads() == 2
+        monkeypatch.undo()
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        console.load(model="demo")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_garbage_is_left_while_things_are_loaded() -> None:
