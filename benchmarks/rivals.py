@@ -2,7 +2,7 @@
 
     statekv bench pretrained --method "statekv,statekv:carry=benchmarks.rivals:EachQuery"
 
-from the repository's root. None of them did better; what did is a policy of the package.
+from the repository's root.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -90,19 +90,28 @@ def kind_of(value: object) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes a file anew, its folder made: where it cannot be written, nothing is left of it.
+    """Around what writes a file anew, its folder made: where it cannot be written, no part of it is left. A file that
+    was there, and that could not even be opened, stays.
 
     Raises:
         OutputError: it cannot be written.
     """
+    before = _changed_at(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if path.is_file():
+        if path.is_file() and _changed_at(path) != before:
             path.unlink(missing_ok=True)
         told = (error.strerror or str(error)).lower()
         raise OutputError(f"{path} cannot be written: {told}", "make room, or name another place") from None
+
+
+def _changed_at(path: Path) -> int | None:
+    """In nanoseconds; None where there is no file."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 @contextmanager

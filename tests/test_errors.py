@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from statekv import errors
-from statekv.errors import ConfigError, StateKVError, need
+from statekv.errors import ConfigError, OutputError, StateKVError, need, writing
 
 KINDS = [
     kind
@@ -75,3 +77,24 @@ def test_an_optional_package_that_is_there_is_imported_and_other_errors_pass() -
 def test_what_something_is_has_words_and_an_article(value: object, told: str) -> None:
     assert errors.kind_of(value) == told
     assert errors.kind_of(errors.OutputError("full")) == "an OutputError"
+
+
+def test_what_cannot_be_written_whole_is_not_left(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "picture.png"
+
+    def save() -> None:
+        with writing(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left")
+
+    with pytest.raises(OutputError, match=r"picture.png cannot be written: no space left \(make room"):
+        save()
+    assert not path.exists()
+
+
+def test_a_file_that_cannot_even_be_opened_stays(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="permission denied"), writing(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    assert path.read_bytes() == b"mine"

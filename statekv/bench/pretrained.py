@@ -97,7 +97,8 @@ def read_text(path: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}", "give a file in UTF-8") from None
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{path} cannot be read as text: {reason}", "give a file in UTF-8") from None
 
 
 def measure(

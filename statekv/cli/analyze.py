@@ -56,7 +56,8 @@ def analyze(
     from statekv.evals.data import make_folder
 
     if (video is None) == (text is None):
-        raise ConfigError(f"VIDEO is {video} and text is {text}, but one of them is needed", "give just one")
+        given = "no video and no text is given" if video is None else f"the video {video} and the text {text} are given"
+        raise ConfigError(f"{given}, but one of them is needed", "name a video, or a text by --text")
     Config.of(method, **settings)
     chosen = None if layers is None else _numbers(layers)
     words = None if text is None else _checked_text(text, settings, loading)

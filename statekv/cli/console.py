@@ -189,7 +189,7 @@ _SMALL = 30_000_000  # parameters: the demo model's layers are done before a sec
 
 
 def _spare_threads(engine: Engine) -> None:
-    """One thread for a small model on a CPU halves the time of a step; the environment may say otherwise."""
+    """A small model steps faster with one thread on a CPU; the environment may say otherwise."""
     import torch
 
     small = sum(parameter.numel() for parameter in engine.model.model.parameters()) < _SMALL

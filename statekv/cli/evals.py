@@ -181,7 +181,7 @@ Table = Annotated[
     str, typer.Option("--method", help=f"Of {', '.join(TABLE)}, with commas; one at a time takes less memory.")
 ]
 Budget = Annotated[int, typer.Option(help="Tokens that each carries; 4096 is the paper's.")]
-First = Annotated[int | None, typer.Option(help="The first so many videos of each alone.", min=1)]
+FirstVideos = Annotated[int | None, typer.Option(help="The first so many videos of each alone.", min=1)]
 Check = Annotated[bool, typer.Option("--check", help="Say what is there and what it will take, and stop.")]
 Partly = Annotated[bool, typer.Option("--partly", help="Go on although videos are missing or of no use.")]
 PaperOut = Annotated[Path | None, typer.Option("--out", help="Folder of the results; statekv-eval/paper/MODEL.")]
@@ -195,7 +195,7 @@ def paper(
     loading: options.Loading,
     table: Table = _ALL,
     budget: Budget = BUDGET,
-    videos: First = None,
+    videos: FirstVideos = None,
     out: PaperOut = None,
     partly: Partly = False,
     check: Check = False,
